@@ -1,0 +1,122 @@
+"""What the families' configs and tensor names have in common."""
+
+from optx.checkpoint.config import Fields
+from optx.checkpoint.mapping import Row
+from optx.errors import ConfigError
+from optx.nn import Rope
+
+# GGUF key after "<arch>." -> HF config field.
+GGUF_DECODER = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "context_length": "max_position_embeddings",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+
+
+def head_rows(prefix: str, *, permuted: bool, post_norms: bool = False) -> tuple[Row, ...]:
+    """Rows of a block of attention and gated MLP. permuted: GGUF keeps q and k in llama.cpp's rope order."""
+    attn, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    rows = [
+        Row(path="layers/{i}/norm/weight", hf=f"{prefix}input_layernorm.weight", gguf="blk.{i}.attn_norm.weight", kind="vector"),
+    ]  # fmt: skip
+    for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", None), ("o", None)):
+        gguf = "blk.{i}.attn_" + ("output" if name == "o" else name)
+        order = heads if permuted else None
+        path = "layers/{i}/mixer/" + name
+        rows.append(Row(path=f"{path}/weight", hf=f"{attn}{name}_proj.weight", gguf=f"{gguf}.weight", gguf_heads=order))
+        rows.append(
+            Row(path=f"{path}/bias", hf=f"{attn}{name}_proj.bias", gguf=f"{gguf}.bias", kind="vector", gguf_heads=order)
+        )
+    for name in ("q_norm", "k_norm"):
+        path = "layers/{i}/mixer/" + name + "/weight"
+        rows.append(Row(path=path, hf=f"{attn}{name}.weight", gguf="blk.{i}.attn_" + name + ".weight", kind="vector"))
+    for name in ("gate", "up", "down"):
+        path, gguf = "layers/{i}/mlp/" + name, "blk.{i}.ffn_" + name
+        rows.append(Row(path=f"{path}/weight", hf=f"{mlp}{name}_proj.weight", gguf=f"{gguf}.weight"))
+        rows.append(Row(path=f"{path}/bias", hf=f"{mlp}{name}_proj.bias", gguf=f"{gguf}.bias", kind="vector"))
+    mlp_norm = "pre_feedforward_layernorm" if post_norms else "post_attention_layernorm"
+    norms = [("mlp_norm", mlp_norm, "ffn_norm")]
+    if post_norms:
+        norms += [("post_norm", "post_attention_layernorm", "post_attention_norm")]
+        norms += [("post_mlp_norm", "post_feedforward_layernorm", "post_ffw_norm")]
+    for ours, hf, gguf in norms:
+        path, gguf = "layers/{i}/" + ours + "/weight", "blk.{i}." + gguf + ".weight"
+        rows.append(Row(path=path, hf=f"{prefix}{hf}.weight", gguf=gguf, kind="vector"))
+    return tuple(rows)
+
+
+def rope_from_hf(config: Fields, head_dim: int, default_theta: float = 1e4) -> Rope:
+    """Rope of `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
+    parameters = config.nested("rope_parameters")
+    theta = config.take("rope_theta", float, None)
+    scaling = config.nested("rope_scaling")
+    config.expect("partial_rotary_factor", 1.0)
+    if parameters is not None:
+        theta = parameters.take("rope_theta", float, theta or default_theta)
+        scaling = parameters
+    return rope_of(scaling, theta or default_theta, head_dim, config)
+
+
+def rope_of(scaling: Fields | None, theta: float, head_dim: int, config: Fields) -> Rope:
+    """Rope of one `rope_scaling` mapping (None: plain). Raises ConfigError for a type that is not supported."""
+    if scaling is None:
+        return Rope(theta=theta, dim=head_dim)
+    kind = scaling.take("rope_type", str, None) or scaling.take("type", str, "default")
+    scaling.take("type", str, None)
+    if kind == "default":
+        rope = Rope(theta=theta, dim=head_dim)
+    elif kind == "linear":
+        rope = Rope(theta=theta, dim=head_dim, scaling="linear", factor=scaling.take("factor", float))
+    elif kind == "llama3":
+        rope = Rope(
+            theta=theta,
+            dim=head_dim,
+            scaling="llama3",
+            factor=scaling.take("factor", float),
+            low_freq=scaling.take("low_freq_factor", float),
+            high_freq=scaling.take("high_freq_factor", float),
+            original=scaling.take("original_max_position_embeddings", int),
+        )
+    elif kind == "factors":
+        factors = tuple(scaling.take("factors", list))
+        if len(factors) != head_dim // 2:
+            raise ConfigError(f"{scaling.where}: {len(factors)} frequency factors for a head of {head_dim}")
+        rope = Rope(theta=theta, dim=head_dim, scaling="factors", factors=factors)
+    else:
+        raise ConfigError(f"{scaling.where}: rope_type {kind!r}; supported: default, linear, llama3")
+    scaling.done()
+    return rope
+
+
+def gguf_fields(meta: Fields, architecture: str, tensors: dict, table: dict[str, str]) -> dict:
+    """The `<arch>.*` keys of a GGUF header as HF config fields by `table`; strict about the rest.
+
+    Raises: ConfigError naming keys of the architecture that are not in the table.
+    """
+    prefix = f"{architecture}."
+    config: dict = {}
+    for key, value in meta.data.items():
+        if not key.startswith(prefix):
+            continue
+        name = key.removeprefix(prefix)
+        if name in table:
+            config[table[name]] = value
+        elif name in ("attention.value_length", "rope.dimension_count"):
+            heads = meta.data.get(f"{prefix}attention.head_count") or 1
+            want = meta.data.get(f"{prefix}attention.key_length", (meta.data.get(f"{prefix}embedding_length") or 0) // heads)
+            if value != want:
+                raise ConfigError(f"{meta.where}: {key} is {value}; supported: the head size, {want}")
+        else:
+            raise ConfigError(f"{meta.where}: {key} = {value!r} is not handled; known: {', '.join(prefix + k for k in table)}")
+    embedding = tensors.get("token_embd.weight")
+    if embedding is not None and len(embedding.shape) == 2:
+        config["vocab_size"] = embedding.shape[0]  # the header's count may leave out padding
+    config["tie_word_embeddings"] = "output.weight" not in tensors
+    return config

@@ -1,0 +1,14 @@
+"""optx: a compiler for LLM inference in JAX.
+
+A checkpoint becomes a Flax (nnx) module tree, a recipe says which optimizations to apply, passes rewrite the tree, lowering
+picks a kernel for every op, an engine decodes.
+"""
+
+from optx.api import Compiled, Plan, compile, export, load, plan
+from optx.engine.request import Sampling
+from optx.errors import OptxError
+from optx.recipe import Recipe
+
+__version__ = "0.1.0"
+
+__all__ = ["Compiled", "OptxError", "Plan", "Recipe", "Sampling", "compile", "export", "load", "plan"]

@@ -1,0 +1,312 @@
+"""What layers remember: the frozen `CacheSpec`, the pools that hold it, and the ragged batch that addresses them.
+
+A spec says what is remembered; a `Layout` says how much room there is. Token caches (`paged`, `latent`) live in pools of
+pages `[pages, P, ...]`; a row lists its pages in a table, in the order in which tokens were appended. Every cached token has
+its position apart from its slot, so a listing may have gaps in positions (windows, eviction) and masks still hold.
+State caches (`state`) hold one entry a row.
+
+Layers whose specs keep the same tokens form a group with one page table and one array of positions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from optx import tensor
+from optx.errors import FormatError
+from optx.formats import Format
+from optx.tensor import Tensor
+
+Pool = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One array that a layer leaves behind: `shape` a token (`(K, H)`) for token caches, a row for state caches."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None  # None: the spec's dtype
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """What one layer remembers. Frozen and hashable; passes replace it, the engine reads it and names no technique."""
+
+    kind: Literal["paged", "latent", "state"]
+    streams: tuple[Stream, ...]
+    dtype: str = "float32"  # storage of streams without a format
+    format: Format | None = None  # None: stored in dtype; else packed along the last axis: a scale a token and head
+    window: int | None = None  # newest tokens that a query sees; None: all
+    sinks: int = 0  # with a window: first positions that stay visible and stored
+    rotated: bool = True  # keys are stored after RoPE
+    share: int | None = None  # index of the layer whose cache this layer reads; None: its own
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise FormatError(f"cache window {self.window}; allowed: at least 1 token, or null for all")
+        if self.kind == "state" and (self.window or self.format):
+            raise FormatError("a state cache has neither window nor format: its size does not grow with the context")
+        for stream in self.streams if self.format else ():
+            reason = self.format.check(stream.shape[-1])
+            if reason:
+                raise FormatError(f"cache stream {stream.name}{list(stream.shape)}: {reason}")
+
+    @property
+    def holds_tokens(self) -> bool:
+        return self.kind != "state"
+
+    @property
+    def table_key(self) -> tuple:
+        """Layers with equal keys keep the same tokens and share a page table."""
+        return ("tokens", self.window, self.sinks) if self.holds_tokens else ("state",)
+
+    @property
+    def share_granularity(self) -> Literal["token", "checkpoint"]:
+        """How finely a prefix can be shared: any token (copying one page at most), or only at stored checkpoints."""
+        return "token" if self.holds_tokens else "checkpoint"
+
+    @property
+    def unit_bytes(self) -> float:
+        """Stored bytes a token (token caches) or a row (state caches), metadata included; 0 when shared."""
+        return 0 if self.share is not None else sum(tensor.nbytes(self._abstract(s, ())) for s in self.streams)
+
+    def tokens(self, context: int) -> int:
+        """Tokens of a context of `context` that a row keeps and that one decode step reads."""
+        return context if self.window is None else min(context, self.window + self.sinks)
+
+    def bytes(self, batch: int, context: int) -> float:
+        """Bytes held for `batch` rows at `context` tokens; what one decode step reads."""
+        return batch * self.unit_bytes * (self.tokens(context) if self.holds_tokens else 1)
+
+    def replace(self, **changes) -> "CacheSpec":
+        return dataclasses.replace(self, **changes)
+
+    def __str__(self):
+        parts = [self.kind, str(self.format or self.dtype)]
+        parts += [f"window {self.window}"] if self.window else []
+        parts += [f"sinks {self.sinks}"] if self.sinks else []
+        parts += [f"shared with layer {self.share}"] if self.share is not None else []
+        return " ".join(parts)
+
+    def _abstract(self, stream: Stream, lead: tuple[int, ...]) -> Any:
+        dense = jax.ShapeDtypeStruct((*lead, *stream.shape), stream.dtype or self.dtype)
+        if self.format is None:
+            return dense
+        return jax.eval_shape(lambda x: tensor.quantize(x, self.format, axis=-1), dense)
+
+    def abstract(self, layout: "Layout") -> Pool:
+        """The pool's arrays as shapes: [pages, P, ...] a stream of tokens, [slots, ...] a state."""
+        if self.share is not None:
+            return {}
+        lead = (layout.pages, layout.page_size) if self.holds_tokens else (layout.slots,)
+        return {s.name: self._abstract(s, lead) for s in self.streams}
+
+    def init(self, layout: "Layout") -> Pool:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract(layout))
+
+    def append(self, pool: Pool, new: dict[str, jax.Array], writes: jax.Array) -> Pool:
+        """Stores `new` [T, ...] by stream at flat slots `writes` int32[T] = page * P + offset; past the end: dropped."""
+        if self.holds_tokens and self.format is not None:
+            new = {name: tensor.quantize(x, self.format, axis=-1) for name, x in new.items()}
+        return jax.tree.map(lambda p, x: _store(p, x, writes, self.holds_tokens), pool, new)
+
+    def move(self, pool: Pool, src: jax.Array, dst: jax.Array) -> Pool:
+        """Copies entries `src` int32[M] over `dst`: flat token slots, or state rows. Fork, compaction, snapshots."""
+        return jax.tree.map(lambda p: _store(p, _load(p, src, self.holds_tokens), dst, self.holds_tokens), pool)
+
+
+def _flat(pool, tokens: bool):
+    return pool.reshape(-1, *pool.shape[2:]) if tokens else pool
+
+
+def _load(pool, index, tokens: bool):
+    return jnp.take(_flat(pool, tokens), index, axis=0, mode="clip")
+
+
+def _store(pool, new, index, tokens: bool):
+    return _flat(pool, tokens).at[index].set(new.astype(pool.dtype), mode="drop").reshape(pool.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Room in the pools: `pages` of `page_size` tokens in every token pool, `slots` rows in every state pool."""
+
+    pages: int
+    page_size: int
+    slots: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """Which layer has which spec and which group of page tables."""
+
+    specs: tuple[CacheSpec | None, ...]
+
+    def __post_init__(self):
+        for i, spec in enumerate(self.specs):
+            if spec is not None and spec.share is not None:
+                owner = self.specs[spec.share] if spec.share < i else None
+                if owner is None or owner.share is not None or owner.table_key != spec.table_key:
+                    raise FormatError(
+                        f"layers/{i}: cache shared with layer {spec.share}; it must be an earlier layer "
+                        "with a cache of its own and the same window"
+                    )
+
+    @property
+    def keys(self) -> tuple[tuple, ...]:
+        """Table keys of the token groups, in order of first use."""
+        return tuple(dict.fromkeys(s.table_key for s in self.specs if s is not None and s.holds_tokens))
+
+    def group(self, layer: int) -> int | None:
+        """Index of the layer's token group; None for state caches and layers without cache."""
+        spec = self.specs[layer]
+        return self.keys.index(spec.table_key) if spec is not None and spec.holds_tokens else None
+
+    @property
+    def groups(self) -> tuple[CacheSpec, ...]:
+        """One spec of each token group (window and sinks are what a group has in common)."""
+        return tuple(next(s for s in self.specs if s is not None and s.table_key == key) for key in self.keys)
+
+    def owner(self, layer: int) -> int:
+        spec = self.specs[layer]
+        return layer if spec is None or spec.share is None else spec.share
+
+    def bytes(self, batch: int, context: int) -> float:
+        return sum(s.bytes(batch, context) for s in self.specs if s is not None)
+
+    def abstract(self, layout: Layout | Sequence[Layout]) -> "Caches":
+        """All pools as shapes. layout: one for all token groups, or one a group (states take the first)."""
+        layouts = [layout] * max(len(self.keys), 1) if isinstance(layout, Layout) else list(layout)
+        return Caches(
+            layers=tuple(
+                {} if s is None else s.abstract(layouts[self.group(i) or 0]) for i, s in enumerate(self.specs)
+            ),
+            positions=tuple(jax.ShapeDtypeStruct((x.pages, x.page_size), jnp.int32) for x in layouts[: len(self.keys)]),
+        )
+
+    def init(self, layout: Layout | Sequence[Layout]) -> "Caches":
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract(layout))
+
+    def move_tokens(self, caches: "Caches", group: int, src: jax.Array, dst: jax.Array) -> "Caches":
+        """Copies tokens between flat slots in every pool of a group, their positions too."""
+        layers = [
+            spec.move(pool, src, dst) if self.group(i) == group else pool
+            for i, (spec, pool) in enumerate(zip(self.specs, caches.layers, strict=True))
+        ]
+        positions = list(caches.positions)
+        positions[group] = _store(positions[group], _load(positions[group], src, True), dst, True)
+        return Caches(layers=tuple(layers), positions=tuple(positions))
+
+    def move_states(self, caches: "Caches", src: jax.Array, dst: jax.Array) -> "Caches":
+        """Copies rows of every state pool: snapshot, restore, fork."""
+        layers = [
+            spec.move(pool, src, dst) if spec is not None and not spec.holds_tokens else pool
+            for spec, pool in zip(self.specs, caches.layers, strict=True)
+        ]
+        return dataclasses.replace(caches, layers=tuple(layers))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Caches:
+    """All pools of a model: one dict of streams a layer, and int32[pages, P] positions a token group."""
+
+    layers: tuple[Pool, ...]
+    positions: tuple[jax.Array, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ragged:
+    """How T tokens belong to B rows. Tokens of a row are adjacent; padding tokens have row B and position 0."""
+
+    rows: jax.Array  # int32[T]
+    starts: jax.Array  # int32[B], first token of each row
+    counts: jax.Array  # int32[B], tokens of each row, 0 for an idle row
+    positions: jax.Array  # int32[T]
+    longest: int = dataclasses.field(metadata={"static": True})  # bound on counts
+    rectangular: bool = dataclasses.field(default=False, metadata={"static": True})  # T = B * longest, row-major
+
+    @property
+    def batch(self) -> int:
+        return self.starts.shape[0]
+
+    def pad(self, x: jax.Array) -> jax.Array:
+        """[T, ...] -> [B, Q, ...] with Q = longest; entries past a row's count are other tokens' values."""
+        if self.rectangular:
+            return x.reshape(self.batch, self.longest, *x.shape[1:])
+        index = jnp.clip(self.starts[:, None] + jnp.arange(self.longest), 0, x.shape[0] - 1)
+        return x[index]
+
+    def unpad(self, x: jax.Array) -> jax.Array:
+        """[B, Q, ...] -> [T, ...]."""
+        if self.rectangular:
+            return x.reshape(self.batch * self.longest, *x.shape[2:])
+        row = jnp.minimum(self.rows, self.batch - 1)
+        offset = jnp.clip(jnp.arange(self.rows.shape[0]) - self.starts[row], 0, self.longest - 1)
+        return x[row, offset]
+
+    @property
+    def valid(self) -> jax.Array:
+        """bool[B, Q]: which padded entries are tokens."""
+        return jnp.arange(self.longest) < self.counts[:, None]
+
+    @classmethod
+    def dense(cls, batch: int, length: int, counts: jax.Array | None = None) -> "Ragged":
+        """`batch` rows of `length` tokens each from position 0, of which the first `counts` are real."""
+        total = jnp.arange(batch * length, dtype=jnp.int32)
+        return cls(
+            rows=total // length,
+            starts=jnp.arange(batch, dtype=jnp.int32) * length,
+            counts=jnp.full((batch,), length, jnp.int32) if counts is None else counts,
+            positions=total % length,
+            longest=length,
+            rectangular=True,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where the tokens of a ragged batch lie in the pools, by token group, and rows in the state pools."""
+
+    tables: tuple[jax.Array, ...]  # int32[G, B, pages] by group; G = 1, or K where heads keep different pages
+    lengths: tuple[jax.Array, ...]  # int32[G, B]: cached tokens after this tick's append
+    writes: tuple[jax.Array, ...]  # int32[T]: flat slot of each token; pages * P for padding
+    slots: jax.Array  # int32[B]: row of the state pools; number of slots for idle rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+    """One layer's side of the caches during a step."""
+
+    pool: Pool
+    slots: jax.Array
+    positions: jax.Array | None = None
+    table: jax.Array | None = None
+    lengths: jax.Array | None = None
+    writes: jax.Array | None = None
+
+
+def view(plan: CachePlan, caches: Caches, address: Address, layer: int) -> View:
+    group = plan.group(layer)
+    pool = caches.layers[plan.owner(layer)]
+    if group is None:
+        return View(pool=pool, slots=address.slots)
+    return View(
+        pool=pool,
+        slots=address.slots,
+        positions=caches.positions[group],
+        table=address.tables[group],
+        lengths=address.lengths[group],
+        writes=address.writes[group],
+    )
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    return math.ceil(tokens / page_size)

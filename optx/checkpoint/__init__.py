@@ -1,0 +1,1 @@
+"""Files in, files out: Hugging Face directories, GGUF, optx exports."""

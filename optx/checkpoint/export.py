@@ -1,0 +1,189 @@
+"""optx exports: an orbax checkpoint of the compiled weights beside a manifest that can rebuild the tree.
+
+    manifest.json   format version, origin (config, dtype, packed formats), recipe, versions, parameters with hashes
+    ir.txt          the compiled tree as text; a reload whose tree prints otherwise is refused
+    weights/        orbax: one array a part, `layers/0/mixer/q/weight.data`
+    tokenizer.json, tokenizer_config.json
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from optx import ir, pipeline
+from optx.checkpoint.hf import read_json
+from optx.checkpoint.source import FamilyOf, Origin, Source, build
+from optx.errors import CheckpointError
+from optx.formats import parse
+from optx.recipe import Recipe
+from optx.tensor import QTensor, is_qtensor
+from optx.tokenizer import Tokenizer
+
+MANIFEST, IR, WEIGHTS = "manifest.json", "ir.txt", "weights"
+VERSION = 1
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def write_export(folder: Path, tree: nnx.Module, source: Source, recipe: Recipe, *, overwrite: bool) -> Path:
+    """Writes the export into a temporary folder beside `folder` and renames it."""
+    if source.origin.kind == "module":
+        raise CheckpointError("export: a module built in memory has no config to rebuild it from; export its source model")
+    with atomic_folder(folder, overwrite) as partial:
+        arrays = flatten(tree)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / WEIGHTS, arrays)
+        manifest = {
+            "version": VERSION,
+            "origin": dataclasses.asdict(source.origin),
+            "recipe": (source.recipe or recipe).to_dict(),
+            "versions": {name: importlib.metadata.version(name) for name in ("optx", "jax", "flax", "orbax-checkpoint")},
+            "parameters": {
+                name: {"shape": list(a.shape), "dtype": str(a.dtype), "sha256": _sha256(a)} for name, a in arrays.items()
+            },
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (partial / IR).write_text(ir.describe(tree), encoding="utf-8")
+        if source.tokenizer is not None:
+            source.tokenizer.save(partial)
+    return folder
+
+
+def open_export(folder: Path, family_of: FamilyOf) -> Source:
+    """An export as a source: its tree rebuilt from config and recipe, its arrays restored and checked by hash.
+
+    Raises: CheckpointError for a version from the future, a tree that prints otherwise, missing or changed arrays.
+    """
+    manifest = read_json(folder / MANIFEST)
+    where = str(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
+        got = manifest.get("version") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(f"{where}: export version {got!r}; this optx reads version {VERSION}")
+    try:
+        origin = Origin(**manifest["origin"])
+        recipe = Recipe.from_dict(manifest["recipe"], f"{where}: recipe")
+        table = {name: (tuple(p["shape"]), p["dtype"], p["sha256"]) for name, p in manifest["parameters"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where}: not a whole manifest: {error!r}") from None
+    dense, _ = build(origin, family_of, where)
+    tree = pipeline.run(with_formats(dense, origin.formats), recipe)[0][-1]
+    _check_text(folder, tree)
+    arrays = _restore(folder, table)
+    tokenizer = Tokenizer.from_hf_dir(folder) if (folder / "tokenizer.json").exists() else None
+
+    def read(path: str):
+        value = ir.get(tree, path).get_value()
+        return jax.tree.unflatten(jax.tree.structure(value), [arrays[name] for name in names(path, value)])
+
+    return Source(tree=tree, read=read, origin=origin, tokenizer=tokenizer, recipe=recipe)
+
+
+def with_formats(tree: nnx.Module, formats: Mapping[str, str]) -> nnx.Module:
+    """A dense abstract tree with the parameters that the file kept packed in their formats."""
+    out = ir.shallow(tree)
+    for path, text in formats.items():
+        owner, _, last = path.rpartition("/")
+        module = ir.get(out, owner)
+        variable = getattr(module, last)
+        shape = variable.get_value().shape
+        axis = -1 if path == "embed/table" else -2
+        length = shape[axis]
+        rows = shape if axis == -1 else shape[::-1]
+        format_ = parse(text)
+        data = jax.ShapeDtypeStruct((*rows[:-1], format_.packed(length)), np.uint8)
+        packed = QTensor(data=data, format=format_, length=length, axis=axis, dtype=variable.get_value().dtype)
+        setattr(module, last, nnx.Param(packed, axes=variable.get_metadata().get("axes")))
+    return out
+
+
+def flatten(tree: nnx.Module) -> dict[str, jax.Array]:
+    """Every array of the tree by `path` or `path.part`."""
+    arrays = {}
+    for path, variable in ir.params(tree).items():
+        value = variable.get_value()
+        arrays |= dict(zip(names(path, value), jax.tree.leaves(value), strict=True))
+    return arrays
+
+
+def names(path: str, value) -> list[str]:
+    """Names of a parameter's arrays, in the order of its leaves."""
+    if not is_qtensor(value):
+        return [path]
+    return [f"{path}.{part}" for part in ("data", "scale", "zero") if getattr(value, part) is not None]
+
+
+def _restore(folder: Path, table) -> dict[str, Any]:
+    abstract = {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype, _) in table.items()}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore((folder / WEIGHTS).resolve(), abstract)
+    except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / WEIGHTS}: damaged or incomplete: {first}") from None
+    for name, (_, _, digest) in table.items():
+        if _sha256(arrays[name]) != digest:
+            raise CheckpointError(f"{folder / WEIGHTS}: array {name} does not have the hash that the manifest gives it")
+    return arrays
+
+
+def _check_text(folder: Path, tree: nnx.Module) -> None:
+    stored, now = (folder / IR).read_text(encoding="utf-8"), ir.describe(tree)
+    if stored != now:
+        line = next((pair for pair in zip(stored.splitlines(), now.splitlines(), strict=False) if pair[0] != pair[1]), ("", ""))
+        raise CheckpointError(
+            f"{folder / IR}: this optx builds another tree from the export's config and recipe; "
+            f"stored {line[0].strip()!r}, now {line[1].strip()!r}"
+        )
+
+
+def _sha256(array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
+
+
+class atomic_folder:
+    """A folder that appears whole or not at all: written beside its place under another name, then renamed."""
+
+    def __init__(self, folder: Path, overwrite: bool = False):
+        self.folder, self.overwrite = folder, overwrite
+
+    def __enter__(self) -> Path:
+        occupied = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        if occupied and not self.overwrite:
+            raise CheckpointError(f"{self.folder}: exists and is not empty; choose another folder or pass overwrite")
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        name = f".{self.folder.name}.partial-"
+        self.partial = Path(tempfile.mkdtemp(prefix=name, dir=self.folder.parent.resolve()))
+        os.chmod(self.partial, 0o777 & ~_umask())
+        return self.partial
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        if self.folder.exists():
+            old = self.partial.with_name(self.partial.name + "-old")
+            self.folder.rename(old)
+            self.partial.rename(self.folder)
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        else:
+            self.partial.rename(self.folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

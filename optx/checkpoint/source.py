@@ -1,0 +1,163 @@
+"""A model that can be read block by block: an abstract tree, and a way to read each parameter."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+from flax import nnx
+
+from optx import ir
+from optx.checkpoint import gguf, hf
+from optx.checkpoint.config import Fields
+from optx.checkpoint.mapping import Raw, bind
+from optx.errors import CheckpointError, OptxError
+from optx.formats import parse
+from optx.checkpoint.ggml_blocks import BLOCKS
+from optx.tensor import Tensor
+from optx.tokenizer import Tokenizer
+
+FamilyOf = Callable[[object, str], ModuleType]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a model came from: enough to build its abstract tree again."""
+
+    name: str
+    kind: str  # "hf", "gguf" or "module"
+    config: dict[str, Any]  # HF-style; empty for a user's module
+    dtype: str
+    packed: bool = False
+    formats: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> format of parameters packed in the file
+    bytes: int = 0  # of the file or files
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model not loaded yet. `tree` is abstract, in the form that `read(path)` gives each parameter."""
+
+    tree: nnx.Module
+    read: Callable[[str], Tensor]
+    origin: Origin
+    tokenizer: Tokenizer | None = None
+    recipe: Any = None  # the recipe that an export was compiled with; None: not compiled
+
+    def segments(self) -> list[str]:
+        """Paths of the blocks that stream in one after the other: `embed`, `layers/0`, ..., `norm`."""
+        return [path for path, _ in ir.children(self.tree)]
+
+    def block(self, prefix: str) -> nnx.Module:
+        """The block at `prefix` with its weights."""
+        return fill(ir.get(self.tree, prefix), lambda path: self.read(f"{prefix}/{path}"))
+
+    def blocks(self) -> Iterator[tuple[str, nnx.Module]]:
+        for prefix in self.segments():
+            yield prefix, self.block(prefix)
+
+    def load(self) -> nnx.Module:
+        """The whole model with its weights."""
+        tree = ir.shallow(self.tree)
+        for prefix, block in self.blocks():
+            ir.put(tree, prefix, block)
+        return tree
+
+    def __str__(self):
+        return ir.describe(self.tree)
+
+
+def fill(tree: nnx.Module, read: Callable[[str], Tensor]) -> nnx.Module:
+    """A copy of an abstract tree with every parameter read."""
+    out = ir.shallow(tree)
+    for path, variable in ir.params(tree).items():
+        owner, _, last = path.rpartition("/")
+        value = nnx.Param(read(path), axes=variable.get_metadata().get("axes"))
+        setattr(ir.get(out, owner), last, value)
+    return out
+
+
+def from_module(model: nnx.Module, name: str = "module", tokenizer: Tokenizer | None = None) -> Source:
+    """A module in memory, concrete or abstract, as a source."""
+    values = {path: v.get_value() for path, v in ir.params(model).items()}
+    dtype = str(next(iter(jax.tree.leaves(values))).dtype)
+    origin = Origin(name=name, kind="module", config={}, dtype=dtype, bytes=ir.weight_bytes(model))
+    return Source(tree=ir.abstract(model), read=values.__getitem__, origin=origin, tokenizer=tokenizer)
+
+
+def open_hf(folder: Path, family_of: FamilyOf, *, dtype: str | None) -> Source:
+    """An HF directory; dtype None: the checkpoint's own."""
+    where = str(folder / "config.json")
+    config = hf.read_config(folder)
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method")
+        raise CheckpointError(f"{where}: quantized checkpoint ({method}); supported here: dense safetensors, and GGUF")
+    raws = hf.read_tensors(folder)
+    dtype = dtype or _common_dtype(raws, folder)
+    origin = Origin(name=folder.name, kind="hf", config=config, dtype=dtype, bytes=_size(folder.glob("*.safetensors")))
+    tree, family = build(origin, family_of, where)
+    weights = bind(
+        tree, family.ROWS, raws, kind="hf", packed=False, dtype=dtype, where=str(folder),
+        ignored=(*family.IGNORED, *(("lm_head.weight",) if tree.output is None else ())),
+    )  # fmt: skip
+    return Source(tree=weights.tree, read=weights.load, origin=origin, tokenizer=_hf_tokenizer(folder))
+
+
+def open_gguf(path: Path, family_of: FamilyOf, *, dtype: str, packed: bool) -> Source:
+    """A GGUF file. packed: block formats stay as they are in the file."""
+    file = gguf.read_gguf(path)
+    raws = {name: _raw(tensor, path) for name, tensor in file.tensors.items()}
+    family = family_of(file.metadata.get("general.architecture"), str(path))
+    config = family.gguf_config(Fields(file.metadata, str(path)), file.tensors)
+    config["model_type"] = family.HF_TYPES[0]
+    origin = Origin(name=path.stem, kind="gguf", config=config, dtype=dtype, packed=packed, bytes=path.stat().st_size)
+    tree = family.from_hf(Fields(config, str(path)), dtype)
+    weights = bind(
+        tree, family.ROWS, raws, kind="gguf", packed=packed, dtype=dtype, ignored=family.IGNORED, where=str(path)
+    )
+    formats = {p: str(raw.format) for p, (raw, _) in weights.sources.items() if packed and raw.format is not None}
+    return Source(
+        tree=weights.tree,
+        read=weights.load,
+        origin=dataclasses.replace(origin, formats=formats),
+        tokenizer=Tokenizer.from_gguf(file.metadata),
+    )
+
+
+def build(origin: Origin, family_of: FamilyOf, where: str) -> tuple[nnx.Module, ModuleType]:
+    """The abstract dense tree of an origin's config, and its family."""
+    family = family_of(origin.config.get("model_type"), where)
+    return family.from_hf(Fields(origin.config, where), origin.dtype), family
+
+
+def _raw(tensor, path: Path) -> Raw:
+    packed = tensor.type in BLOCKS
+    return Raw(
+        name=tensor.name,
+        shape=tensor.shape,
+        dtype=tensor.type.lower(),
+        read=tensor.read,
+        format=parse(tensor.type) if packed else None,
+        where=str(path),
+    )
+
+
+def _common_dtype(raws: dict[str, Raw], folder: Path) -> str:
+    """The dtype of most of the checkpoint's numbers."""
+    if not raws:
+        raise CheckpointError(f"{folder}: holds no tensor")
+    return max(raws.values(), key=lambda raw: len(raw.shape)).dtype
+
+
+def _hf_tokenizer(folder: Path) -> Tokenizer | None:
+    return Tokenizer.from_hf_dir(folder) if (folder / "tokenizer.json").exists() else None
+
+
+def _size(paths) -> int:
+    return sum(os.path.getsize(path) for path in paths)
+
+
+def describe_error(error: OSError, path: Path) -> OptxError:
+    return CheckpointError(f"{path}: cannot be read: {error.strerror or error}")

@@ -1,0 +1,200 @@
+"""The loop: admit requests, prefill a chunk or decode all rows, hand out tokens."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optx.cache import Caches, Layout
+from optx.engine.pages import PagePool, PageTable
+from optx.engine.request import Request, Sampling
+from optx.engine.step import Program, Stepper, Tick
+from optx.errors import RequestError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Room and chunk sizes of an engine. Sizes are fixed at start: every tick runs a program compiled for one of them."""
+
+    rows: int = 8  # requests decoded at once
+    context: int | None = None  # longest prompt + answer, tokens; None: the model's
+    page_size: int = 64  # tokens a cache page
+    chunks: tuple[int, ...] = (16, 64, 256, 512)  # prompt tokens a prefill tick, padded up to one of these
+    pages: int | None = None  # pages a token group; None: enough for all rows at full context
+
+
+class Engine:
+    """Continuous batching over a lowered program: `add_request`, `step` until `idle`; `stream` yields one answer."""
+
+    def __init__(self, program: Program, options: EngineOptions = EngineOptions(), eos_ids: Sequence[int] = ()):
+        self.options = options
+        self.eos_ids = frozenset(eos_ids)
+        self.context = min(options.context or program.context, program.context)
+        self._stepper = Stepper(program)
+        self._tables = [self._page_table(spec) for spec in program.plan.groups]
+        layouts = [
+            Layout(pages=table.pool.pages, page_size=options.page_size, slots=options.rows) for table in self._tables
+        ] or [Layout(pages=1, page_size=options.page_size, slots=options.rows)]
+        self._caches: Caches = program.plan.init(layouts)
+        self._newest = jnp.zeros(options.rows, jnp.int32)
+        self._rows: list[Request | None] = [None] * options.rows
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._prefilling: collections.deque[Request] = collections.deque()
+        self._count = 0
+
+    def _page_table(self, spec) -> PageTable:
+        size, rows = self.options.page_size, self.options.rows
+        width = PageTable.width_for(spec, self.context, self.options.chunks[-1], size)
+        pool = PagePool(self.options.pages or width * rows)
+        return PageTable(spec, pool, rows=rows, width=width, page_size=size)
+
+    @property
+    def compiles(self) -> int:
+        """Programs compiled so far; constant once every chunk size and the decode tick have run (`warm_up`)."""
+        return self._stepper.compiles
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._prefilling and all(request is None for request in self._rows)
+
+    def add_request(self, prompt: Sequence[int], sampling: Sampling = Sampling()) -> Request:
+        """Queues a prompt of token ids. Raises RequestError when it is empty, has unknown types or exceeds the context."""
+        prompt = [int(token) for token in prompt]
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        room = self.context - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and the context is {self.context}; shorten it to {self.context - 1}"
+            )
+        if sampling.max_tokens > room:
+            sampling = dataclasses.replace(sampling, max_tokens=room)
+        stops = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
+        request = Request(id=self._count, prompt=prompt, sampling=sampling, stop_ids=stops)
+        self._count += 1
+        self._waiting.append(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """Ends a request now and frees what it held."""
+        if request.finish is None:
+            self._finish(request, "abort")
+
+    def step(self) -> list[tuple[Request, int]]:
+        """One tick: a prefill chunk if a prompt is unfinished, else one token for every running row.
+
+        -> (request, token) of every token produced; a request that ended has `finish` set.
+        """
+        self._admit()
+        if self._prefilling:
+            return self._prefill(self._prefilling[0])
+        running = [request for request in self._rows if request is not None]
+        return self._decode(running) if running else []
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling = Sampling()) -> Iterator[int]:
+        """Tokens of one request as they come; other requests advance beside it."""
+        request = self.add_request(prompt, sampling)
+        try:
+            while request.finish is None:
+                yield from [token for owner, token in self.step() if owner is request]
+        finally:
+            self.abort(request)
+
+    def run(self, on_token: Callable[[Request, int], None] | None = None) -> None:
+        """Steps until idle."""
+        while not self.idle:
+            for request, token in self.step():
+                if on_token is not None:
+                    on_token(request, token)
+
+    def warm_up(self, greedy: bool = True) -> None:
+        """Compiles every program, so that no later request waits for one."""
+        assert self.idle, "warm up before the first request"
+        sampling = Sampling(max_tokens=2, temperature=0.0 if greedy else 1.0, ignore_eos=True)
+        for chunk in self.options.chunks:
+            if chunk + 2 <= self.context:
+                self.add_request([0] * chunk, sampling)
+                self.run()
+
+    def _admit(self) -> None:
+        while self._waiting and None in self._rows:
+            request = self._waiting.popleft()
+            request.row = self._rows.index(None)
+            self._rows[request.row] = request
+            self._prefilling.append(request)
+
+    def _prefill(self, request: Request) -> list[tuple[Request, int]]:
+        start = request.computed
+        count = min(len(request.prompt) - start, self.options.chunks[-1])
+        width = next(chunk for chunk in self.options.chunks if chunk >= count)
+        tokens = np.zeros(width, np.int32)
+        tokens[:count] = request.prompt[start : start + count]
+        (chosen,) = self._dispatch([request], tokens, [count], width)
+        if request.computed < len(request.prompt):
+            return []
+        self._prefilling.popleft()
+        return self._emit(request, int(chosen))
+
+    def _decode(self, running: list[Request]) -> list[tuple[Request, int]]:
+        rows: list[Request | None] = list(self._rows)
+        tokens = np.full(len(rows), -1, np.int32)
+        chosen = self._dispatch(rows, tokens, [0 if r is None else 1 for r in rows], 1)
+        return [out for request in running for out in self._emit(request, int(chosen[request.row]))]
+
+    def _dispatch(self, batch: list[Request | None], tokens: np.ndarray, counts: list[int], width: int) -> np.ndarray:
+        """Runs one tick over `batch` (None: an idle row) and returns the chosen token of every row."""
+        b = len(batch)
+        live = [(i, request) for i, request in enumerate(batch) if request is not None]
+        slots = np.full(b, self.options.rows, np.int32)
+        starts, seeds, sampling = np.zeros(b, np.int32), np.zeros(b, np.uint32), np.ones((b, 3), np.float32)
+        writes = [np.full(b * width, table.pool.pages * table.page_size, np.int32) for table in self._tables]
+        for i, request in live:
+            how = request.sampling
+            slots[i], starts[i], seeds[i] = request.row, request.computed, how.seed
+            sampling[i] = how.temperature, how.top_k, how.top_p
+            for table, write in zip(self._tables, writes, strict=True):
+                write[i * width : i * width + counts[i]] = table.append(request.row, counts[i])
+            request.computed += counts[i]
+        rows = np.minimum(slots, self.options.rows - 1)
+        tick = Tick(
+            tokens=tokens,
+            counts=np.asarray(counts, np.int32),
+            starts=starts,
+            slots=slots,
+            tables=tuple(table.table[None, rows] for table in self._tables),
+            lengths=tuple(np.where(slots < self.options.rows, table.lengths[rows], 0)[None] for table in self._tables),
+            writes=tuple(writes),
+            seeds=seeds,
+            sampling=sampling,
+        )
+        greedy = all(request.sampling.temperature == 0 for _, request in live)
+        self._caches, self._newest, chosen = self._stepper(self._caches, self._newest, tick, rows=b, greedy=greedy)
+        return np.asarray(jax.device_get(chosen))
+
+    def _emit(self, request: Request, token: int) -> list[tuple[Request, int]]:
+        request.output.append(token)
+        if token in request.stop_ids:
+            self._finish(request, "stop")
+        elif len(request.output) >= request.sampling.max_tokens:
+            self._finish(request, "length")
+        return [(request, token)]
+
+    def _finish(self, request: Request, why: str) -> None:
+        request.finish = why
+        if request.row < 0:
+            self._waiting.remove(request)
+            return
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+        for table in self._tables:
+            table.free(request.row)
+        self._rows[request.row] = None
+
+    def check(self) -> None:
+        """When idle, every page is free: raises AssertionError for a leak."""
+        assert self.idle
+        for table in self._tables:
+            assert table.pool.available == table.pool.pages, "cache pages leaked"

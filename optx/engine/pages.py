@@ -1,0 +1,150 @@
+"""Which row owns which pages: allocation with reference counts, page tables by group, windows that free passed pages."""
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+
+from optx.cache import CacheSpec
+from optx.errors import RequestError
+
+
+class OutOfPages(RequestError):
+    """The pool has no free page; nothing was allocated."""
+
+
+class PagePool:
+    """Page numbers 0 .. pages - 1 with reference counts."""
+
+    def __init__(self, pages: int):
+        self.pages = pages
+        self.references = np.zeros(pages, np.int32)
+        self._free = collections.deque(range(pages))
+
+    @property
+    def available(self) -> int:
+        return len(self._free)
+
+    def allocate(self) -> int:
+        """Raises OutOfPages."""
+        if not self._free:
+            raise OutOfPages(f"all {self.pages} cache pages are in use; finish or abort requests, or make more pages")
+        page = self._free.popleft()
+        assert self.references[page] == 0
+        self.references[page] = 1
+        return page
+
+    def retain(self, page: int) -> None:
+        assert self.references[page] > 0
+        self.references[page] += 1
+
+    def release(self, page: int) -> None:
+        assert self.references[page] > 0
+        self.references[page] -= 1
+        if self.references[page] == 0:
+            self._free.append(page)
+
+
+class PageTable:
+    """Pages of every row of one cache group, in the order in which their tokens were appended.
+
+    `table` int32[rows, width] and `lengths` int32[rows] go to the device as they are. A page holds positions
+    first .. first + page_size - 1; with a window, pages that no later query can see are freed and the listing closes up.
+    """
+
+    def __init__(self, spec: CacheSpec, pool: PagePool, *, rows: int, width: int, page_size: int):
+        self.pool, self.page_size = pool, page_size
+        self.window, self.sinks = spec.window, spec.sinks
+        self.table = np.zeros((rows, width), np.int32)
+        self.lengths = np.zeros(rows, np.int32)  # slots in use in the row's listing
+        self._first = np.zeros((rows, width), np.int64)  # position of the first token of each listed page
+        self._next = np.zeros(rows, np.int64)  # position of the next token
+        self._freed = np.zeros(rows, np.int64)  # end of the positions that the window has freed
+
+    @staticmethod
+    def width_for(spec: CacheSpec, context: int, chunk: int, page_size: int) -> int:
+        """Pages that one row can list at once, `chunk` new tokens included."""
+        if spec.window is None:
+            return -(-context // page_size)
+        whole = -(-context // page_size)
+        return min(whole, -(-spec.sinks // page_size) + -(-(spec.window + chunk) // page_size) + 1)
+
+    def pages_of(self, row: int) -> int:
+        return -(-int(self.lengths[row]) // self.page_size)
+
+    def append(self, row: int, count: int) -> np.ndarray:
+        """Room for `count` more tokens of a row: their flat slots int32[count]. Frees passed pages first.
+
+        Raises: OutOfPages, with the row as it was (apart from freed pages).
+        """
+        self._free_passed(row)
+        length, size = int(self.lengths[row]), self.page_size
+        have, need = self.pages_of(row), -(-(length + count) // size)
+        if need - have > self.pool.available:
+            raise OutOfPages(
+                f"a row needs {need - have} more cache pages of {size} tokens and {self.pool.available} are free"
+            )
+        for index in range(have, need):
+            self.table[row, index] = self.pool.allocate()
+            self._first[row, index] = self._next[row] + (index * size - length)
+        slots = length + np.arange(count)
+        self.lengths[row] += count
+        self._next[row] += count
+        return (self.table[row, slots // size] * size + slots % size).astype(np.int32)
+
+    def _free_passed(self, row: int) -> None:
+        """Frees full pages whose positions are all before the next query's window and past the sinks."""
+        if self.window is None:
+            return
+        first = self._first[row, : self.lengths[row] // self.page_size].copy()
+        oldest = self._next[row] - self.window + 1
+        passed = (first + self.page_size <= oldest) & (first >= self.sinks)
+        for index in np.flatnonzero(passed)[::-1]:
+            self.pool.release(int(self.table[row, index]))
+            self._freed[row] = max(self._freed[row], first[index] + self.page_size)
+            for listing in (self.table, self._first):
+                listing[row, index:-1] = listing[row, index + 1 :]
+            self.lengths[row] -= self.page_size
+
+    def truncate(self, row: int, tokens: int) -> None:
+        """Drops the newest tokens until the row has seen `tokens`. Raises RequestError when a window freed them."""
+        drop = int(self._next[row]) - tokens
+        if tokens < 0 or drop < 0:
+            raise RequestError(f"cannot truncate to {tokens} tokens; allowed: 0 to {int(self._next[row])}")
+        if drop and tokens - (self.window or 0) + 1 < self._freed[row]:
+            raise RequestError(
+                f"cannot step back to {tokens} of {int(self._next[row])} tokens: the window of {self.window} has freed "
+                f"tokens before position {int(self._freed[row])}; compute the row again from its start"
+            )
+        keep = -(-(int(self.lengths[row]) - drop) // self.page_size)
+        for index in range(keep, self.pages_of(row)):
+            self.pool.release(int(self.table[row, index]))
+        self.lengths[row] -= drop
+        self._next[row] = tokens
+
+    def fork(self, row: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row `new` (empty) gets the tokens of `row`: full pages are shared, a partial last one is copied.
+
+        -> flat slots (source, destination) to copy on the device, empty when nothing is partial.
+        """
+        assert self.lengths[new] == 0, f"row {new} is in use"
+        full, rest = divmod(int(self.lengths[row]), self.page_size)
+        moves: Sequence[int] = range(0)
+        if rest:
+            self.table[new, full] = self.pool.allocate()
+            moves = range(rest)
+        for index in range(full):
+            self.pool.retain(int(self.table[row, index]))
+        self.table[new, :full] = self.table[row, :full]
+        self._first[new] = self._first[row]
+        for per_row in (self.lengths, self._next, self._freed):
+            per_row[new] = per_row[row]
+        offsets = np.asarray(moves, np.int32)
+        return (int(self.table[row, full]) * self.page_size + offsets if rest else offsets,
+                int(self.table[new, full]) * self.page_size + offsets if rest else offsets)  # fmt: skip
+
+    def free(self, row: int) -> None:
+        for index in range(self.pages_of(row)):
+            self.pool.release(int(self.table[row, index]))
+        for per_row in (self.lengths, self._next, self._freed):
+            per_row[row] = 0

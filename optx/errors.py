@@ -1,0 +1,57 @@
+"""Errors for people: what, where, got, allowed, next step."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class OptxError(Exception):
+    """Base of every error that optx raises for something the caller can mend."""
+
+
+class CheckpointError(OptxError):
+    """A model file is missing, damaged, unsafe or does not fit its config."""
+
+
+class ConfigError(OptxError):
+    """A model config names an architecture or a field that is not supported."""
+
+
+class FormatError(OptxError):
+    """A tensor cannot be stored in, or read from, the format asked for."""
+
+
+class RecipeError(OptxError):
+    """A recipe has an unknown key, a wrong value or a rule that matched nothing."""
+
+
+class PassError(OptxError):
+    """A pass met a module that it cannot rewrite."""
+
+
+class LegalityError(OptxError):
+    """A recipe combines techniques that are known not to stack."""
+
+
+class VerifyError(OptxError):
+    """A rewritten tree breaks one of the verifier's rules."""
+
+
+class LoweringError(OptxError):
+    """No kernel takes an op on the target, or a required backend declined it."""
+
+
+class RequestError(OptxError):
+    """A generation request cannot be served: empty, too long, bad sampling values."""
+
+
+class UsageError(OptxError):
+    """A command line has a wrong verb, flag or path."""
+
+
+def did_you_mean(got: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'group'?` for the nearest allowed name, else `; allowed: a, b, c`."""
+    names = sorted(str(name) for name in allowed)
+    near = difflib.get_close_matches(got, names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; allowed: {', '.join(names)}" if names else ""

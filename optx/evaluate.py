@@ -1,0 +1,136 @@
+"""Quality on text: perplexity, and against a reference model KL divergence and top-1 agreement.
+
+Protocol: the text is tokenized once, cut into windows of `context` tokens at `stride`, each window starts with the model's
+first token where it has one (then context - 1 tokens of text), and every token after the window's first is scored; with a
+stride below the window, only the tokens that no earlier window scored.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from optx.errors import RequestError
+
+
+class Model(Protocol):
+    """What is evaluated: a compiled model."""
+
+    program: Any
+    tokenizer: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Figures over all scored tokens."""
+
+    perplexity: float
+    bits_per_byte: float
+    windows: int
+    tokens: int  # scored
+    kl: float | None = None  # mean KL(reference || model), nats a token
+    top1: float | None = None  # share of tokens whose most likely next token agrees with the reference
+
+    def to_dict(self) -> dict:
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def windows_of(ids: list[int], context: int, stride: int, first: int | None) -> list[tuple[list[int], int]]:
+    """(window, index of its first scored token); windows are full but for the last with a stride below the window."""
+    room = context - (first is not None)
+    out = []
+    for start in range(0, len(ids), stride):
+        chunk = ids[start : start + room]
+        if len(chunk) < room and stride >= room and start:
+            break  # a short last window is dropped where windows do not overlap
+        window = chunk if first is None else [first, *chunk]
+        fresh = 1 if start == 0 else max(1, len(window) - stride)
+        if len(window) > fresh:
+            out.append((window, fresh))
+        if start + room >= len(ids):
+            break
+    return out
+
+
+def evaluate(
+    model: Model,
+    text: str,
+    *,
+    context: int = 1024,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    against: Model | None = None,
+    batch: int = 1,
+    progress: bool = False,
+) -> Evaluation:
+    """Perplexity of `model` on `text`. stride None: context, less the model's first token (every token scored once).
+
+    Raises: RequestError for a text too short to score, a context beyond the model's, other vocabularies than `against`'s.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise RequestError("evaluate: the model has no tokenizer, so a text cannot be scored")
+    if not 2 <= context <= model.program.context:
+        raise RequestError(f"evaluate: context {context}; allowed: 2 to the model's {model.program.context}")
+    first = tokenizer.bos_id if tokenizer.add_bos else None
+    step = stride or context - (first is not None)
+    if not 1 <= step <= context:
+        raise RequestError(f"evaluate: stride {step}; allowed: 1 to the context, {context}")
+    ids = tokenizer.encode(text, add_special=False)
+    windows = windows_of(ids, context, step, first)[:max_windows]
+    if not windows:
+        raise RequestError(f"evaluate: the text has {len(ids)} tokens; at least 2 are needed")
+    total = np.zeros(4)
+    scored_bytes = 0
+    bar = tqdm(windows, desc="evaluate", unit="window", disable=not progress)
+    for window, fresh in bar:
+        total += _score(model, against, window, fresh, context)
+        scored_bytes += len(tokenizer.decode(window[fresh:], skip_special=False).encode())
+        bar.set_postfix(perplexity=f"{math.exp(total[0] / total[3]):.4f}")
+    nll, kl, agree, count = total
+    return Evaluation(
+        perplexity=math.exp(nll / count),
+        bits_per_byte=nll / math.log(2) / max(scored_bytes, 1),
+        windows=len(windows),
+        tokens=int(count),
+        kl=kl / count if against is not None else None,
+        top1=agree / count if against is not None else None,
+    )
+
+
+def _score(model, against, window, fresh, context) -> np.ndarray:
+    """[sum of -log p, sum of KL, agreements, tokens] over the window's tokens from `fresh` on."""
+    length = len(window)
+    tokens = np.zeros((1, context), np.int32)
+    tokens[0, :length] = window
+    weight = np.zeros(context, np.float32)
+    weight[fresh:length] = 1
+    counts = jnp.asarray([length], jnp.int32)
+    logits = model.program.forward(model.program.leaves, tokens, counts)[0]
+    if against is None:
+        nll = _nll(logits, tokens[0], weight)
+        return np.asarray([float(nll), 0, 0, weight.sum()])
+    other = against.program.forward(against.program.leaves, tokens, counts)[0]
+    if other.shape != logits.shape:
+        raise RequestError(f"evaluate: vocabularies of {logits.shape[-1]} and {other.shape[-1]} tokens cannot be compared")
+    return np.asarray([*map(float, _compare(logits, other, tokens[0], weight)), weight.sum()])
+
+
+@jax.jit
+def _nll(logits, tokens, weight):
+    """-sum log p(token t | logits t - 1) over tokens of weight 1."""
+    chosen = jnp.take_along_axis(logits[:-1], tokens[1:, None], axis=-1)[:, 0]
+    return jnp.sum((jax.nn.logsumexp(logits[:-1], axis=-1) - chosen) * weight[1:])
+
+
+@functools.partial(jax.jit)
+def _compare(logits, other, tokens, weight):
+    log_p, log_q = jax.nn.log_softmax(other[:-1], axis=-1), jax.nn.log_softmax(logits[:-1], axis=-1)
+    kl = jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * weight[1:])
+    agree = jnp.sum((jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)) * weight[1:])
+    return _nll(logits, tokens, weight), kl, agree

@@ -1,0 +1,269 @@
+"""The module tree as an intermediate representation: walk it, print it, compare it, rebuild it out of place.
+
+Paths are attribute names and list indices joined by `/`: `layers/3/mixer/q`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optx import tensor
+from optx.errors import PassError, did_you_mean
+from optx.tensor import is_qtensor
+
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int32": "i32", "int8": "i8"}
+FOLDED_ATTRIBUTES = ("choices",)  # shown by `explain`, not by `describe`
+
+
+def children(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Direct submodules as (relative path, module), list entries as `name/i`, in the order of their definition."""
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.List):
+            yield from ((f"{name}/{i}", item) for i, item in enumerate(value) if isinstance(item, nnx.Module))
+        elif isinstance(value, nnx.Module):
+            yield name, value
+
+
+def walk(module: nnx.Module, path: str = "") -> Iterator[tuple[str, nnx.Module]]:
+    """Every module of the tree, parents first, with its path; the root's path is ''."""
+    yield path, module
+    for name, child in children(module):
+        yield from walk(child, f"{path}/{name}" if path else name)
+
+
+def params(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """Direct and nested Variables by path; a Variable that stands in two places appears under both."""
+    return {
+        f"{path}/{name}".lstrip("/"): value
+        for path, node in walk(module)
+        for name, value in vars(node).items()
+        if isinstance(value, nnx.Variable)
+    }
+
+
+def get(module: nnx.Module, path: str) -> Any:
+    """The module or attribute at `path`. Raises PassError naming the nearest child."""
+    node = module
+    for part in path.split("/") if path else ():
+        try:
+            node = node[int(part)] if part.isdigit() else getattr(node, part)
+        except (AttributeError, IndexError, TypeError):
+            names = _public(node) if isinstance(node, nnx.Pytree) else ()
+            raise PassError(f"{path}: nothing at {part!r}{did_you_mean(part, names)}") from None
+    return node
+
+
+def replace(module: nnx.Module, **changes) -> nnx.Module:
+    """A copy of `module` with attributes set; variables and other attributes are shared, the original stays as it was.
+
+    A plain value given for a parameter becomes a new parameter with the old one's metadata: never a write into it.
+    Raises: PassError for an attribute that the module does not have.
+    """
+    copy = shallow(module)
+    for name, value in changes.items():
+        if name not in vars(module):
+            raise PassError(f"{type(module).__name__} has no attribute {name!r}{did_you_mean(name, _public(module))}")
+        old = vars(module)[name]
+        if isinstance(old, nnx.Variable) and value is not None and not isinstance(value, nnx.Variable):
+            value = type(old)(value, axes=old.get_metadata().get("axes"))
+        setattr(copy, name, value)
+    return copy
+
+
+def shallow(module: nnx.Module) -> nnx.Module:
+    """New module objects over the same Variables."""
+    return _ordered(module, nnx.clone(module, variables=False))
+
+
+def _ordered(like: nnx.Module, module: nnx.Module) -> nnx.Module:
+    """Puts attributes back into the order of `like`: flax sorts them when it rebuilds, and printing follows it."""
+    for (_, old), (_, new) in zip(walk(like), walk(_sort_attributes(like, module)), strict=True):
+        _sort_attributes(old, new)
+    return module
+
+
+def _sort_attributes(like, module):
+    attributes = vars(module)
+    values = {name: attributes[name] for name in vars(like) if name in attributes}
+    attributes.clear()
+    attributes.update(values)
+    return module
+
+
+def put(module: nnx.Module, path: str, value: nnx.Module) -> None:
+    """Sets the submodule at `path` of a tree made by `shallow` (in place: only for trees that the caller owns).
+
+    Raises: PassError when nothing stands at `path`.
+    """
+    get(module, path)
+    *parents, last = path.split("/")
+    parent = get(module, "/".join(parents))
+    if last.isdigit():
+        parent[int(last)] = value
+    else:
+        setattr(parent, last, value)
+
+
+def abstract(module: nnx.Module) -> nnx.Module:
+    """The same tree with shapes in place of arrays."""
+    graph, state = nnx.split(module)
+    return _ordered(module, nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)))
+
+
+def is_abstract(module: nnx.Module) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(module)))
+
+
+def init_weights(module: nnx.Module, seed: int = 0, scale: float = 1.0) -> nnx.Module:
+    """A concrete copy of an abstract tree with random dense weights, drawn by numpy (fast on a CPU) for tests and benches.
+
+    Matrices ~ N(0, scale^2 / fan_in), vectors of norms stay near their neutral value.
+    """
+    rng = np.random.default_rng(seed)
+    graph, state = nnx.split(module)
+
+    def draw(leaf):
+        x = rng.standard_normal(leaf.shape, dtype=np.float32)
+        x = x * (scale * leaf.shape[-2] ** -0.5) if len(leaf.shape) > 1 else 1 + 0.1 * x
+        return jnp.asarray(x, leaf.dtype)
+
+    return _ordered(module, nnx.merge(graph, jax.tree.map(draw, state)))
+
+
+def signature(module: nnx.Module) -> tuple:
+    """Equal for modules that compute the same function of their weights: structure, specs, formats, shapes, dtypes.
+
+    The graph definition alone does not tell a dense weight from a packed one; the tree of leaves does.
+    """
+    graph, state = nnx.split(module)
+    leaves, treedef = jax.tree.flatten(state)
+    return graph, treedef, tuple((leaf.shape, jnp.dtype(leaf.dtype).name) for leaf in leaves)
+
+
+def weight_bytes(module: nnx.Module) -> int:
+    """Stored bytes of all parameters; a shared one counts once."""
+    return sum(tensor.nbytes(v.get_value()) for v in _distinct(module))
+
+
+def weight_count(module: nnx.Module) -> int:
+    """Numbers that the parameters stand for; a shared one counts once."""
+    return sum(int(np.prod(v.get_value().shape)) for v in _distinct(module))
+
+
+def _distinct(module) -> list[nnx.Variable]:
+    return list({id(v): v for v in params(module).values()}.values())
+
+
+def aliases(module: nnx.Module) -> frozenset[frozenset[str]]:
+    """Groups of paths at which one Variable stands."""
+    groups: dict[int, set[str]] = {}
+    for path, variable in params(module).items():
+        groups.setdefault(id(variable), set()).add(path)
+    return frozenset(frozenset(group) for group in groups.values() if len(group) > 1)
+
+
+def tensor_text(x) -> str:
+    """`f32[576, 1536]`, `int4_g64[576, 1536]`."""
+    kind = str(x.format) if is_qtensor(x) else SHORT.get(jnp.dtype(x.dtype).name, jnp.dtype(x.dtype).name)
+    return f"{kind}{list(x.shape)}"
+
+
+def size_text(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _public(module) -> list[str]:
+    return [name for name in vars(module) if not name.startswith("_")]
+
+
+def _line(module: nnx.Module) -> str:
+    """Class, static attributes and own parameters of one module, without its children."""
+    facts, tensors = [], []
+    for name in _public(module):
+        value = vars(module)[name]
+        if isinstance(value, nnx.Variable):
+            bare = name in ("weight", "table")
+            tensors.append(tensor_text(value.get_value()) if bare else f"{name}={tensor_text(value.get_value())}")
+        elif isinstance(value, nnx.Pytree) or name in FOLDED_ATTRIBUTES or value is None:
+            continue
+        else:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            facts.append(f"{name}=({text})" if " " in text else f"{name}={text}")
+    return " ".join([type(module).__name__, *tensors, *facts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of the printed tree: `count` equal modules at `paths`."""
+
+    path: str
+    depth: int
+    text: str
+    bytes: int
+
+
+def entries(module: nnx.Module, path: str = "", depth: int = 0, times: int = 1) -> Iterator[Entry]:
+    """The tree parents first, equal entries of a list folded into one (`layers/0-4,6-10`)."""
+    own = sum(tensor.nbytes(v.get_value()) for v in vars(module).values() if isinstance(v, nnx.Variable))
+    yield Entry(path, depth, _line(module), own * times)
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.List):
+            folded: dict[tuple, list[int]] = {}
+            for i, item in enumerate(value):
+                folded.setdefault(signature(item), []).append(i)
+            for indices in folded.values():
+                where = f"{path}/{name}/{_ranges(indices)}".lstrip("/")
+                yield from entries(value[indices[0]], where, depth + 1, times * len(indices))
+        elif isinstance(value, nnx.Module):
+            yield from entries(value, f"{path}/{name}".lstrip("/"), depth + 1, times)
+
+
+def _ranges(indices: list[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2,5'."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def summary(module: nnx.Module) -> str:
+    """`134,515,008 params, 538.1 MB, KV 46,080 B/token`."""
+    text = f"{weight_count(module):,} params, {size_text(weight_bytes(module))}"
+    plan = getattr(module, "cache_plan", None)
+    if plan is None:
+        return text
+    specs = [s for s in plan().specs if s is not None]
+    per_token = sum(s.unit_bytes for s in specs if s.holds_tokens)
+    state = sum(s.unit_bytes for s in specs if not s.holds_tokens)
+    return f"{text}, KV {per_token:,.0f} B/token" + (f", state {state:,.0f} B/row" if state else "")
+
+
+def describe(module: nnx.Module) -> str:
+    """The tree as text: one line a module with its class, static facts, parameter types and bytes."""
+    lines = [f"# {summary(module)}"]
+    for entry in entries(module):
+        parts = entry.path.rsplit("/", 2)
+        label = "/".join(parts[-2:]) if parts[-1][:1].isdigit() else parts[-1]
+        size = f"  # {size_text(entry.bytes)}" if entry.bytes >= 1000 else ""
+        lines.append(f"{'  ' * entry.depth}{label + ': ' if label else ''}{entry.text}{size}")
+    return "\n".join(lines) + "\n"
+
+
+def diff(before: nnx.Module, after: nnx.Module) -> str:
+    """What a rewrite changed, line by line with full paths; '' when nothing did."""
+    old, new = ([f"{e.path or '.'}: {e.text}" for e in entries(m)] for m in (before, after))
+    lines = [line for line in difflib.unified_diff(old, new, lineterm="", n=0) if not line.startswith("@@")][2:]
+    return "\n".join(lines) + "\n" if lines else ""

@@ -1,0 +1,133 @@
+"""Attention with any ratio of query to kv heads (MHA, GQA, MQA), windows, softcap, query/key norms, shared caches."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optx.cache import CacheSpec, Ragged, Stream, View
+from optx.errors import ConfigError
+from optx.nn.core import Linear, RMSNorm, Rope
+from optx.pallas import dispatch
+from optx.pallas.attention.reference import Mask
+from optx.pallas.dispatch import OpChoice, OpSite
+
+
+def paged_spec(kv_heads, head_dim, *, dtype, window=None) -> CacheSpec:
+    """K and V of one layer, [K, H] each a token."""
+    shape = (kv_heads, head_dim)
+    streams = (Stream(name="k", shape=shape), Stream(name="v", shape=shape))
+    return CacheSpec(kind="paged", streams=streams, dtype=dtype, window=window)
+
+
+class Attention(nnx.Module):
+    """o(softmax(scale q k^T) v) over what the cache holds; query head n reads kv head n // (N / K).
+
+    The mask's window is the cache's window: what is not stored is not seen.
+    """
+
+    def __init__(
+        self,
+        d,
+        *,
+        heads,
+        kv_heads,
+        head_dim,
+        rope: Rope | None,
+        scale=None,
+        softcap=None,
+        window=None,
+        bias=False,
+        out_bias=False,
+        norm=None,
+        share=None,
+        dtype="float32",
+        rngs=None,
+    ):
+        """norm: a callable that builds the RMSNorm of a head's queries and keys, or None; share: the layer whose cache is
+        read (no k and v projections then). Raises ConfigError when heads do not group."""
+        if heads % kv_heads:
+            raise ConfigError(f"attention: {heads} query heads do not divide into {kv_heads} kv heads")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.softcap = softcap
+        self.rope = rope
+        own = share is None
+
+        def head_linear(n, axis):
+            return Linear(d, n * head_dim, bias=bias, dtype=dtype, axes=("embed", axis), rngs=rngs)
+
+        self.q = head_linear(heads, "heads")
+        self.k = head_linear(kv_heads, "kv_heads") if own else None
+        self.v = head_linear(kv_heads, "kv_heads") if own else None
+        self.o = Linear(heads * head_dim, d, bias=out_bias, dtype=dtype, axes=("heads", "embed"), rngs=rngs)
+        self.q_norm: RMSNorm | None = norm() if norm else None
+        self.k_norm: RMSNorm | None = norm() if norm and own else None
+        self.cache = paged_spec(kv_heads, head_dim, dtype=dtype, window=window).replace(share=share)
+        self.choices: tuple[OpChoice, ...] = ()
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(window=self.cache.window, sinks=self.cache.sinks)
+
+    def __call__(self, x: jax.Array, ragged: Ragged, view: View | None):
+        """x [T, D] -> (y [T, D], the layer's pool or, without caches, the keys and values that later layers share)."""
+        q, k, v = self.project(x)
+        q = q if self.q_norm is None else self.q_norm(q)
+        q = q if self.rope is None else self.rope(q, ragged.positions)
+        if k is not None:
+            k = k if self.k_norm is None else self.k_norm(k)
+            k = k if self.rope is None else self.rope(k, ragged.positions)
+        kwargs = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
+        if view is None or view.writes is None:
+            pool = view.pool if k is None else {"k": k, "v": v}
+            keys, values = ragged.pad(pool["k"]), ragged.pad(pool["v"])
+            args = (ragged.pad(q), keys, values)
+            out, _, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
+            out = ragged.unpad(out)
+        else:
+            pool = view.pool if k is None else self.cache.append(view.pool, {"k": k, "v": v}, view.writes)
+            out, _, _ = dispatch.call(
+                "ragged_paged_attention",
+                self.choices,
+                q,
+                pool["k"],
+                pool["v"],
+                ragged=ragged,
+                positions=view.positions,
+                table=view.table,
+                lengths=view.lengths,
+                **kwargs,
+            )
+        return self.o(out.reshape(x.shape[0], -1)), pool
+
+    def project(self, x):
+        """x [T, D] -> q [T, N, H], k and v [T, K, H], or None for both where another layer's cache is read."""
+        q = self.q(x).reshape(-1, self.heads, self.head_dim)
+        if self.k is None:
+            return q, None, None
+        return q, *(part(x).reshape(-1, self.kv_heads, self.head_dim) for part in (self.k, self.v))
+
+    def op_sites(self) -> tuple[OpSite, ...]:
+        args = {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "cache": self.cache,
+            "mask": self.mask,
+            "softcap": self.softcap,
+        }
+        return tuple(OpSite(op=op, args=args) for op in ("flash_attention", "ragged_paged_attention"))
+
+
+class FusedAttention(Attention):
+    """Attention with q, k and v in one weight [D, (N + 2K) H]."""
+
+    def __init__(self, attn: Attention, qkv: Linear):
+        for name in ("heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "o", "q_norm", "k_norm", "cache"):
+            setattr(self, name, getattr(attn, name))
+        self.qkv = qkv
+        self.choices = attn.choices
+
+    def project(self, x):
+        y = self.qkv(x).reshape(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        return tuple(jnp.split(y, [self.heads, self.heads + self.kv_heads], axis=1))

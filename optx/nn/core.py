@@ -1,0 +1,173 @@
+"""Small parts: Linear, Embed, RMSNorm, gated MLPs, rotary embeddings.
+
+Every part is built *abstract* (parameters are shapes) unless `rngs` is given; a checkpoint fills it. Weights may be dense
+or `QTensor`: no part asks which. Shapes use the letters of `optx.tensor`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optx import tensor
+from optx.errors import ConfigError, did_you_mean
+from optx.pallas import dispatch
+from optx.pallas.dispatch import OpChoice, OpSite
+
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def param(shape, dtype, axes: tuple[str | None, ...], rngs: nnx.Rngs | None, init=None) -> nnx.Param:
+    """A parameter with logical axis names: abstract without rngs, else drawn from `init` (lecun normal by default)."""
+    if rngs is None:
+        return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
+    init = init or nnx.initializers.lecun_normal()
+    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x @ weight + bias with weight [D, F], dense or quantized."""
+
+    def __init__(self, d, f, *, bias=False, dtype="float32", axes=("embed", "mlp"), rngs=None):
+        self.weight = param((d, f), dtype, axes, rngs)
+        self.bias = param((f,), dtype, axes[1:], rngs, nnx.initializers.zeros) if bias else None
+        self.choices: tuple[OpChoice, ...] = ()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = contract(x, self.weight.get_value(), self.choices)
+        return y if self.bias is None else y + self.bias.get_value()
+
+    def op_sites(self) -> tuple[OpSite, ...]:
+        weight = self.weight.get_value()
+        return (OpSite(op="quant_matmul", args={"weight": weight}),) if tensor.is_qtensor(weight) else ()
+
+
+def contract(x, w, choices=()) -> jax.Array:
+    """x[..., D] @ w[D, F], through the quant_matmul op when w is packed."""
+    if tensor.is_qtensor(w):
+        return dispatch.call("quant_matmul", choices, x, w)
+    return tensor.matmul(x, w)
+
+
+class Embed(nnx.Module):
+    """Rows of table [V, D]; `attend` is the tied output head, logits = x @ table.T."""
+
+    def __init__(self, vocab, d, *, scale=1.0, dtype="float32", rngs=None):
+        self.table = param((vocab, d), dtype, ("vocab", "embed"), rngs, nnx.initializers.normal(0.02))
+        self.scale = scale
+        self.choices: tuple[OpChoice, ...] = ()
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = tensor.take(self.table.get_value(), ids)
+        # The factor is rounded to the activations' type, as in the published models.
+        return x if self.scale == 1.0 else x * jnp.asarray(self.scale, x.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return contract(x, self.table.get_value().T, self.choices)
+
+    def op_sites(self) -> tuple[OpSite, ...]:
+        table = self.table.get_value()
+        return (OpSite(op="quant_matmul", args={"weight": table.T}),) if tensor.is_qtensor(table) else ()
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + eps) * (offset + weight), in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, d, *, eps=1e-6, offset=0.0, dtype="float32", axes=("embed",), rngs=None):
+        init = nnx.initializers.ones if offset == 0 else nnx.initializers.zeros
+        self.weight = param((d,), dtype, axes, rngs, init)
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * (self.offset + self.weight.get_value().astype(jnp.float32))).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, d, f, *, activation="silu", bias=False, dtype="float32", rngs=None):
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"activation {activation!r} is not known{did_you_mean(activation, ACTIVATIONS)}")
+        self.gate = Linear(d, f, bias=bias, dtype=dtype, rngs=rngs)
+        self.up = Linear(d, f, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(f, d, bias=bias, dtype=dtype, axes=("mlp", "embed"), rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = self.project(x)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.gate(x), self.up(x)
+
+
+class FusedGatedMLP(GatedMLP):
+    """GatedMLP with gate and up in one weight [D, 2F]: one matmul, one read of x."""
+
+    def __init__(self, gate_up: Linear, down: Linear, *, activation):
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
+
+    def project(self, x):
+        return tuple(jnp.split(self.gate_up(x), 2, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary embedding of the first `dim` numbers of a head, halves rotated against each other (arXiv:2104.09864).
+
+    factor > 1 stretches positions: `linear` divides all frequencies, `llama3` only those of wavelengths longer than
+    original / low_freq, with a smooth step up to original / high_freq (Llama 3.1's config names).
+    """
+
+    theta: float
+    dim: int
+    scaling: str = "none"
+    factor: float = 1.0
+    low_freq: float = 1.0
+    high_freq: float = 4.0
+    original: int = 8192  # context length of pre-training, tokens
+    factors: tuple[float, ...] = ()  # scaling "factors": divides each frequency (GGUF's rope_freqs)
+
+    def frequencies(self) -> np.ndarray:
+        """float32[dim / 2], radians a position."""
+        # HF computes the exponent in float32; staying with it keeps angles equal at long positions.
+        exponent = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
+        freq = (1 / np.float32(self.theta) ** exponent).astype(np.float32)
+        if self.scaling == "none":
+            return freq
+        if self.scaling == "linear":
+            return freq / np.float32(self.factor)
+        if self.scaling == "llama3":
+            wavelength = 2 * math.pi / freq
+            smooth = (self.original / wavelength - self.low_freq) / (self.high_freq - self.low_freq)
+            smooth = np.clip(smooth, 0, 1)
+            return ((1 - smooth) * freq / self.factor + smooth * freq).astype(np.float32)
+        if self.scaling == "factors":
+            return freq / np.asarray(self.factors, np.float32)
+        raise ConfigError(f"rope scaling {self.scaling!r}; allowed: none, linear, llama3, factors")
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """x [T, N, H], positions int32[T] -> x with its first `dim` numbers rotated."""
+        angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.frequencies())
+        cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+        first, second, rest = jnp.split(x.astype(jnp.float32), [self.dim // 2, self.dim], axis=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin, rest]
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+    def __str__(self):
+        stretch = "" if self.scaling == "none" else f" {self.scaling} x{self.factor:g}"
+        return f"rope {self.theta:g}/{self.dim}{stretch}"

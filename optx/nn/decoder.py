@@ -1,0 +1,93 @@
+"""Decoder-only language models: a stack of blocks between an embedding and a head."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optx.cache import Address, CachePlan, Caches, Ragged, View, view
+from optx.nn.core import Embed, Linear, RMSNorm
+
+
+class Block(nnx.Module):
+    """x + post(mixer(norm(x))), then the same around the mlp. `mlp` may be None; post norms are None in most models."""
+
+    def __init__(self, *, norm, mixer, mlp_norm=None, mlp=None, post_norm=None, post_mlp_norm=None):
+        self.norm, self.mixer, self.post_norm = norm, mixer, post_norm
+        self.mlp_norm, self.mlp, self.post_mlp_norm = mlp_norm, mlp, post_mlp_norm
+
+    def __call__(self, x: jax.Array, ragged: Ragged, cache: View | None):
+        """x [T, D] -> (x [T, D], the mixer's pool)."""
+        y, pool = self.mixer(self.norm(x), ragged, cache)
+        x = x + (y if self.post_norm is None else self.post_norm(y))
+        if self.mlp is not None:
+            y = self.mlp(self.mlp_norm(x))
+            x = x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
+        return x, pool
+
+
+class CausalLM(nnx.Module):
+    """logits = head(norm(blocks(embed(tokens)))); `head` None ties it to the embedding."""
+
+    def __init__(self, *, embed: Embed, layers, norm: RMSNorm, head: Linear | None, context: int, logit_softcap=None):
+        """context: longest sequence, tokens."""
+        self.embed = embed
+        self.layers = nnx.List(layers)
+        self.norm = norm
+        self.output = head
+        self.context = context
+        self.logit_softcap = logit_softcap
+
+    def cache_plan(self) -> CachePlan:
+        return CachePlan(specs=tuple(layer.mixer.cache for layer in self.layers))
+
+    def backbone(
+        self,
+        tokens: jax.Array,
+        ragged: Ragged,
+        caches: Caches | None = None,
+        address: Address | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, Caches | None, tuple[jax.Array, ...]]:
+        """tokens int32[T] -> (hidden [T, D] before the head, caches with these tokens appended, inputs of layers `taps`).
+
+        Without caches every row is a self-contained sequence from position 0.
+        """
+        plan = self.cache_plan()
+        x = self.embed(tokens)
+        if caches is not None:
+            caches = _append_positions(caches, address, ragged)
+        pools: list = []
+        tapped = []
+        for i, layer in enumerate(self.layers):
+            if i in taps:
+                tapped.append(x)
+            if caches is None:
+                shared = plan.owner(i) != i
+                cache = View(pool=pools[plan.owner(i)], slots=ragged.starts) if shared else None
+            else:
+                cache = view(plan, Caches(layers=(*pools, *caches.layers[i:]), positions=caches.positions), address, i)
+            x, pool = layer(x, ragged, cache)
+            pools.append({} if caches is not None and plan.owner(i) != i else pool)
+        if caches is not None:
+            caches = Caches(layers=tuple(pools), positions=caches.positions)
+        return self.norm(x), caches, tuple(tapped)
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """Selected rows of the hidden state [M, D] -> float32[M, V]."""
+        logits = self.embed.attend(x) if self.output is None else self.output(x)
+        logits = logits.astype(jnp.float32)
+        return logits if self.logit_softcap is None else self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
+
+    def __call__(self, tokens: jax.Array, counts: jax.Array | None = None) -> jax.Array:
+        """tokens int32[B, T], of which the first `counts` int32[B] are real -> float32[B, T, V]."""
+        batch, length = tokens.shape
+        hidden, _, _ = self.backbone(tokens.reshape(-1), Ragged.dense(batch, length, counts))
+        return self.head(hidden).reshape(batch, length, -1)
+
+
+def _append_positions(caches: Caches, address: Address, ragged: Ragged) -> Caches:
+    positions = tuple(
+        p.reshape(-1).at[writes].set(ragged.positions, mode="drop").reshape(p.shape)
+        for p, writes in zip(caches.positions, address.writes, strict=True)
+    )
+    return Caches(layers=caches.layers, positions=positions)

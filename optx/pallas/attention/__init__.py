@@ -1,0 +1,1 @@
+"""Attention over self-contained sequences (`flash_attention`) and over paged caches."""

@@ -1,0 +1,170 @@
+"""The attention ops in plain JAX: this file defines them, kernels must match it.
+
+One contract for all: queries against keys with a mask by position, grouped heads (query head n reads kv head
+n // (N / K)), and (out, lse, scores?) returned. lse = log sum exp of the masked logits merges partial results;
+rows that see no key give out = 0 and lse = -inf. `scores` is the attention mass by cached slot, summed over queries
+and the query heads of a kv head; it feeds eviction.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from optx.cache import Ragged
+from optx.tensor import Tensor, dense
+
+CHUNK = 512  # queries a block: bounds the [N, Q, S] logits that XLA materialises
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Which keys a query at position p sees. Static: one compiled program a mask."""
+
+    causal: bool = True  # only positions <= p
+    window: int | None = None  # only positions > p - window; None: all
+    sinks: int = 0  # with a window: positions < sinks are seen as well
+
+    def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """Positions int32[..., Q, 1] and int32[..., 1, S] -> bool[..., Q, S]."""
+        seen = key <= query if self.causal else jnp.ones(jnp.broadcast_shapes(query.shape, key.shape), bool)
+        if self.window is None:
+            return seen
+        return seen & ((key > query - self.window) | (key < self.sinks))
+
+
+def attend(q, k, v, mask, *, scale, softcap=None, sink_logits=None, logit_scale=None, want_scores=False):
+    """softmax(scale q k^T) v with a mask.
+
+    q [B, Q, N, H], k [B, S, K, H], v [B, S, K, Hv], mask bool[B, 1 or K, Q, S]; softcap c: c tanh(x / c);
+    sink_logits [N]: a logit a head that takes part in the sum and carries no value (gpt-oss);
+    logit_scale [B, S, K]: multiplies the logits of a cached token (MLA under QK-norm).
+    -> out [B, Q, N, Hv] in q's dtype, lse float32[B, Q, N], scores float32[B, S, K] or None.
+    """
+    b, queries, n, h = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(b, queries, kv_heads, n // kv_heads, h)
+    logits = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=jnp.float32) * scale
+    if logit_scale is not None:
+        logits = logits * jnp.moveaxis(logit_scale, 2, 1)[:, :, None, None]
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[:, :, None], logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    if sink_logits is not None:
+        sink = sink_logits.astype(jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
+        top = jnp.maximum(top, sink)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    weights = jnp.exp(logits - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sink_logits is not None:
+        total = total + jnp.exp(sink - top)
+    weights = weights / jnp.where(total > 0, total, 1)
+    out = jnp.einsum("bkgqs,bskh->bqkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    lse = jnp.moveaxis((jnp.log(total) + top)[..., 0], 3, 1).reshape(b, queries, n)
+    scores = jnp.moveaxis(jnp.sum(weights, axis=(2, 3)), 1, 2) if want_scores else None
+    return out.reshape(b, queries, n, -1).astype(q.dtype), lse, scores
+
+
+def flash_attention(
+    q, k, v, *, mask: Mask = Mask(), scale=None, softcap=None, sink_logits=None, valid=None, segments=None
+):
+    """Attention inside self-contained sequences at positions 0, 1, ...
+
+    q [B, S, N, H], k [B, S, K, H], v [B, S, K, Hv]; valid bool[B, S]: real tokens; segments int32[B, S]: packed
+    sequences that do not see each other. -> (out [B, S, N, Hv], lse float32[B, S, N], None).
+    Equation: Vaswani et al. 2017, arXiv:1706.03762; computed in blocks of queries.
+    """
+    b, length = q.shape[:2]
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    position = jnp.arange(length, dtype=jnp.int32)
+    size = min(CHUNK, length)
+    count = -(-length // size)
+    if count * size != length:
+        q = jnp.pad(q, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
+
+    def block(start):
+        at = start + jnp.arange(size, dtype=jnp.int32)
+        seen = jnp.broadcast_to(mask(at[None, :, None], position[None, None, :]), (b, size, length))
+        if valid is not None:
+            seen = seen & valid[:, None, :]
+        if segments is not None:
+            here = jnp.take(segments, at, axis=1, mode="clip")
+            seen = seen & (here[:, :, None] == segments[:, None, :])
+        part = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
+        return attend(part, k, v, seen[:, None], scale=scale, softcap=softcap, sink_logits=sink_logits)[:2]
+
+    if count == 1:
+        out, lse = block(0)
+    else:
+        out, lse = jax.lax.map(block, jnp.arange(count, dtype=jnp.int32) * size)
+        out, lse = (jnp.moveaxis(x, 0, 1).reshape(b, count * size, *x.shape[3:]) for x in (out, lse))
+    return out[:, :length], lse[:, :length], None
+
+
+def gather_pages(pool: Tensor, table: jax.Array) -> jax.Array:
+    """Pool [pages, P, K, H] (packed or not) listed by table int32[G, B, pages] -> dense [B, S, K, H], S = pages * P."""
+    groups, b, pages = table.shape
+
+    def gather(part):
+        if groups == 1:
+            return part[table[0]].reshape(b, pages * part.shape[1], *part.shape[2:])
+        by_head = jax.vmap(lambda head, listing: head[listing], in_axes=(2, 0), out_axes=3)(part, table)
+        return by_head.reshape(b, pages * part.shape[1], *by_head.shape[3:])
+
+    return dense(jax.tree.map(gather, pool))
+
+
+def paged_attention(
+    q,
+    k_pool,
+    v_pool,
+    *,
+    positions,
+    table,
+    lengths,
+    q_positions,
+    mask: Mask = Mask(),
+    scale=None,
+    softcap=None,
+    sink_logits=None,
+    logit_scale=None,
+    value_dim=None,
+    want_scores=False,
+):
+    """Attention of up to Q new tokens a row over its cached tokens, their own included (`paged_decode` where Q <= 8).
+
+    q [B, Q, N, H]; pools [pages, P, K, H], dense or packed; v_pool None: values are the first `value_dim` numbers of
+    the keys (MLA latents); positions int32[pages, P]; table int32[G, B, pages]; lengths int32[G, B] cached slots;
+    q_positions int32[B, Q]. -> (out [B, Q, N, Hv], lse, scores float32[B, S, K] by slot or None).
+    """
+    k = gather_pages(k_pool, table).astype(q.dtype)
+    v = k[..., :value_dim] if v_pool is None else gather_pages(v_pool, table).astype(q.dtype)
+    groups, b, pages = table.shape
+    at = positions[table].reshape(groups, b, -1)
+    stored = jnp.arange(at.shape[-1]) < lengths[..., None]
+    seen = mask(q_positions[None, :, :, None], at[:, :, None, :]) & stored[:, :, None, :]
+    if logit_scale is not None:
+        logit_scale = gather_pages(logit_scale[..., None], table)[..., 0]
+    # A slot past `lengths` may hold anything, NaN included: 0 * NaN must not reach the sum.
+    real = jnp.moveaxis(stored, 0, 2)[..., None]
+    return attend(
+        q,
+        jnp.where(real, k, 0),
+        jnp.where(real, v, 0),
+        jnp.moveaxis(seen, 0, 1),
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        logit_scale=logit_scale,
+        want_scores=want_scores,
+    )
+
+
+def ragged_paged_attention(q, k_pool, v_pool, *, ragged: Ragged, **kwargs):
+    """`paged_attention` for T ragged tokens q [T, N, H] -> (out [T, N, Hv], lse [T, N], scores); causal in the chunk."""
+    out, lse, scores = paged_attention(
+        ragged.pad(q), k_pool, v_pool, q_positions=ragged.pad(ragged.positions), **kwargs
+    )
+    return ragged.unpad(out), ragged.unpad(lse), scores

@@ -1,0 +1,1 @@
+"""x[T, D] @ a packed weight [D, F]."""

@@ -1,0 +1,1 @@
+"""Selective state-space scan: chunked prefill and one-step decode."""

@@ -1,0 +1,47 @@
+"""ssm_scan in plain JAX: the Mamba-2 recurrence (Dao and Gu 2024, arXiv:2405.21060), state in float32.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t        y_t = h_t C_t
+
+Chunked: inside a chunk the recurrence is a masked matmul, across chunks a scan over states.
+"""
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64
+
+
+def ssm_scan(x, dt, a, b, c, state):
+    """x [B, Q, N, H], dt float32[B, Q, N] (0 leaves the state alone), a float32[N] < 0, b and c [B, Q, G, S] (heads in
+    G groups), state float32[B, N, H, S] -> (y float32[B, Q, N, H], new state)."""
+    batch, length, heads, _ = x.shape
+    size = min(CHUNK, length)
+    count = -(-length // size)
+    pad = count * size - length
+    x, dt, b, c = (
+        jnp.pad(t.astype(jnp.float32), ((0, 0), (0, pad)) + ((0, 0),) * (t.ndim - 2)) for t in (x, dt, b, c)
+    )
+    b, c = (jnp.repeat(t, heads // t.shape[2], axis=2) for t in (b, c))
+
+    def chunks(t):
+        return jnp.moveaxis(t.reshape(batch, count, size, *t.shape[2:]), 1, 0)
+
+    def step(state, parts):
+        x, dt, b, c = parts
+        decay = jnp.cumsum(dt * a, axis=1)  # log decay from the chunk's start, [B, Q, N]
+        gap = decay[:, :, None] - decay[:, None]  # [B, to, from, N]
+        causal = jnp.tril(jnp.ones((size, size), bool))[None, :, :, None]
+        weights = jnp.where(causal, jnp.exp(jnp.where(causal, gap, 0)), 0)
+        mixed = jnp.einsum("btns,bfns->btfn", c, b) * weights * dt[:, None]
+        y = jnp.einsum("btfn,bfnh->btnh", mixed, x)
+        y = y + jnp.einsum("btns,bnhs->btnh", c, state) * jnp.exp(decay)[..., None]
+        rest = jnp.exp(decay[:, -1:] - decay) * dt  # what is left at the chunk's end
+        state = state * jnp.exp(decay[:, -1])[..., None, None] + jnp.einsum("bqn,bqnh,bqns->bnhs", rest, x, b)
+        return state, y
+
+    if count == 1:
+        state, y = step(state, (x, dt, b, c))
+    else:
+        state, y = jax.lax.scan(step, state, tuple(chunks(t) for t in (x, dt, b, c)))
+        y = jnp.moveaxis(y, 0, 1).reshape(batch, count * size, heads, -1)
+    return y[:, :length], state

@@ -1,0 +1,48 @@
+"""Projections of the same input joined into one weight."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from optx.ir import replace, tensor_text
+from optx.nn.attention import Attention, FusedAttention
+from optx.nn.core import FusedGatedMLP, GatedMLP, Linear
+from optx.registry import Axis, PassOptions, Site, Skipped, Stage, register
+from optx.tensor import is_qtensor, lift
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FuseProjections(PassOptions):
+    pass
+
+
+@register("fuse_projections", axis=Axis.LAYOUT, stage=Stage.LOWER, options=FuseProjections, exact=True)
+def fuse_projections(site: Site, part: Attention | GatedMLP, opt: FuseProjections) -> nnx.Module | Skipped:
+    """x @ [A | B] = [x @ A | x @ B]: q, k, v become one matmul, gate and up another; x is read once, launches fall.
+
+    Exact: columns keep their scales. Weights stored in different formats stay apart.
+    """
+    if isinstance(part, FusedAttention | FusedGatedMLP):
+        return Skipped("fused already")
+    if isinstance(part, GatedMLP):
+        joined = join(part.gate, part.up)
+        return joined if isinstance(joined, Skipped) else FusedGatedMLP(joined, part.down, activation=part.activation)
+    if part.k is None:
+        return Skipped("has no k and v projections")
+    joined = join(part.q, part.k, part.v)
+    return joined if isinstance(joined, Skipped) else FusedAttention(part, joined)
+
+
+def join(*parts: Linear) -> Linear | Skipped:
+    """One Linear with the outputs of all, in order; Skipped when their weights are stored differently."""
+    weights = [p.weight.get_value() for p in parts]
+    biases = [p.bias for p in parts if p.bias is not None]
+    if len({jax.tree.structure(w) for w in weights}) > 1 or len(biases) not in (0, len(parts)):
+        return Skipped("stored differently: " + ", ".join(tensor_text(w) for w in weights))
+    outputs = 0 if is_qtensor(weights[0]) else 1  # packed weights keep their outputs first
+    changes = {"weight": lift(lambda ws: jax.tree.map(lambda *w: jnp.concatenate(w, axis=outputs), *ws), weights)}
+    if biases:
+        changes["bias"] = lift(jnp.concatenate, [b.get_value() for b in biases])
+    return replace(parts[0], **changes)

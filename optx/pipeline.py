@@ -1,0 +1,212 @@
+"""Runs passes over a tree: match sites by path, rewrite out of place, verify, count, time, cost, dump.
+
+The pipeline is `run` on shapes (a plan), then `apply_block` on each block of weights as it streams in; both go through
+`rewrite`. Passes know nothing of matching, verification, dumps or cost.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optx import ir, tensor, verify
+from optx.errors import PassError, RecipeError, VerifyError
+from optx.recipe import Recipe
+from optx.registry import Pass, PassOptions, Site, Skipped
+from optx.tensor import is_qtensor
+
+Rules = tuple[tuple[str, PassOptions], ...]  # (place in the recipe, options)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Record:
+    """What one pass did: filled on shapes by the plan, `seconds` and `errors` added by the compile."""
+
+    name: str
+    stage: str
+    axis: str
+    exact: bool
+    sites: int = 0
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> reason
+    weight_bytes: tuple[int, int] = (0, 0)  # before, after
+    cache_bytes: tuple[float, float] = (0, 0)  # a token (plus a row for states), before, after
+    diff: str = ""
+    seconds: float = 0.0
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)  # path -> |W' - W| / |W|
+
+
+class Instrument:
+    """Watches a plan; subclass what is needed."""
+
+    def after_pass(self, index: int, record: Record, before: nnx.Module, after: nnx.Module) -> None:
+        """Called when a pass has run on shapes and was verified."""
+
+
+class Dump(Instrument):
+    """Writes `NN_<pass>.txt`, the tree after the pass with what changed on top, and `00_input.txt`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def after_pass(self, index, record, before, after):
+        if index == 1:
+            (self.folder / "00_input.txt").write_text(ir.describe(before), encoding="utf-8")
+        text = f"{record.diff}\n{ir.describe(after)}"
+        (self.folder / f"{index:02d}_{record.name}.txt").write_text(text, encoding="utf-8")
+
+
+@dataclasses.dataclass
+class Tally:
+    """What `rewrite` met: hits by rule, paths rewritten, paths skipped with reasons."""
+
+    hits: dict[str, int]
+    paths: list[str] = dataclasses.field(default_factory=list)
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def rewrite(tree: nnx.Module, pass_: Pass, rules: Rules, *, prefix: str, layers: int, tally: Tally) -> nnx.Module:
+    """A copy of `tree` (standing at path `prefix`) with the pass applied at every site that a rule matches."""
+    out = ir.shallow(tree)
+    sites = [path for path, module in ir.walk(tree) if isinstance(module, pass_.module)]
+    for path in reversed(sites):  # children before parents
+        full = f"{prefix}/{path}".strip("/")
+        rule = next(((where, o) for where, o in rules if o.match is None or re.fullmatch(o.match, full)), None)
+        if rule is None:
+            continue
+        where, options = rule
+        new = pass_.apply(Site(path=full, layers=layers), ir.get(out, path), options)
+        tally.hits[where] += 1
+        if isinstance(new, Skipped):
+            tally.skipped[full] = new.reason
+            continue
+        tally.paths.append(full)
+        if path:
+            ir.put(out, path, new)
+        else:
+            out = new
+    return out
+
+
+def run(model: nnx.Module, recipe: Recipe, instruments: Sequence[Instrument] = ()) -> tuple[list[nnx.Module], list[Record]]:
+    """All passes on the abstract tree: the trees after each pass (the input first), and a record a pass.
+
+    Raises: RecipeError for a rule that matched nothing; PassError, VerifyError from the passes and the verifier.
+    """
+    trees, records = [model], []
+    for index, (pass_, rules) in enumerate(recipe.steps(), start=1):
+        before, start = trees[-1], time.perf_counter()
+        _check_patterns(rules)
+        tally = Tally(hits={where: 0 for where, _ in rules})
+        values = _values(before)
+        after = rewrite(before, pass_, rules, prefix="", layers=len(model.layers), tally=tally)
+        _check_untouched(pass_, values, before)
+        _check_hits(pass_, rules, tally, before)
+        verify.check(before, after, pass_.name)
+        record = Record(
+            name=pass_.name,
+            stage=pass_.stage,
+            axis=pass_.axis,
+            exact=pass_.exact,
+            sites=len(tally.paths),
+            skipped=tally.skipped,
+            weight_bytes=(ir.weight_bytes(before), ir.weight_bytes(after)),
+            cache_bytes=(before.cache_plan().bytes(1, 1), after.cache_plan().bytes(1, 1)),
+            diff=ir.diff(before, after),
+            seconds=time.perf_counter() - start,
+        )
+        for instrument in instruments:
+            instrument.after_pass(index, record, before, after)
+        trees.append(after)
+        records.append(record)
+    return trees, records
+
+
+def apply_block(
+    block: nnx.Module, prefix: str, recipe: Recipe, planned: Sequence[nnx.Module], records: Sequence[Record]
+) -> nnx.Module:
+    """All passes on one concrete block that stands at `prefix` (`layers/3`), checked against the plan after each."""
+    layers = len(planned[0].layers)
+    for (pass_, rules), record, plan in zip(recipe.steps(), records, planned[1:], strict=True):
+        start = time.perf_counter()
+        tally = Tally(hits={where: 0 for where, _ in rules})
+        values = _values(block)
+        after = rewrite(block, pass_, rules, prefix=prefix, layers=layers, tally=tally)
+        _check_untouched(pass_, values, block)
+        verify.check(block, after, f"{pass_.name} at {prefix}", verify.LOCAL)
+        if ir.signature(ir.abstract(after)) != ir.signature(ir.get(plan, prefix)):
+            change = ir.diff(ir.get(plan, prefix), after)
+            raise VerifyError(f"after {pass_.name} at {prefix}: weights differ in form from the plan:\n{change}")
+        record.errors |= {f"{prefix}/{path}": e for path, e in relative_errors(block, after).items()}
+        jax.block_until_ready(jax.tree.leaves(nnx.state(after)))
+        record.seconds += time.perf_counter() - start
+        block = after
+    return block
+
+
+def relative_errors(before: nnx.Module, after: nnx.Module) -> dict[str, float]:
+    """|W' - W| / |W| (Frobenius) of every weight whose stored form changed, by path."""
+    old = ir.params(before)
+    errors = {}
+    for path, variable in ir.params(after).items():
+        new = variable.get_value()
+        was = old[path].get_value() if path in old else None
+        if was is None or was is new or was.shape != new.shape or not (is_qtensor(was) or is_qtensor(new)):
+            continue
+        errors[path] = float(_relative_error(was, new))
+    return errors
+
+
+@jax.jit
+def _relative_error(was, new):
+    was, new = (tensor.dense(x).astype(jnp.float32) for x in (was, new))
+    return jnp.linalg.norm(new - was) / jnp.maximum(jnp.linalg.norm(was), jnp.finfo(jnp.float32).tiny)
+
+
+def _values(tree: nnx.Module) -> dict[str, list]:
+    return {path: jax.tree.leaves(v.get_value()) for path, v in ir.params(tree).items()}
+
+
+def _check_untouched(pass_: Pass, values: dict[str, list], tree: nnx.Module) -> None:
+    for path, leaves in _values(tree).items():
+        old = values.get(path, [])
+        if len(old) != len(leaves) or any(a is not b for a, b in zip(old, leaves, strict=True)):
+            raise VerifyError(f"{pass_.name} wrote into its input at {path}; passes only construct (use ir.replace)")
+
+
+def _check_patterns(rules: Rules) -> None:
+    for where, options in rules:
+        try:
+            re.compile(options.match or "")
+        except re.error as error:
+            raise RecipeError(f"{where}.match: {options.match!r} is no regular expression: {error}") from None
+
+
+def _check_hits(pass_: Pass, rules: Rules, tally: Tally, tree: nnx.Module) -> None:
+    """A rule that matched nothing is an error that shows what it could have matched."""
+    sites = [path for path, module in ir.walk(tree) if isinstance(module, pass_.module)]
+    for where, options in rules:
+        if tally.hits[where]:
+            continue
+        matched = [path for path in sites if options.match is None or re.fullmatch(options.match, path)]
+        if matched:
+            raise RecipeError(f"{where}: unused, earlier rules of {pass_.name} take all its sites ({matched[0]}, ...)")
+        shown = ", ".join(dict.fromkeys(re.sub(r"\d+", "N", path) for path in sites)) or "none in this model"
+        raise RecipeError(
+            f"{where}.match: {options.match!r} matched no site of {pass_.name}; sites (N an index): {shown}"
+        )
+    if not tally.paths:
+        reasons = ", ".join(sorted(set(tally.skipped.values())))
+        raise PassError(f"{pass_.name} changed nothing: {reasons or 'no site'}")
+
+
+def flat_errors(record: Record) -> tuple[float, float] | None:
+    """(mean, largest) relative error over the record's sites, or None where nothing was rounded."""
+    values = np.asarray(list(record.errors.values()))
+    return (float(values.mean()), float(values.max())) if values.size else None

@@ -1,0 +1,80 @@
+"""What a compile did, as text and as plain data: bytes and error by pass, kernel by op."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from optx.ir import size_text
+from optx.pipeline import Record, flat_errors
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first left, the others right."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]) for line in lines]  # fmt: skip
+    return "\n".join([text[0].rstrip(), "  ".join("-" * w for w in widths), *(line.rstrip() for line in text[1:])])
+
+
+def pass_rows(records: Sequence[Record]) -> list[list[str]]:
+    rows = []
+    for record in records:
+        error = flat_errors(record)
+        rows.append([
+            record.name,
+            record.stage,
+            f"{record.sites}" + (f" (-{len(record.skipped)})" if record.skipped else ""),
+            f"{size_text(record.weight_bytes[0])} -> {size_text(record.weight_bytes[1])}",
+            f"{record.cache_bytes[0]:,.0f} -> {record.cache_bytes[1]:,.0f}",
+            "exact" if record.exact else ("-" if error is None else f"{error[0]:.4f} / {error[1]:.4f}"),
+            f"{record.seconds:.2f}",
+        ])  # fmt: skip
+    return rows
+
+
+HEADER = ("pass", "stage", "sites", "weights", "KV B/token", "error mean/max", "s")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """The outcome of a compile; `str` prints it, `to_dict` is its JSON form."""
+
+    model: str
+    recipe: str
+    target: str
+    records: tuple[Record, ...]
+    weight_bytes: int
+    cache_bytes: float  # a token
+    file_bytes: int
+    kernels: str
+
+    def __str__(self):
+        parts = [
+            f"{self.model} + {self.recipe} for {self.target}",
+            f"weights {size_text(self.weight_bytes)} (files {size_text(self.file_bytes)}), KV {self.cache_bytes:,.0f} B/token",
+            "",
+        ]
+        if self.records:
+            parts += [table(HEADER, pass_rows(self.records)), ""]
+        skipped = {(r.name, reason) for r in self.records for reason in r.skipped.values()}
+        parts += [f"{name} skipped sites: {reason}" for name, reason in sorted(skipped)]
+        parts += ["kernels:", *(f"  {line}" for line in self.kernels.splitlines())]
+        return "\n".join(parts)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self) | {"records": [record_dict(record) for record in self.records]}
+
+
+def record_dict(record: Record) -> dict:
+    error = flat_errors(record)
+    return {
+        "pass": record.name,
+        "stage": record.stage,
+        "axis": record.axis,
+        "exact": record.exact,
+        "sites": record.sites,
+        "skipped": record.skipped,
+        "weight_bytes": {"before": record.weight_bytes[0], "after": record.weight_bytes[1]},
+        "kv_bytes_per_token": {"before": record.cache_bytes[0], "after": record.cache_bytes[1]},
+        "error": None if error is None else {"mean": error[0], "max": error[1]},
+        "seconds": record.seconds,
+    }
