@@ -1,6 +1,7 @@
 """Model families: one file each, `from_hf` and the weight-name rows beside it.
 
-A family module has HF_TYPES, GGUF_ARCHITECTURE, ROWS, IGNORED, `from_hf(config, dtype)` and `gguf_config(meta, tensors)`.
+A family module has HF_TYPES (model_type -> transformers class, the first stands for its GGUF files), GGUF_ARCHITECTURE,
+ROWS, IGNORED, `from_hf(config, dtype)` and `gguf_config(meta, tensors)`.
 """
 
 from types import ModuleType
@@ -14,7 +15,7 @@ FAMILIES: tuple[ModuleType, ...] = (llama, qwen3, gemma3)
 def by_hf_type(model_type: object, where: str) -> ModuleType:
     """The family of an HF `model_type`. Raises ConfigError naming the nearest."""
     table = {name: family for family in FAMILIES for name in family.HF_TYPES}
-    if model_type not in table:
+    if not isinstance(model_type, str) or model_type not in table:
         raise ConfigError(f"{where}: model_type {model_type!r} is not supported{did_you_mean(str(model_type), table)}")
     return table[model_type]
 
@@ -22,6 +23,6 @@ def by_hf_type(model_type: object, where: str) -> ModuleType:
 def by_gguf_architecture(name: object, where: str) -> ModuleType:
     """The family of a GGUF `general.architecture`. Raises ConfigError naming the nearest."""
     table = {family.GGUF_ARCHITECTURE: family for family in FAMILIES}
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ConfigError(f"{where}: architecture {name!r} is not supported{did_you_mean(str(name), table)}")
     return table[name]

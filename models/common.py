@@ -5,6 +5,8 @@ from optx.checkpoint.mapping import Row
 from optx.errors import ConfigError
 from optx.nn import Rope
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
 # GGUF key after "<arch>." -> HF config field.
 GGUF_DECODER = {
     "embedding_length": "hidden_size",
@@ -55,11 +57,11 @@ def head_rows(prefix: str, *, permuted: bool, post_norms: bool = False) -> tuple
 def rope_from_hf(config: Fields, head_dim: int, default_theta: float = 1e4) -> Rope:
     """Rope of `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
     parameters = config.nested("rope_parameters")
-    theta = config.take("rope_theta", float, None)
+    theta = config.positive("rope_theta", None)
     scaling = config.nested("rope_scaling")
     config.expect("partial_rotary_factor", 1.0)
     if parameters is not None:
-        theta = parameters.take("rope_theta", float, theta or default_theta)
+        theta = parameters.positive("rope_theta", theta or default_theta)
         scaling = parameters
     return rope_of(scaling, theta or default_theta, head_dim, config)
 
@@ -73,16 +75,16 @@ def rope_of(scaling: Fields | None, theta: float, head_dim: int, config: Fields)
     if kind == "default":
         rope = Rope(theta=theta, dim=head_dim)
     elif kind == "linear":
-        rope = Rope(theta=theta, dim=head_dim, scaling="linear", factor=scaling.take("factor", float))
+        rope = Rope(theta=theta, dim=head_dim, scaling="linear", factor=scaling.positive("factor"))
     elif kind == "llama3":
         rope = Rope(
             theta=theta,
             dim=head_dim,
             scaling="llama3",
-            factor=scaling.take("factor", float),
-            low_freq=scaling.take("low_freq_factor", float),
-            high_freq=scaling.take("high_freq_factor", float),
-            original=scaling.take("original_max_position_embeddings", int),
+            factor=scaling.positive("factor"),
+            low_freq=scaling.positive("low_freq_factor"),
+            high_freq=scaling.positive("high_freq_factor"),
+            original=scaling.size("original_max_position_embeddings"),
         )
     elif kind == "factors":
         factors = tuple(scaling.take("factors", list))
@@ -109,8 +111,9 @@ def gguf_fields(meta: Fields, architecture: str, tensors: dict, table: dict[str,
         if name in table:
             config[table[name]] = value
         elif name in ("attention.value_length", "rope.dimension_count"):
-            heads = meta.data.get(f"{prefix}attention.head_count") or 1
-            want = meta.data.get(f"{prefix}attention.key_length", (meta.data.get(f"{prefix}embedding_length") or 0) // heads)
+            header = Fields(meta.data, meta.where)
+            per_head = header.size(f"{prefix}embedding_length") // header.size(f"{prefix}attention.head_count")
+            want = header.size(f"{prefix}attention.key_length", per_head)
             if value != want:
                 raise ConfigError(f"{meta.where}: {key} is {value}; supported: the head size, {want}")
         else:

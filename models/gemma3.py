@@ -2,11 +2,10 @@
 
 from optx.checkpoint.config import Fields
 from optx.checkpoint.mapping import Row
-from optx.errors import ConfigError
-from optx.models.common import GGUF_DECODER, gguf_fields, head_rows, rope_of
+from optx.models.common import GGUF_DECODER, LAYER_TYPES, gguf_fields, head_rows, rope_of
 from optx.nn import Attention, Block, CausalLM, Embed, GatedMLP, Linear, RMSNorm, Rope
 
-HF_TYPES = ("gemma3_text",)
+HF_TYPES = {"gemma3_text": "Gemma3ForCausalLM"}  # model_type -> transformers class
 GGUF_ARCHITECTURE = "gemma3"
 IGNORED: tuple[str, ...] = ()
 PATTERN = 6  # every sixth layer is global, where neither layer_types nor sliding_window_pattern says otherwise
@@ -24,17 +23,18 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
     """Abstract model of a `gemma3_text` config. Raises ConfigError for what is not handled."""
     d, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads, head_dim = config.size("num_key_value_heads"), config.size("head_dim", 256)
-    ffn, layers = config.size("intermediate_size"), config.size("num_hidden_layers")
+    ffn, layers = config.size("intermediate_size"), config.layers()
     vocab, context = config.size("vocab_size"), config.size("max_position_embeddings")
-    eps = config.take("rms_norm_eps", float, 1e-6)
+    eps = config.positive("rms_norm_eps", 1e-6)
     window = config.size("sliding_window")
-    scale = config.take("query_pre_attn_scalar", float, float(head_dim)) ** -0.5
-    softcap = config.take("attn_logit_softcapping", float, None)
-    logit_softcap = config.take("final_logit_softcapping", float, None)
+    scale = config.positive("query_pre_attn_scalar", float(head_dim)) ** -0.5
+    softcap = config.positive("attn_logit_softcapping", None)
+    logit_softcap = config.positive("final_logit_softcapping", None)
     bias = config.take("attention_bias", bool, False)
     tied = config.take("tie_word_embeddings", bool, True)
     kinds = layer_kinds(config, layers)
     ropes = _ropes(config, head_dim)
+    config.expect("use_bidirectional_attention", False)
     config.expect("hidden_activation", "gelu_pytorch_tanh")
     config.expect("hidden_act", "gelu_pytorch_tanh")
     config.done()
@@ -68,20 +68,17 @@ def layer_kinds(config: Fields, layers: int) -> list[str]:
     """`sliding_attention` or `full_attention` for each layer."""
     pattern = config.size("_sliding_window_pattern", None) or config.size("sliding_window_pattern", PATTERN)
     config.take("sliding_window_pattern", int, None)
-    kinds = config.take("layer_types", list, None)
+    kinds = config.names("layer_types", layers, LAYER_TYPES)
     if kinds is None:
         return ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if len(kinds) != layers or unknown:
-        raise ConfigError(f"{config.where}: layer_types: {len(kinds)} entries for {layers} layers, unknown: {unknown}")
     return kinds
 
 
 def _ropes(config: Fields, head_dim: int) -> dict[str, Rope]:
     """Global and local rope, from transformers 4 fields or transformers 5's `rope_parameters` by layer type."""
     parameters = config.nested("rope_parameters")
-    theta = config.take("rope_theta", float, 1e6)
-    local = config.take("rope_local_base_freq", float, LOCAL_THETA)
+    theta = config.positive("rope_theta", 1e6)
+    local = config.positive("rope_local_base_freq", LOCAL_THETA)
     scaling = config.nested("rope_scaling")
     if parameters is None:
         return {
@@ -91,7 +88,7 @@ def _ropes(config: Fields, head_dim: int) -> dict[str, Rope]:
     ropes = {}
     for kind, default in (("full_attention", theta), ("sliding_attention", local)):
         mine = parameters.nested(kind)
-        base = mine.take("rope_theta", float, default) if mine else default
+        base = mine.positive("rope_theta", default) if mine else default
         ropes[kind] = rope_of(mine, base, head_dim, config)
     parameters.done()
     return ropes
@@ -111,6 +108,7 @@ def gguf_config(meta: Fields, tensors: dict) -> dict:
     kind, factor = config.pop("scaling_type", None), config.pop("scaling_factor", None)
     if kind not in (None, "none"):
         config["rope_scaling"] = {"rope_type": kind, "factor": factor}
+    config["query_pre_attn_scalar"] = config.get("head_dim", 256)  # transformers' default is 256 for any head
     if config.get("num_hidden_layers") == 62:  # the 27B model scales by the width of a head in the stream
-        config["query_pre_attn_scalar"] = config["hidden_size"] / config["num_attention_heads"]
+        config["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
     return config

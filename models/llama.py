@@ -6,7 +6,7 @@ from optx.errors import ConfigError
 from optx.models.common import GGUF_DECODER, gguf_fields, head_rows, rope_from_hf
 from optx.nn import Attention, Block, CausalLM, Embed, GatedMLP, Linear, RMSNorm
 
-HF_TYPES = ("llama", "mistral")
+HF_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}  # model_type -> transformers class
 GGUF_ARCHITECTURE = "llama"
 IGNORED = (r".*\.rotary_emb\.inv_freq", r"rope_freqs\.weight")
 
@@ -23,9 +23,9 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
     d, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)
     head_dim = config.size("head_dim", d // heads)
-    ffn, layers = config.size("intermediate_size"), config.size("num_hidden_layers")
+    ffn, layers = config.size("intermediate_size"), config.layers()
     vocab, context = config.size("vocab_size"), config.size("max_position_embeddings")
-    eps = config.take("rms_norm_eps", float, 1e-6)
+    eps = config.positive("rms_norm_eps", 1e-6)
     rope = rope_from_hf(config, head_dim)
     window = config.size("sliding_window", None)
     bias, mlp_bias = config.take("attention_bias", bool, False), config.take("mlp_bias", bool, False)
@@ -62,5 +62,8 @@ def gguf_config(meta: Fields, tensors: dict) -> dict:
     config = gguf_fields(meta, GGUF_ARCHITECTURE, tensors, GGUF_DECODER)
     factors = tensors.get("rope_freqs.weight")
     if factors is not None:
+        if factors.type != "F32" or len(factors.shape) != 1:
+            got = f"{factors.type}{list(factors.shape)}"
+            raise ConfigError(f"{meta.where}: rope_freqs.weight is {got}; allowed: F32 in a row")
         config["rope_scaling"] = {"rope_type": "factors", "factors": [float(x) for x in factors.read()]}
     return config

@@ -3,10 +3,10 @@
 from optx.checkpoint.config import Fields
 from optx.checkpoint.mapping import Row
 from optx.errors import ConfigError
-from optx.models.common import GGUF_DECODER, gguf_fields, head_rows, rope_from_hf
+from optx.models.common import GGUF_DECODER, LAYER_TYPES, gguf_fields, head_rows, rope_from_hf
 from optx.nn import Attention, Block, CausalLM, Embed, GatedMLP, Linear, RMSNorm
 
-HF_TYPES = ("qwen3",)
+HF_TYPES = {"qwen3": "Qwen3ForCausalLM"}  # model_type -> transformers class
 GGUF_ARCHITECTURE = "qwen3"
 IGNORED: tuple[str, ...] = ()
 
@@ -23,9 +23,9 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
     d, heads = config.size("hidden_size"), config.size("num_attention_heads")
     kv_heads = config.size("num_key_value_heads", heads)
     head_dim = config.size("head_dim", 128)
-    ffn, layers = config.size("intermediate_size"), config.size("num_hidden_layers")
+    ffn, layers = config.size("intermediate_size"), config.layers()
     vocab, context = config.size("vocab_size"), config.size("max_position_embeddings")
-    eps = config.take("rms_norm_eps", float, 1e-6)
+    eps = config.positive("rms_norm_eps", 1e-6)
     rope = rope_from_hf(config, head_dim)
     bias = config.take("attention_bias", bool, False)
     tied = config.take("tie_word_embeddings", bool, False)
@@ -58,11 +58,9 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
 def _windows(config: Fields, layers: int) -> list[int | None]:
     """Window of each layer: with use_sliding_window, `layer_types` or else the layers from max_window_layers on."""
     on = config.take("use_sliding_window", bool, False)
-    window = config.take("sliding_window", int, None)
+    window = config.size("sliding_window", None)
     first = config.take("max_window_layers", int, layers)
-    kinds = config.take("layer_types", list, None)
-    if kinds is not None and len(kinds) != layers:
-        raise ConfigError(f"{config.where}: layer_types has {len(kinds)} entries for {layers} layers")
+    kinds = config.names("layer_types", layers, LAYER_TYPES)
     if kinds is None:
         kinds = ["sliding_attention" if on and i >= first else "full_attention" for i in range(layers)]
     if "sliding_attention" in kinds and window is None:

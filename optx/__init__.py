@@ -4,11 +4,24 @@ A checkpoint becomes a Flax (nnx) module tree, a recipe says which optimizations
 picks a kernel for every op, an engine decodes.
 """
 
-from optx.api import Compiled, Plan, compile, export, load, plan
+from optx.api import Compiled, Plan, compile, export, load, load_config, plan
+from optx.compilation_cache import enable_compilation_cache
 from optx.engine.request import Sampling
 from optx.errors import OptxError
 from optx.recipe import Recipe
 
 __version__ = "0.1.0"
 
-__all__ = ["Compiled", "OptxError", "Plan", "Recipe", "Sampling", "compile", "export", "load", "plan"]
+__all__ = [
+    "Compiled",
+    "OptxError",
+    "Plan",
+    "Recipe",
+    "Sampling",
+    "compile",
+    "enable_compilation_cache",
+    "export",
+    "load",
+    "load_config",
+    "plan",
+]

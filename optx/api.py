@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -10,48 +10,70 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from optx import evaluate, ir, legality, lower, pipeline, target as targets
+from optx import evaluate, ir, legality, lower, pipeline
+from optx import target as targets
 from optx.checkpoint import export as exports
-from optx.checkpoint.source import Source, from_module, open_gguf, open_hf
+from optx.checkpoint.export_hf import write_hf
+from optx.checkpoint.source import Source, from_module, open_config, open_gguf, open_hf
+from optx.cost import StepBytes, step_bytes
 from optx.engine.engine import Engine, EngineOptions
 from optx.engine.request import Completion, Sampling
-from optx.errors import CheckpointError, PassError, RequestError
-from optx.generate import OnText, Prompt, encode, generate
+from optx.errors import CheckpointError, PassError, RequestError, did_you_mean, no_such_path
+from optx.generate import Message, OnText, Prompt, encode, encode_chat, generate
 from optx.models import by_gguf_architecture, by_hf_type
 from optx.pipeline import Dump, Instrument, Record
 from optx.recipe import Recipe
-from optx.report import HEADER, Report, pass_rows, record_dict, table
+from optx.report import Report, record_dict, step_text
 from optx.target import Target
 from optx.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("dense", "packed")
 
 
 def load(model: str | Path, weights: str = "dense", dtype: str | None = None) -> Source:
     """A model by path or hub id, without reading its weights.
 
-    model: an HF directory, a GGUF file, an optx export, or a hub id (downloaded when online).
+    model: an HF directory, a GGUF file, an optx export, a bare config.json (`load_config`), or a hub id (downloaded
+    when online).
     weights: "dense", or "packed" to keep a GGUF's block formats as they are in memory.
     dtype: of dense weights and activations; None: the checkpoint's own, float32 for GGUF.
     Raises: CheckpointError, ConfigError.
     """
-    if weights not in ("dense", "packed"):
-        raise CheckpointError(f"weights={weights!r}; allowed: 'dense', 'packed'")
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    if weights not in WEIGHTS:
+        raise CheckpointError(f"weights={weights!r}; allowed: {', '.join(map(repr, WEIGHTS))}")
+    _check_dtype(dtype)
     path = Path(model)
     try:
         if not path.exists():
             path = _from_hub(str(model))
-        if path.is_file():
+        if path.is_file() and path.suffix != ".json":
             return open_gguf(path, by_gguf_architecture, dtype=dtype or "float32", packed=weights == "packed")
-        if exports.is_export(path):
-            return exports.open_export(path, by_hf_type)
         if weights == "packed":
-            raise CheckpointError(f"{path}: weights='packed' is for GGUF files; an HF directory holds dense weights")
+            raise CheckpointError(f"{path}: weights='packed' is for GGUF files, whose tensors are stored in blocks")
+        if path.is_file():
+            return load_config(path, dtype)
+        if exports.is_export(path):
+            if dtype is not None:
+                raise CheckpointError(f"{path}: an optx export keeps the dtype it was compiled with; leave dtype out")
+            return exports.open_export(path, by_hf_type)
         return open_hf(path, by_hf_type, dtype=dtype)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def load_config(path: str | Path, dtype: str | None = None) -> Source:
+    """A model by its config.json alone, to describe and plan: it has shapes and no weights.
+
+    dtype: None for the config's own, float32 where it names none. Raises: CheckpointError, ConfigError.
+    """
+    _check_dtype(dtype)
+    return open_config(Path(path), by_hf_type, dtype=dtype, allowed=DTYPES)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
 
 
 def _from_hub(name: str) -> Path:
@@ -59,8 +81,9 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".gguf", ".yaml", ".json")):
-        raise CheckpointError(f"{name}: no such file or directory")
+    looks_local = name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
+    if looks_local or name.endswith((".gguf", ".yaml", ".json")):
+        raise CheckpointError(no_such_path(name))
     patterns = ["*.safetensors", "*.json", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
@@ -95,30 +118,49 @@ class Plan:
     def tree(self) -> nnx.Module:
         return self.trees[-1]
 
+    @property
+    def name(self) -> str:
+        """`model + recipe`, or the model alone without one."""
+        recipe = self.source.recipe or (self.recipe if self.recipe.steps() else None)
+        return f"{self.source.origin.name} + {recipe.name}" if recipe else self.source.origin.name
+
     def bytes_per_token(self, batch: int = 1, context: int = 1) -> dict[str, float]:
-        """Bytes that one decode step moves: weights read (the input embedding is not, unless tied) and KV read."""
-        return {"weights": read_bytes(self.tree), "kv": self.tree.cache_plan().bytes(batch, context)}
+        """Bytes that one decode step reads: weights (the input embedding is not, unless tied) and KV."""
+        step = step_bytes(self.tree, batch, context)
+        return {"weights": step.weights, "kv": step.kv}
+
+    def steps(self, batch: int = 1, context: int | None = None) -> list[StepBytes]:
+        """Bytes of one decode step on every tree: before the first pass, after each. context None: the model's."""
+        return [step_bytes(tree, batch, context or self.tree.context) for tree in self.trees]
+
+    def text(self, batch: int = 1, context: int | None = None) -> str:
+        """Bytes before and after each pass as a table, with the bound on the step's time."""
+        title = f"{self.name} for {self.target}\n{ir.summary(self.tree)}"
+        return f"{title}\n\n{step_text(self.records, self.steps(batch, context), self.target)}"
 
     def __str__(self):
-        title = f"{self.source.origin.name} + {self.recipe.name} for {self.target}"
-        return f"{title}\n{ir.summary(self.tree)}\n\n{table(HEADER, pass_rows(self.records))}"
+        return self.text()
 
-    def to_dict(self) -> dict:
+    def to_dict(self, batch: int = 1, context: int | None = None) -> dict:
+        steps = self.steps(batch, context)
+        passes = zip(self.records, steps, steps[1:])
         return {
             "model": self.source.origin.name,
-            "recipe": self.recipe.to_dict(),
+            "recipe": (self.source.recipe or self.recipe).to_dict(),
             "target": self.target.name,
+            "batch": steps[-1].batch,
+            "context": steps[-1].context,
             "weight_bytes": ir.weight_bytes(self.tree),
-            "weight_bytes_per_token": read_bytes(self.tree),
-            "kv_bytes_per_token": self.tree.cache_plan().bytes(1, 1),
-            "passes": [record_dict(record) for record in self.records],
+            "weight_bytes_per_token": steps[-1].weights / steps[-1].batch,
+            "kv_bytes_per_token": steps[-1].kv_token,
+            "before": steps[0].to_dict(),
+            "after": steps[-1].to_dict(),
+            "step_seconds_at_least": steps[-1].seconds(self.target),
+            "passes": [
+                record_dict(record) | {"step": {"before": old.to_dict(), "after": new.to_dict()}}
+                for record, old, new in passes
+            ],
         }
-
-
-def read_bytes(tree: nnx.Module) -> int:
-    """Weight bytes that one decode step reads: all but rows of an untied input embedding."""
-    total = ir.weight_bytes(tree)
-    return total if tree.output is None else total - ir.weight_bytes(tree.embed)
 
 
 def plan(
@@ -223,6 +265,15 @@ class Compiled:
         as_text = [isinstance(prompt, str) for prompt in prompts]
         return [a.text if text else list(a.token_ids) for a, text in zip(answers, as_text, strict=True)]
 
+    def chat(
+        self, messages: str | Sequence[Message], sampling: Sampling = Sampling(), on_text: OnText | None = None
+    ) -> str:
+        """The answer to a conversation, put into the model's chat template; a text is one turn of the user.
+
+        Raises RequestError for a model without a template and for messages that the template refuses.
+        """
+        return self.complete([encode_chat(messages, self.tokenizer)], sampling, on_text)[0].text
+
     def complete(
         self, prompts: Sequence[Prompt], sampling: Sampling = Sampling(), on_text: OnText | None = None
     ) -> list[Completion]:
@@ -244,8 +295,8 @@ class Compiled:
         """Perplexity on a text; see `optx.evaluate.evaluate`."""
         return evaluate.evaluate(self, text, **options)
 
-    def export(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        return export(self, folder, overwrite=overwrite)
+    def export(self, folder: str | Path, *, format: str = "optx", overwrite: bool = False) -> Path:
+        return export(self, folder, format=format, overwrite=overwrite)
 
 
 def check_ids(ids: np.ndarray, vocab: int) -> None:
@@ -255,14 +306,24 @@ def check_ids(ids: np.ndarray, vocab: int) -> None:
         raise RequestError(f"token id {int(bad.flat[0])} is outside the vocabulary; allowed: 0 to {vocab - 1}")
 
 
-def export(compiled: Compiled, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes a compiled model that `load` gives back with bit-equal logits: orbax checkpoint, manifest, tokenizer.
+EXPORTS = ("optx", "hf")
 
-    Atomic: the folder appears whole or not at all. Raises CheckpointError when it exists and is not empty.
+
+def export(model: Compiled | Source, folder: str | Path, *, format: str = "optx", overwrite: bool = False) -> Path:
+    """Writes a model to a folder that appears whole or not at all.
+
+    format: "optx", a compiled model that `load` gives back with bit-equal logits (orbax checkpoint, manifest,
+    tokenizer); "hf", a dense Hugging Face checkpoint (safetensors, config.json, tokenizer), also of a loaded model.
+    Raises CheckpointError when the folder is occupied, and for what the format cannot hold.
     """
-    return exports.write_export(
-        Path(folder), compiled.tree, compiled.plan.source, compiled.plan.recipe, overwrite=overwrite
-    )
-
-
-LoadFunction = Callable[[str], Source]
+    if format not in EXPORTS:
+        raise CheckpointError(f"export format {format!r} is not supported{did_you_mean(format, EXPORTS)}")
+    source = model.plan.source if isinstance(model, Compiled) else model
+    if format == "hf":
+        if isinstance(model, Compiled):
+            values = {path: variable.get_value() for path, variable in ir.params(model.tree).items()}
+            source = dataclasses.replace(source, tree=ir.abstract(model.tree), read=values.__getitem__)
+        return write_hf(source, Path(folder), by_hf_type, overwrite=overwrite)
+    if not isinstance(model, Compiled):
+        raise CheckpointError(f"{source.origin.name}: compile it before an optx export; format='hf' takes it as it is")
+    return exports.write_export(Path(folder), model.tree, source, model.plan.recipe, overwrite=overwrite)

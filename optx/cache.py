@@ -100,19 +100,23 @@ class CacheSpec:
         return jax.eval_shape(lambda x: tensor.quantize(x, self.format, axis=-1), dense)
 
     def abstract(self, layout: "Layout") -> Pool:
-        """The pool's arrays as shapes: [pages, P, ...] a stream of tokens, [slots, ...] a state."""
+        """The pool's arrays as shapes: [pages + 1, P, ...] a stream of tokens, [slots + 1, ...] a state.
+
+        The last page (row) takes the writes of padding and is never read.
+        """
         if self.share is not None:
             return {}
-        lead = (layout.pages, layout.page_size) if self.holds_tokens else (layout.slots,)
+        lead = (layout.pages + 1, layout.page_size) if self.holds_tokens else (layout.slots + 1,)
         return {s.name: self._abstract(s, lead) for s in self.streams}
 
     def init(self, layout: "Layout") -> Pool:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract(layout))
 
     def append(self, pool: Pool, new: dict[str, jax.Array], writes: jax.Array) -> Pool:
-        """Stores `new` [T, ...] by stream at flat slots `writes` int32[T] = page * P + offset; past the end: dropped."""
+        """Stores `new` [T, ...] by stream at flat slots `writes` int32[T] = page * P + offset; past the last page: dropped."""
         if self.holds_tokens and self.format is not None:
-            new = {name: tensor.quantize(x, self.format, axis=-1) for name, x in new.items()}
+            packed = {name: tensor.quantize(x, self.format, axis=-1) for name, x in new.items()}
+            new = {name: dataclasses.replace(x, dtype=pool[name].dtype) for name, x in packed.items()}
         return jax.tree.map(lambda p, x: _store(p, x, writes, self.holds_tokens), pool, new)
 
     def move(self, pool: Pool, src: jax.Array, dst: jax.Array) -> Pool:
@@ -120,21 +124,40 @@ class CacheSpec:
         return jax.tree.map(lambda p: _store(p, _load(p, src, self.holds_tokens), dst, self.holds_tokens), pool)
 
 
-def _flat(pool, tokens: bool):
-    return pool.reshape(-1, *pool.shape[2:]) if tokens else pool
+def _coordinates(pool, index, tokens: bool) -> tuple[jax.Array, ...]:
+    return (index // pool.shape[1], index % pool.shape[1]) if tokens else (index,)
 
 
 def _load(pool, index, tokens: bool):
-    return jnp.take(_flat(pool, tokens), index, axis=0, mode="clip")
+    return pool.at[_coordinates(pool, index, tokens)].get(mode="clip")
+
+
+def store_tokens(pool: jax.Array, new: jax.Array, writes: jax.Array) -> jax.Array:
+    """`new` [T, ...] into a token pool [pages + 1, P, ...] at flat slots `writes` int32[T]."""
+    return _store(pool, new, writes, True)
+
+
+FEW = 16  # entries up to which they are stored one by one
 
 
 def _store(pool, new, index, tokens: bool):
-    return _flat(pool, tokens).at[index].set(new.astype(pool.dtype), mode="drop").reshape(pool.shape)
+    """Entries `new` [M, ...] into the pool. In place when the pool is donated: XLA on CPU copies the whole pool when a
+    scatter, or a reshape of the pool, is also read in the same program; slices at full rank it does not."""
+    new, where = new.astype(pool.dtype), _coordinates(pool, index, tokens)
+    if new.shape[0] > FEW:
+        return pool.at[where].set(new, mode="drop")
+    for i in range(new.shape[0]):
+        start = (*(axis[i] for axis in where), *(0 for _ in pool.shape[len(where) :]))
+        pool = jax.lax.dynamic_update_slice(pool, new[i].reshape(1, *[1] * (len(where) - 1), *new.shape[1:]), start)
+    return pool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Room in the pools: `pages` of `page_size` tokens in every token pool, `slots` rows in every state pool."""
+    """Room in the pools: `pages` of `page_size` tokens in every token pool, `slots` rows in every state pool.
+
+    Pools have one page (row) more, which takes the writes of padding: flat slot pages * page_size, row slots.
+    """
 
     pages: int
     page_size: int
@@ -150,7 +173,7 @@ class CachePlan:
     def __post_init__(self):
         for i, spec in enumerate(self.specs):
             if spec is not None and spec.share is not None:
-                owner = self.specs[spec.share] if spec.share < i else None
+                owner = self.specs[spec.share] if 0 <= spec.share < i else None
                 if owner is None or owner.share is not None or owner.table_key != spec.table_key:
                     raise FormatError(
                         f"layers/{i}: cache shared with layer {spec.share}; it must be an earlier layer "
@@ -186,7 +209,9 @@ class CachePlan:
             layers=tuple(
                 {} if s is None else s.abstract(layouts[self.group(i) or 0]) for i, s in enumerate(self.specs)
             ),
-            positions=tuple(jax.ShapeDtypeStruct((x.pages, x.page_size), jnp.int32) for x in layouts[: len(self.keys)]),
+            positions=tuple(
+                jax.ShapeDtypeStruct((x.pages + 1, x.page_size), jnp.int32) for x in layouts[: len(self.keys)]
+            ),
         )
 
     def init(self, layout: Layout | Sequence[Layout]) -> "Caches":
@@ -277,7 +302,7 @@ class Address:
 
     tables: tuple[jax.Array, ...]  # int32[G, B, pages] by group; G = 1, or K where heads keep different pages
     lengths: tuple[jax.Array, ...]  # int32[G, B]: cached tokens after this tick's append
-    writes: tuple[jax.Array, ...]  # int32[T]: flat slot of each token; pages * P for padding
+    writes: tuple[jax.Array, ...]  # int32[T] by group: flat slot of each token; pages * P for padding
     slots: jax.Array  # int32[B]: row of the state pools; number of slots for idle rows
 
 

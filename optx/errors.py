@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class OptxError(Exception):
@@ -55,3 +56,16 @@ def did_you_mean(got: str, allowed: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; allowed: {', '.join(names)}" if names else ""
+
+
+def no_such_path(path: str | Path) -> str:
+    """`x.gguf: no such file or directory`, with the nearest name beside it, or what there is."""
+    text, folder = f"{path}: no such file or directory", Path(path).parent
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError:
+        return f"{text}; the folder {folder} does not exist" if not folder.is_dir() else text
+    near = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.6)
+    if near:
+        return f"{text}; did you mean {str(folder / near[0])!r}?"
+    return f"{text}; {folder} holds {', '.join(names)}" if 0 < len(names) <= 8 else text

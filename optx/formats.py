@@ -263,6 +263,18 @@ def parse(text: str) -> Format:
     return Int(width=int(match["width"]), group=group, symmetric=not match["asym"])
 
 
+def writable(name: str, *, symmetric: bool = True, **fields) -> Format:
+    """The format called `name` (one of NAMES) with `fields` set. Raises FormatError for what it cannot have."""
+    if name not in NAMES:
+        raise FormatError(f"format {name!r} is not one that optx writes{did_you_mean(name, NAMES)}")
+    format_ = dataclasses.replace(parse(name), **fields)
+    if symmetric:
+        return format_
+    if not isinstance(format_, Int):
+        raise FormatError(f"{name} has no zero point; set symmetric: true")
+    return dataclasses.replace(format_, symmetric=False)
+
+
 def _require(reason: str | None):
     if reason:
         raise FormatError(reason)

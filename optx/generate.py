@@ -1,7 +1,7 @@
 """Prompts in, text out, over an engine: tokens, stop texts, streaming."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from optx.engine.engine import Engine
 from optx.engine.request import Completion, Request, Sampling
@@ -9,6 +9,7 @@ from optx.errors import RequestError
 from optx.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+Message = Mapping[str, object]  # {"role": "user", "content": "..."}
 OnText = Callable[[int, str], None]  # (index of the prompt, new text)
 
 
@@ -18,7 +19,18 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
         return [int(token) for token in prompt]
     if tokenizer is None:
         raise RequestError("the model has no tokenizer: give token ids in place of text")
+    if not prompt:
+        raise RequestError("the prompt is empty; give at least one character")
     return tokenizer.encode(prompt)
+
+
+def encode_chat(messages: str | Sequence[Message], tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids of a conversation in the model's chat template; a text is one turn of the user. Raises RequestError."""
+    if tokenizer is None:
+        raise RequestError("the model has no tokenizer, so it has no chat template: give token ids")
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return tokenizer.encode(tokenizer.chat(messages), add_special=False, parse_special=True)
 
 
 @dataclasses.dataclass

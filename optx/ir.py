@@ -72,8 +72,13 @@ def replace(module: nnx.Module, **changes) -> nnx.Module:
         old = vars(module)[name]
         if isinstance(old, nnx.Variable) and value is not None and not isinstance(value, nnx.Variable):
             value = type(old)(value, axes=old.get_metadata().get("axes"))
-        setattr(copy, name, value)
+        _set(copy, name, value)
     return copy
+
+
+def _set(module, name, value):
+    """Sets an attribute as if it had been built so: flax keeps apart attributes that hold data and those that do not."""
+    setattr(module, name, nnx.data(value) if isinstance(value, nnx.Variable | nnx.Pytree) else nnx.static(value))
 
 
 def shallow(module: nnx.Module) -> nnx.Module:
@@ -107,7 +112,7 @@ def put(module: nnx.Module, path: str, value: nnx.Module) -> None:
     if last.isdigit():
         parent[int(last)] = value
     else:
-        setattr(parent, last, value)
+        _set(parent, last, value)
 
 
 def abstract(module: nnx.Module) -> nnx.Module:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from optx import ir, tensor, verify
-from optx.errors import PassError, RecipeError, VerifyError
+from optx.errors import PassError, RecipeError, UsageError, VerifyError
 from optx.recipe import Recipe
 from optx.registry import Pass, PassOptions, Site, Skipped
 from optx.tensor import is_qtensor
@@ -53,7 +53,10 @@ class Dump(Instrument):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"dump: {folder}: cannot be written: {error.strerror}") from None
 
     def after_pass(self, index, record, before, after):
         if index == 1:
@@ -157,10 +160,16 @@ def relative_errors(before: nnx.Module, after: nnx.Module) -> dict[str, float]:
     for path, variable in ir.params(after).items():
         new = variable.get_value()
         was = old[path].get_value() if path in old else None
-        if was is None or was is new or was.shape != new.shape or not (is_qtensor(was) or is_qtensor(new)):
+        if was is None or was.shape != new.shape or not (is_qtensor(was) or is_qtensor(new)) or _same(was, new):
             continue
         errors[path] = float(_relative_error(was, new))
     return errors
+
+
+def _same(a, b) -> bool:
+    """The same arrays, though a QTensor around them may have been rebuilt."""
+    old, new = jax.tree.leaves(a), jax.tree.leaves(b)
+    return len(old) == len(new) and all(x is y for x, y in zip(old, new))
 
 
 @jax.jit
@@ -197,7 +206,10 @@ def _check_hits(pass_: Pass, rules: Rules, tally: Tally, tree: nnx.Module) -> No
         matched = [path for path in sites if options.match is None or re.fullmatch(options.match, path)]
         if matched:
             raise RecipeError(f"{where}: unused, earlier rules of {pass_.name} take all its sites ({matched[0]}, ...)")
-        shown = ", ".join(dict.fromkeys(re.sub(r"\d+", "N", path) for path in sites)) or "none in this model"
+        if not sites:
+            kinds = " or ".join(kind.__name__ for kind in getattr(pass_.module, "__args__", (pass_.module,)))
+            raise RecipeError(f"{where}: {pass_.name} has no site in this model (it takes {kinds})")
+        shown = ", ".join(dict.fromkeys(re.sub(r"\d+", "N", path) for path in sites))
         raise RecipeError(
             f"{where}.match: {options.match!r} matched no site of {pass_.name}; sites (N an index): {shown}"
         )

@@ -109,7 +109,7 @@ def register(name: str, *, axis: Axis, stage: Stage, options: type[PassOptions],
 
 def by_name(name: str, where: str) -> Pass:
     """The pass registered as `name`. Raises RecipeError at `where` naming the nearest."""
-    if name not in PASSES:
+    if not isinstance(name, str) or name not in PASSES:
         raise RecipeError(f"{where}: no pass is called {name!r}{did_you_mean(str(name), PASSES)}")
     return PASSES[name]
 

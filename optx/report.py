@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
+from optx.cost import StepBytes
 from optx.ir import size_text
 from optx.pipeline import Record, flat_errors
+from optx.target import Target
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -22,7 +24,7 @@ def pass_rows(records: Sequence[Record]) -> list[list[str]]:
         rows.append([
             record.name,
             record.stage,
-            f"{record.sites}" + (f" (-{len(record.skipped)})" if record.skipped else ""),
+            _sites(record),
             f"{size_text(record.weight_bytes[0])} -> {size_text(record.weight_bytes[1])}",
             f"{record.cache_bytes[0]:,.0f} -> {record.cache_bytes[1]:,.0f}",
             "exact" if record.exact else ("-" if error is None else f"{error[0]:.4f} / {error[1]:.4f}"),
@@ -31,7 +33,40 @@ def pass_rows(records: Sequence[Record]) -> list[list[str]]:
     return rows
 
 
+STEP_HEADER = ("after", "stage", "sites", "weights read", "KV a token", "KV read", "bytes a step")
 HEADER = ("pass", "stage", "sites", "weights", "KV B/token", "error mean/max", "s")
+
+
+def step_text(records: Sequence[Record], steps: Sequence[StepBytes], target: Target) -> str:
+    """Bytes of one decode step before the first pass and after each, and what they bound on the target."""
+    last = steps[-1]
+    rows = [
+        [name, stage, sites, size_text(s.weights), f"{s.kv_token:,.0f} B", size_text(s.kv), size_text(s.total)]
+        for (name, stage, sites), s in zip(
+            [("(input)", "", ""), *((r.name, r.stage, _sites(r)) for r in records)], steps, strict=True
+        )
+    ]
+    many = "one sequence" if last.batch == 1 else f"each of {last.batch:,} sequences"
+    lines = [f"one decode step: a new token for {many} of {last.context:,} tokens", table(STEP_HEADER, rows), ""]
+    lines += [f"{name} skipped sites: {reason}" for name, reason in _skipped(records)]
+    if steps[0].total != last.total:
+        ratio = steps[0].total / last.total
+        lines.append(f"bytes a step: {size_text(steps[0].total)} -> {size_text(last.total)}, {ratio:.2f}x fewer")
+    if (seconds := last.seconds(target)) is not None:
+        speed = f"{size_text(target.bandwidth)}/s"
+        lines.append(f"time a step: at least {1e3 * seconds:.3g} ms on {target} ({speed} of memory bandwidth)")
+    room = ""
+    if target.memory:
+        room = f", {target} has {size_text(target.memory)}" + ("" if last.held <= target.memory else ": it does not fit")
+    return "\n".join([*lines, f"memory for weights and KV: {size_text(last.held)}{room}"])
+
+
+def _sites(record: Record) -> str:
+    return f"{record.sites}" + (f" (-{len(record.skipped)})" if record.skipped else "")
+
+
+def _skipped(records: Sequence[Record]) -> list[tuple[str, str]]:
+    return sorted({(record.name, reason) for record in records for reason in record.skipped.values()})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +90,7 @@ class Report:
         ]
         if self.records:
             parts += [table(HEADER, pass_rows(self.records)), ""]
-        skipped = {(r.name, reason) for r in self.records for reason in r.skipped.values()}
-        parts += [f"{name} skipped sites: {reason}" for name, reason in sorted(skipped)]
+        parts += [f"{name} skipped sites: {reason}" for name, reason in _skipped(self.records)]
         parts += ["kernels:", *(f"  {line}" for line in self.kernels.splitlines())]
         return "\n".join(parts)
 

@@ -35,7 +35,7 @@ class Tokenizer:
     ):
         if add_bos and bos_id is None:
             raise CheckpointError(
-                "tokenizer: text should begin with a bos token (add_bos_token), but none that is named is in the vocabulary"
+                "tokenizer: add_bos_token is true, but no bos token is named or the one named is not in the vocabulary"
             )
         backend.no_padding()
         backend.no_truncation()

@@ -55,7 +55,7 @@ def sharing_unchanged(before: nnx.Module, after: nnx.Module) -> str | None:
     """Parameters that stood in several places still do."""
     new = ir.aliases(after)
     present = ir.params(after)
-    for group in ir.aliases(before):
+    for group in sorted(ir.aliases(before), key=sorted):
         kept = {path for path in group if path in present}
         if len(kept) > 1 and not any(kept <= other for other in new):
             return f"{', '.join(sorted(kept))}: shared one parameter before and no longer do"
@@ -97,15 +97,41 @@ def caches_fixpoint(before: nnx.Module, after: nnx.Module) -> str | None:
 
 Rule = Callable[[nnx.Module, nnx.Module], str | None]
 LOCAL: tuple[Rule, ...] = (qtensors_fit, arrays_in_variables, specs_frozen, sharing_unchanged)  # any subtree
-RULES: tuple[Rule, ...] = (*LOCAL, logits_unchanged, caches_fixpoint)  # whole models, abstract
+TRACED: tuple[Rule, ...] = (logits_unchanged, caches_fixpoint)  # whole models, abstract
+RULES: tuple[Rule, ...] = (*LOCAL, *TRACED)
 
 
 def check(before: nnx.Module, after: nnx.Module, where: str, rules: tuple[Rule, ...] = RULES) -> None:
     """Raises VerifyError naming the pass, the rule and the path."""
     for rule in rules:
-        fault = rule(before, after)
+        pair = distinct(before, after) if rule in TRACED else (before, after)
+        fault = _fault(rule, *pair, where)
+        if fault and pair[1] is not after:
+            fault = _fault(rule, before, after, where)  # with the paths of the whole model
         if fault:
             raise VerifyError(f"after {where}: {rule.__name__}: {fault}")
+
+
+def _fault(rule: Rule, before: nnx.Module, after: nnx.Module, where: str) -> str | None:
+    try:
+        return rule(before, after)
+    except (TypeError, ValueError, AttributeError, FormatError) as error:  # what tracing a broken forward raises
+        what = (str(error).strip() or "no message").splitlines()[0]
+        raise VerifyError(f"after {where}: {rule.__name__}: the model does not run: {what}") from error
+
+
+def distinct(before: nnx.Module, after: nnx.Module) -> tuple[nnx.Module, nnx.Module]:
+    """Both models with one layer of every kind: equal layers trace equally, and tracing is what verification costs."""
+    specs = (*before.cache_plan().specs, *after.cache_plan().specs)
+    if len(before.layers) != len(after.layers) or any(s is not None and s.share is not None for s in specs):
+        return before, after
+    kinds: dict[tuple, int] = {}
+    for i, (old, new) in enumerate(zip(before.layers, after.layers)):
+        kinds.setdefault((ir.signature(old), ir.signature(new)), i)
+    models = ir.shallow(before), ir.shallow(after)
+    for model in models:
+        model.layers = nnx.List([model.layers[i] for i in kinds.values()])
+    return models
 
 
 def _eval(function, model, *args):

@@ -1,4 +1,4 @@
-"""The module tree as IR: out-of-place rewriting, structure, printing; and the flax hazards that its helpers guard against.
+"""The module tree as IR: rewriting, structure, printing; and the flax hazards that its helpers guard against.
 
 The golden text is written anew by `python tests/test_ir.py`; look at what changed before committing it.
 """
@@ -163,6 +163,22 @@ def test_replace_refuses_unknown_attributes_and_names_the_nearest(model):
         ir.replace(model.layers[0].mixer, cahce=None)
     with pytest.raises(PassError, match="allowed: .*weight"):
         ir.replace(Linear(D, D), zzz=1)
+
+
+def test_replace_leaves_a_module_as_if_it_had_been_built_so():
+    """flax marks an attribute as data or static when it is first set; None is static, a part or parameter is data."""
+    plain, biased = Linear(D, D), Linear(D, D, bias=True)
+    added, removed = ir.replace(plain, bias=biased.bias), ir.replace(biased, bias=None)
+    assert ir.signature(added) == ir.signature(biased) and hash(ir.signature(added)) == hash(ir.signature(biased))
+    assert ir.signature(removed) == ir.signature(plain)
+    bare, normed = (
+        Attention(D, heads=2, kv_heads=1, head_dim=8, rope=None, norm=norm) for norm in (None, lambda: RMSNorm(8))
+    )
+    other = ir.replace(bare, q_norm=RMSNorm(8), k_norm=RMSNorm(8))
+    assert ir.signature(other) == ir.signature(normed) and ir.describe(other) == ir.describe(normed)
+    untied = ir.shallow(tiny("A"))
+    ir.put(untied, "output", Linear(D, VOCAB))
+    assert [name for name, _ in ir.children(untied)] == ["embed", "layers/0", "norm", "output"]
 
 
 def test_get_and_put(model):

@@ -299,10 +299,19 @@ def test_contractions_equal_dequantized_math(text, rng):
         jax.jit(lambda x, w: tensor.einsum("btd,df->bft", x, w))(x, w), want.swapaxes(1, 2), atol=1e-4
     )
     np.testing.assert_array_equal(jax.jit(tensor.take)(w.T, ids), plain.T[np.asarray(ids)].astype(np.float32))
+    few = x[:, :2]  # few rows are contracted the other way round
+    np.testing.assert_allclose(jax.jit(tensor.matmul)(few, w), want[:, :2], atol=1e-4)
+    np.testing.assert_allclose(jax.jit(tensor.matmul)(x[0, 0], w), want[0, 0], atol=1e-4)
     low = x.astype(jnp.bfloat16)
     out = jax.jit(tensor.matmul)(low, w)
     assert out.dtype == jnp.bfloat16, "activations keep their type"
     np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=0.3)
+
+
+@pytest.mark.parametrize("shape", [(D,), (3, D), (2, 5, D)])
+def test_matmul_against_rows(shape, rng):
+    x, rows = rng.normal(size=shape).astype(np.float32), rng.normal(size=(F, D)).astype(np.float32)
+    np.testing.assert_allclose(tensor.matmul_rows(jnp.asarray(x), jnp.asarray(rows)), x @ rows.T, atol=1e-4)
 
 
 def test_batched_matmul_of_stacked_weights(rng):

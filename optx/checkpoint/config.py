@@ -13,9 +13,10 @@ HARMLESS = frozenset(
     "auto_map task_specific_params id2label label2id _attn_implementation use_return_dict torchscript "
     "output_attentions output_hidden_states return_dict is_decoder is_encoder_decoder add_cross_attention "
     "chunk_size_feed_forward problem_type finetuning_task prefix tokenizer_class cross_attention_hidden_size "
-    "tie_encoder_decoder pruned_heads use_bidirectional_attention quantization_config_note".split()
+    "tie_encoder_decoder pruned_heads quantization_config_note".split()
 )
 MISSING: Any = object()
+MAX_LAYERS = 4096
 
 
 @dataclasses.dataclass
@@ -34,21 +35,43 @@ class Fields:
             if default is MISSING:
                 raise ConfigError(f"{self.where}: {name!r} is missing")
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, float)):
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind in (int, float)):
             kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise ConfigError(f"{self.where}: {name!r} is {value!r}; allowed: {kinds}")
-        if kind in (int, float) and not isinstance(value, bool) and abs(value) > 1e12:
-            raise ConfigError(f"{self.where}: {name!r} is {value!r}; not a believable size")
+        if kind in (int, float) and not abs(value) <= 1e12:  # NaN is not, either
+            raise ConfigError(f"{self.where}: {name!r} is {value!r:.40}; not a believable size")
+        return float(value) if kind is float else value
+
+    def size(self, name: str, default: Any = MISSING, most: int = 10**12) -> int:
+        """A positive integer, at most `most`."""
+        value = self.take(name, int, default)
+        if value is not default and not 1 <= value <= most:
+            raise ConfigError(f"{self.where}: {name!r} is {value}; allowed: 1 to {most}")
         return value
 
-    def size(self, name: str, default: Any = MISSING) -> int:
-        """A positive integer."""
-        value = self.take(name, int, default)
-        if value is not default and value < 1:
-            raise ConfigError(f"{self.where}: {name!r} is {value}; allowed: at least 1")
+    def layers(self, name: str = "num_hidden_layers") -> int:
+        """How many blocks: bounded, because each is built before its weights are looked for."""
+        return self.size(name, most=MAX_LAYERS)
+
+    def positive(self, name: str, default: Any = MISSING) -> float:
+        """A number above 0."""
+        value = self.take(name, float, default)
+        if value is not default and not value > 0:
+            raise ConfigError(f"{self.where}: {name!r} is {value}; allowed: above 0")
         return value
+
+    def names(self, name: str, count: int, allowed: tuple[str, ...]) -> list[str] | None:
+        """A list of `count` names, each one of `allowed`; None where it is absent."""
+        values = self.take(name, list, None)
+        if values is None:
+            return None
+        if len(values) != count:
+            raise ConfigError(f"{self.where}: {name!r} has {len(values)} entries for {count} layers")
+        wrong = [value for value in values if value not in allowed]
+        if wrong:
+            raise ConfigError(f"{self.where}: {name!r} holds {wrong[0]!r}; supported: {', '.join(allowed)}")
+        return values
 
     def expect(self, name: str, *allowed: Any) -> None:
         """Refuses a value other than absent or one of `allowed`: features that the family does not have here."""

@@ -154,6 +154,12 @@ def _sha256(array) -> str:
     return hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
 
 
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises CheckpointError when something that may not be overwritten stands at `folder`."""
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not empty; choose another folder, or overwrite it (--overwrite, overwrite=True)")
+
+
 class atomic_folder:
     """A folder that appears whole or not at all: written beside its place under another name, then renamed."""
 
@@ -161,13 +167,11 @@ class atomic_folder:
         self.folder, self.overwrite = folder, overwrite
 
     def __enter__(self) -> Path:
-        occupied = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        if occupied and not self.overwrite:
-            raise CheckpointError(f"{self.folder}: exists and is not empty; choose another folder or pass overwrite")
+        check_free(self.folder, self.overwrite)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         name = f".{self.folder.name}.partial-"
         self.partial = Path(tempfile.mkdtemp(prefix=name, dir=self.folder.parent.resolve()))
-        os.chmod(self.partial, 0o777 & ~_umask())
+        os.chmod(self.partial, 0o777 & ~umask())
         return self.partial
 
     def __exit__(self, kind, error, trace) -> None:
@@ -183,7 +187,7 @@ class atomic_folder:
             self.partial.rename(self.folder)
 
 
-def _umask() -> int:
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -25,6 +25,7 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_NAME = 65535  # bytes, of keys and tensor names
+MAX_ENTRIES = 1 << 20  # tensors, and key-values
 MAX_ITEMS = 1 << 24  # of one array; the largest vocabulary so far has 2^18
 MAX_NESTING = 4  # arrays in arrays
 
@@ -182,8 +183,8 @@ def _read_header(cursor: _Cursor) -> GGUFFile:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         got = f"{swapped} in big-endian order" if swapped in VERSIONS else version
         cursor.fail("version", got, "2 or 3, little endian")
-    n_tensors = cursor.count(24, "number of tensors")
-    n_values = cursor.count(13, "number of key-values")
+    n_tensors = cursor.count(24, "number of tensors", MAX_ENTRIES)
+    n_values = cursor.count(13, "number of key-values", MAX_ENTRIES)
     metadata = _read_metadata(cursor, n_values)
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not _is_alignment(alignment):
@@ -227,8 +228,10 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], Block | Plain, in
     return name, tuple(reversed(dims)), kind, cursor.number("Q", f"{what}: offset")
 
 
-def _locate(cursor, name, shape, kind, offset, start, alignment) -> GGUFTensor:
-    """The tensor with its place in the file checked."""
+def _locate(
+    cursor: _Cursor, name: str, shape: tuple[int, ...], kind: Block | Plain, offset: int, start: int, alignment: int
+) -> GGUFTensor:
+    """The tensor with its place in the file checked; `offset` counts from the data section's `start`."""
     what = f"tensor {name!r}"
     nbytes = _nbytes(shape, kind)
     if nbytes is None:
@@ -296,6 +299,9 @@ def write_gguf(
 
 def _describe(name: str, tensor: np.ndarray | tuple[str, np.ndarray]) -> tuple[tuple[int, ...], Block | Plain]:
     """The logical shape and the type of a tensor to write."""
+    data = tensor[1] if isinstance(tensor, tuple) else tensor
+    if data.size == 0:
+        raise FormatError(f"tensor {name!r}: got shape {list(data.shape)}, allowed: at least one element")
     if not isinstance(tensor, tuple):
         for plain in PLAIN.values():
             if plain.dtype == tensor.dtype and tensor.ndim <= MAX_DIMS:

@@ -48,13 +48,7 @@ class PreTokenizer:
 _PRE_TOKENIZERS = {
     PreTokenizer((_GPT2,)): ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"),
     PreTokenizer((r"\p{N}", _GPT2)): (
-        "smollm",
-        "starcoder",
-        "refact",
-        "command-r",
-        "codeshell",
-        "exaone",
-        "minerva-7b",
+        *("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
     ),
     PreTokenizer((_WORDS % "{1,3}",)): ("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"),
     PreTokenizer((_WORDS % "{1,3}",), ignore_merges=True, add_bos=True): (
@@ -119,13 +113,15 @@ def token_id(metadata: Mapping[str, object], name: str, vocab_size: int) -> int 
     return value
 
 
-def _byte_level(metadata, tokens: list[str], types: list[int]) -> tuple[tokenizers.Tokenizer, bool]:
+def _byte_level(
+    metadata: Mapping[str, object], tokens: list[str], types: list[int]
+) -> tuple[tokenizers.Tokenizer, bool]:
     """GPT-2's BPE over bytes written as printable characters."""
     name = metadata.get(_PREFIX + "pre", "default")
     pre = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if pre is None:
         raise CheckpointError(f"{_PREFIX}pre: got {name!r}, allowed: {', '.join(sorted(PRE_TOKENIZERS))}")
-    merges = [_merge(text) for text in _array(metadata, "merges", str)]
+    merges = _listed_merges(_array(metadata, "merges", str), tokens)
     backend = _bpe(tokens, merges, ignore_merges=pre.ignore_merges)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -134,7 +130,9 @@ def _byte_level(metadata, tokens: list[str], types: list[int]) -> tuple[tokenize
     return backend, pre.add_bos
 
 
-def _sentencepiece(metadata, tokens: list[str], types: list[int]) -> tuple[tokenizers.Tokenizer, bool]:
+def _sentencepiece(
+    metadata: Mapping[str, object], tokens: list[str], types: list[int]
+) -> tuple[tokenizers.Tokenizer, bool]:
     """SentencePiece's BPE: of all neighbours, the pair whose union scores highest is merged first.
 
     Characters without a piece become their UTF-8 bytes. Text is one word: merges may cross spaces.
@@ -174,12 +172,22 @@ def _merges_from_scores(tokens: list[str], scores: list[float], types: list[int]
     return merges
 
 
-def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options) -> tokenizers.Tokenizer:
-    vocab = {token: index for index, token in enumerate(tokens)}
-    for left, right in merges:
-        if left not in vocab or right not in vocab or left + right not in vocab:
+def _listed_merges(texts: list[str], tokens: list[str]) -> list[tuple[str, str]]:
+    """The file's merges, best first: "left right", where the first character may itself be a space."""
+    known = set(tokens)
+    merges = []
+    for text in texts:
+        rest, _, right = text[1:].partition(" ")
+        left = text[:1] + rest
+        if not {left, right, left + right} <= known:
             got = f"{left!r} + {right!r}"
             raise CheckpointError(f"{_PREFIX}merges: got {got}, allowed: two tokens whose union is a token")
+        merges.append((left, right))
+    return merges
+
+
+def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options) -> tokenizers.Tokenizer:
+    vocab = {token: index for index, token in enumerate(tokens)}
     return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
 
 
@@ -193,20 +201,15 @@ def _add_tokens(backend: tokenizers.Tokenizer, tokens: list[str], types: list[in
     backend.add_tokens(added)
 
 
-def _merge(text: str) -> tuple[str, str]:
-    left, _, right = text[1:].partition(" ")  # the first character may itself be a space
-    return text[:1] + left, right
-
-
 def _array(metadata: Mapping[str, object], name: str, item: type, length: int | None = None) -> list:
     value = metadata.get(_PREFIX + name)
     allowed = f"an array of {item.__name__}" + (f" as long as tokens ({length})" if length is not None else "")
     if not isinstance(value, list):
         raise CheckpointError(f"{_PREFIX}{name}: got {type(value).__name__}, allowed: {allowed}")
     items = (int, float) if item is float else item
-    wrong = next((entry for entry in value if not isinstance(entry, items)), None)
-    if wrong is not None:
-        raise CheckpointError(f"{_PREFIX}{name}: got the entry {wrong!r}, allowed: {allowed}")
+    wrong = [entry for entry in value if not isinstance(entry, items)]
+    if wrong:
+        raise CheckpointError(f"{_PREFIX}{name}: got the entry {wrong[0]!r}, allowed: {allowed}")
     if length is not None and len(value) != length:
         raise CheckpointError(f"{_PREFIX}{name}: got {len(value)} entries, allowed: {allowed}")
     return value

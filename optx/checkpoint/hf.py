@@ -20,14 +20,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; an HF directory needs config.json and *.safetensors") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of too many digits
         raise CheckpointError(f"{path}: not JSON: {error}") from None
 
 
-def read_config(folder: Path) -> dict:
-    config = read_json(folder / "config.json")
+def read_config(path: Path) -> dict:
+    config = read_json(path)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: got a {type(config).__name__}; allowed: an object")
+        raise CheckpointError(f"{path}: got a {type(config).__name__}; allowed: an object")
     return config
 
 
@@ -65,14 +65,15 @@ def _files(folder: Path) -> list[Path]:
                 f"{folder}: only pickle files ({', '.join(pickles)}); a pickle can run code and is never loaded: "
                 "convert it to safetensors first"
             )
-        raise CheckpointError(f"{folder}: no *.safetensors file")
+        raise CheckpointError(f"{folder}: no *.safetensors file; its config.json alone can be described and planned")
     return files
 
 
 def _open(path: Path) -> dict[str, Raw]:
     with path.open("rb") as file:
         head = file.read(16)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    # Safetensors begin with the length of a JSON header, whose low byte may well be a pickle's 0x80.
+    if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise CheckpointError(f"{path}: a pickle under a safetensors name; it can run code and is never loaded")
     try:
         with safe_open(path, framework="numpy") as file:

@@ -14,7 +14,7 @@ from optx import ir
 from optx.errors import CheckpointError
 from optx.formats import Format
 from optx.nn.core import RMSNorm
-from optx.tensor import QTensor, Tensor
+from optx.tensor import QTensor, Tensor, dense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,14 +71,23 @@ class Weights:
             mixer = ir.get(self.tree, path.rsplit("/", 2)[0])
             data = unpermute(data, getattr(mixer, row.gguf_heads))
         if isinstance(want, QTensor):
-            return dataclasses.replace(want, data=jnp.asarray(data))
+            packed = dataclasses.replace(want, data=jnp.asarray(data))
+            if not _all_finite(packed):
+                _check_finite(raw, np.asarray(packed.rows()))
+            return packed
         if raw.format is not None:
             data = _decode(jnp.asarray(data), raw.format, raw.shape[-1], jnp.dtype(want.dtype))
         owner = ir.get(self.tree, path.rsplit("/", 1)[0])
         if self.kind == "gguf" and isinstance(owner, RMSNorm) and owner.offset:
             data = data - np.asarray(owner.offset, data.dtype)  # GGUF keeps offset + weight
         _check_finite(raw, data)
-        return jnp.asarray(data.T if row.kind == "linear" else data, want.dtype)
+        value = jnp.asarray(data.T if row.kind == "linear" else data, want.dtype)
+        if jnp.finfo(want.dtype).max < np.finfo(np.float32).max and not _all_finite(value):
+            raise CheckpointError(
+                f"{raw.where}: {raw.text}: holds values up to {np.max(np.abs(data)):.3g}, beyond {want.dtype}; "
+                "load it with another dtype"
+            )
+        return value
 
     def bytes(self) -> int:
         return ir.weight_bytes(self.tree)
@@ -175,6 +184,12 @@ def permute(data: np.ndarray, heads: int) -> np.ndarray:
     out, *rest = data.shape
     halves = data.reshape(heads, 2, out // heads // 2, *rest)
     return np.ascontiguousarray(np.swapaxes(halves, 1, 2)).reshape(out, *rest)
+
+
+@jax.jit
+def _all_finite(value: Tensor) -> jax.Array:
+    """One pass over the numbers; packed ones are decoded inside the sum and never held."""
+    return jnp.isfinite(jnp.sum(jnp.abs(dense(value).astype(jnp.float32))))
 
 
 def _check_finite(raw: Raw, data: np.ndarray) -> None:

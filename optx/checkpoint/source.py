@@ -1,8 +1,9 @@
 """A model that can be read block by block: an abstract tree, and a way to read each parameter."""
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,10 @@ from flax import nnx
 from optx import ir
 from optx.checkpoint import gguf, hf
 from optx.checkpoint.config import Fields
+from optx.checkpoint.ggml_blocks import BLOCKS
 from optx.checkpoint.mapping import Raw, bind
 from optx.errors import CheckpointError, OptxError
 from optx.formats import parse
-from optx.checkpoint.ggml_blocks import BLOCKS
 from optx.tensor import Tensor
 from optx.tokenizer import Tokenizer
 
@@ -72,10 +73,12 @@ class Source:
 def fill(tree: nnx.Module, read: Callable[[str], Tensor]) -> nnx.Module:
     """A copy of an abstract tree with every parameter read."""
     out = ir.shallow(tree)
+    filled: dict[int, nnx.Param] = {}  # a parameter that stands in several places is read once and stays shared
     for path, variable in ir.params(tree).items():
         owner, _, last = path.rpartition("/")
-        value = nnx.Param(read(path), axes=variable.get_metadata().get("axes"))
-        setattr(ir.get(out, owner), last, value)
+        if id(variable) not in filled:
+            filled[id(variable)] = nnx.Param(read(path), axes=variable.get_metadata().get("axes"))
+        setattr(ir.get(out, owner), last, filled[id(variable)])
     return out
 
 
@@ -84,15 +87,22 @@ def from_module(model: nnx.Module, name: str = "module", tokenizer: Tokenizer | 
     values = {path: v.get_value() for path, v in ir.params(model).items()}
     dtype = str(next(iter(jax.tree.leaves(values))).dtype)
     origin = Origin(name=name, kind="module", config={}, dtype=dtype, bytes=ir.weight_bytes(model))
-    return Source(tree=ir.abstract(model), read=values.__getitem__, origin=origin, tokenizer=tokenizer)
+
+    def read(path: str) -> Tensor:
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(values[path])):
+            raise CheckpointError(f"{name}: {path} is a shape without numbers; it can be described and planned")
+        return values[path]
+
+    return Source(tree=ir.abstract(model), read=read, origin=origin, tokenizer=tokenizer)
 
 
 def open_hf(folder: Path, family_of: FamilyOf, *, dtype: str | None) -> Source:
     """An HF directory; dtype None: the checkpoint's own."""
     where = str(folder / "config.json")
-    config = hf.read_config(folder)
+    config = hf.read_config(folder / "config.json")
     if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method")
+        details = config["quantization_config"]
+        method = details.get("quant_method") if isinstance(details, dict) else details
         raise CheckpointError(f"{where}: quantized checkpoint ({method}); supported here: dense safetensors, and GGUF")
     raws = hf.read_tensors(folder)
     dtype = dtype or _common_dtype(raws, folder)
@@ -105,13 +115,30 @@ def open_hf(folder: Path, family_of: FamilyOf, *, dtype: str | None) -> Source:
     return Source(tree=weights.tree, read=weights.load, origin=origin, tokenizer=_hf_tokenizer(folder))
 
 
+def open_config(path: Path, family_of: FamilyOf, *, dtype: str | None, allowed: Sequence[str]) -> Source:
+    """A bare config.json: shapes without weights. dtype None: the config's own, float32 where it names none."""
+    config = hf.read_config(path)
+    named = config.get("torch_dtype") or config.get("dtype") or "float32"
+    dtype = dtype or str(named).removeprefix("torch.")
+    if dtype not in allowed:
+        raise CheckpointError(f"{path}: dtype {dtype!r}; supported: {', '.join(allowed)}; or choose one of them")
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    origin = Origin(name=name or path.stem, kind="hf", config=config, dtype=dtype)
+    tree, _ = build(origin, family_of, str(path))
+
+    def read(parameter: str) -> Tensor:
+        raise CheckpointError(f"{path}: a config holds no weights, not {parameter}; it can be described and planned")
+
+    return Source(tree=tree, read=read, origin=origin)
+
+
 def open_gguf(path: Path, family_of: FamilyOf, *, dtype: str, packed: bool) -> Source:
     """A GGUF file. packed: block formats stay as they are in the file."""
     file = gguf.read_gguf(path)
     raws = {name: _raw(tensor, path) for name, tensor in file.tensors.items()}
     family = family_of(file.metadata.get("general.architecture"), str(path))
     config = family.gguf_config(Fields(file.metadata, str(path)), file.tensors)
-    config["model_type"] = family.HF_TYPES[0]
+    config["model_type"] = next(iter(family.HF_TYPES))
     origin = Origin(name=path.stem, kind="gguf", config=config, dtype=dtype, packed=packed, bytes=path.stat().st_size)
     tree = family.from_hf(Fields(config, str(path)), dtype)
     weights = bind(
@@ -145,10 +172,14 @@ def _raw(tensor, path: Path) -> Raw:
 
 
 def _common_dtype(raws: dict[str, Raw], folder: Path) -> str:
-    """The dtype of most of the checkpoint's numbers."""
+    """The dtype of most of the checkpoint's numbers; float32 for float64, which JAX does not compute in."""
     if not raws:
         raise CheckpointError(f"{folder}: holds no tensor")
-    return max(raws.values(), key=lambda raw: len(raw.shape)).dtype
+    counts: dict[str, int] = {}
+    for raw in raws.values():
+        counts[raw.dtype] = counts.get(raw.dtype, 0) + math.prod(raw.shape)
+    most = max(counts, key=counts.__getitem__)
+    return "float32" if most == "float64" else most
 
 
 def _hf_tokenizer(folder: Path) -> Tokenizer | None:

@@ -1,7 +1,7 @@
 """Parts that models are wired from."""
 
 from optx.nn.attention import Attention, FusedAttention
-from optx.nn.core import Embed, FusedGatedMLP, GatedMLP, Linear, RMSNorm, Rope
+from optx.nn.core import Embed, Fused, FusedGatedMLP, GatedMLP, Linear, RMSNorm, Rope
 from optx.nn.decoder import Block, CausalLM
 from optx.nn.mla import MLA
 from optx.nn.ssm import Mamba2
@@ -12,6 +12,7 @@ __all__ = [
     "Block",
     "CausalLM",
     "Embed",
+    "Fused",
     "FusedAttention",
     "FusedGatedMLP",
     "GatedMLP",

@@ -6,7 +6,7 @@ from flax import nnx
 
 from optx.cache import CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
-from optx.nn.core import Linear, RMSNorm, Rope
+from optx.nn.core import Fused, Linear, RMSNorm, Rope
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
 from optx.pallas.dispatch import OpChoice, OpSite
@@ -119,11 +119,13 @@ class Attention(nnx.Module):
         return tuple(OpSite(op=op, args=args) for op in ("flash_attention", "ragged_paged_attention"))
 
 
-class FusedAttention(Attention):
+class FusedAttention(Fused, Attention):
     """Attention with q, k and v in one weight [D, (N + 2K) H]."""
 
+    KEPT = ("heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "o", "q_norm", "k_norm", "cache")
+
     def __init__(self, attn: Attention, qkv: Linear):
-        for name in ("heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "o", "q_norm", "k_norm", "cache"):
+        for name in self.KEPT:
             setattr(self, name, getattr(attn, name))
         self.qkv = qkv
         self.choices = attn.choices
@@ -131,3 +133,13 @@ class FusedAttention(Attention):
     def project(self, x):
         y = self.qkv(x).reshape(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         return tuple(jnp.split(y, [self.heads, self.heads + self.kv_heads], axis=1))
+
+    def unfused(self) -> Attention:
+        heads, kv_heads, size = self.heads, self.kv_heads, self.head_dim
+        d = self.qkv.weight.get_value().shape[0]
+        norm = None if self.q_norm is None else lambda: self.q_norm  # set below, as are the other parts
+        plain = Attention(d, heads=heads, kv_heads=kv_heads, head_dim=size, rope=self.rope, norm=norm)
+        plain.q, plain.k, plain.v = self.qkv.split([heads * size, kv_heads * size, kv_heads * size])
+        for name in self.KEPT:
+            setattr(plain, name, getattr(self, name))
+        return plain

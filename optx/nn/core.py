@@ -5,8 +5,9 @@ or `QTensor`: no part asks which. Shapes use the letters of `optx.tensor`.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,32 @@ class Linear(nnx.Module):
         weight = self.weight.get_value()
         return (OpSite(op="quant_matmul", args={"weight": weight}),) if tensor.is_qtensor(weight) else ()
 
+    def split(self, sizes: Sequence[int]) -> list["Linear"]:
+        """Linears with `sizes` outputs each, in order: slices of this weight and bias, whatever their form."""
+        weight, parts, start = self.weight.get_value(), [], 0
+        d, total = weight.shape
+        assert sum(sizes) == total, f"{sizes} do not add up to {total}"
+        outputs = 0 if tensor.is_qtensor(weight) else 1  # packed weights keep their outputs first
+        for size in sizes:
+            cut = functools.partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + size)
+            part = Linear(d, size, bias=self.bias is not None)
+            sliced = tensor.lift(lambda w, cut=cut: jax.tree.map(lambda x: cut(x, axis=outputs), w), weight)
+            part.weight = nnx.Param(sliced, axes=self.weight.get_metadata().get("axes"))
+            if self.bias is not None:
+                bias = tensor.lift(cut, self.bias.get_value())
+                part.bias = nnx.Param(bias, axes=self.bias.get_metadata().get("axes"))
+            parts.append(part)
+            start += size
+        return parts
+
+
+class Fused:
+    """A part that holds several projections in one weight."""
+
+    def unfused(self) -> nnx.Module:
+        """The plain part with the same numbers."""
+        raise NotImplementedError
+
 
 def contract(x, w, choices=()) -> jax.Array:
     """x[..., D] @ w[D, F], through the quant_matmul op when w is packed."""
@@ -72,7 +99,8 @@ class Embed(nnx.Module):
         return x if self.scale == 1.0 else x * jnp.asarray(self.scale, x.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        return contract(x, self.table.get_value().T, self.choices)
+        table = self.table.get_value()
+        return contract(x, table.T, self.choices) if tensor.is_qtensor(table) else tensor.matmul_rows(x, table)
 
     def op_sites(self) -> tuple[OpSite, ...]:
         table = self.table.get_value()
@@ -113,7 +141,7 @@ class GatedMLP(nnx.Module):
         return self.gate(x), self.up(x)
 
 
-class FusedGatedMLP(GatedMLP):
+class FusedGatedMLP(Fused, GatedMLP):
     """GatedMLP with gate and up in one weight [D, 2F]: one matmul, one read of x."""
 
     def __init__(self, gate_up: Linear, down: Linear, *, activation):
@@ -123,6 +151,13 @@ class FusedGatedMLP(GatedMLP):
 
     def project(self, x):
         return tuple(jnp.split(self.gate_up(x), 2, axis=-1))
+
+    def unfused(self) -> GatedMLP:
+        d, both = self.gate_up.weight.get_value().shape
+        plain = GatedMLP(d, both // 2, activation=self.activation)
+        plain.gate, plain.up = self.gate_up.split([both // 2] * 2)
+        plain.down = self.down
+        return plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +176,10 @@ class Rope:
     high_freq: float = 4.0
     original: int = 8192  # context length of pre-training, tokens
     factors: tuple[float, ...] = ()  # scaling "factors": divides each frequency (GGUF's rope_freqs)
+
+    def __post_init__(self):
+        if self.dim < 2 or self.dim % 2:
+            raise ConfigError(f"rotary embedding of {self.dim} numbers a head; allowed: an even number, at least 2")
 
     def frequencies(self) -> np.ndarray:
         """float32[dim / 2], radians a position."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optx.cache import Address, CachePlan, Caches, Ragged, View, view
+from optx.cache import Address, CachePlan, Caches, Ragged, View, store_tokens, view
 from optx.nn.core import Embed, Linear, RMSNorm
 
 
@@ -87,7 +87,7 @@ class CausalLM(nnx.Module):
 
 def _append_positions(caches: Caches, address: Address, ragged: Ragged) -> Caches:
     positions = tuple(
-        p.reshape(-1).at[writes].set(ragged.positions, mode="drop").reshape(p.shape)
+        store_tokens(p, ragged.positions, writes)
         for p, writes in zip(caches.positions, address.writes, strict=True)
     )
     return Caches(layers=caches.layers, positions=positions)

@@ -58,6 +58,8 @@ class Mamba2(nnx.Module):
     def _mix(self, xbc, dt, old, ragged):
         """[B, Q, channels], [B, Q, N], states -> (float32[B, Q, inner], states after each row's last token)."""
         b, length = dt.shape[:2]
+        # What pads a row are other rows' tokens: dt = 0 leaves the state alone, but 0 * NaN would not.
+        xbc = jnp.where(ragged.valid[..., None], xbc, 0)
         tail = jnp.concatenate([old["conv"].astype(xbc.dtype), xbc], axis=1)
         weight = self.conv_weight.get_value()
         mixed = sum(tail[:, i : i + length] * weight[i] for i in range(self.conv)) + self.conv_bias.get_value()
@@ -68,7 +70,7 @@ class Mamba2(nnx.Module):
         x = x.reshape(b, length, self.heads, self.head_dim)
         bs, cs = (t.reshape(b, length, self.groups, self.state_dim) for t in (bs, cs))
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias.get_value())
-        dt = jnp.where(ragged.valid[..., None], dt, 0)  # padding leaves the state alone
+        dt = jnp.where(ragged.valid[..., None], dt, 0)
         a = -jnp.exp(self.a_log.get_value())
         y, state = dispatch.call("ssm_scan", self.choices, x, dt, a, bs, cs, old["ssm"])
         y = y + self.skip.get_value()[:, None] * x

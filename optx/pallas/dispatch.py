@@ -1,7 +1,7 @@
 """The table: op -> rows of (backend, arch, supports, function). Lowering asks every row once and records the answer.
 
-A choice is never made at run time and never falls back silently: a call site that was lowered carries its `OpChoice`; one
-that was not (a tree between two passes) runs the reference row.
+A choice is never made at run time and never falls back silently: a call site that was lowered carries its `OpChoice`;
+one that was not (a tree between two passes) runs the reference row.
 """
 
 import dataclasses

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Literal
 
+from optx import formats
 from optx.errors import FormatError, PassError
-from optx.formats import Float8, Format, Int
+from optx.formats import Format
 from optx.ir import replace
 from optx.nn.attention import Attention
 from optx.registry import Axis, PassOptions, Site, Skipped, Stage, register
@@ -16,9 +17,7 @@ class QuantizeKV(PassOptions):
     symmetric: bool = True  # False: a zero point a token and head (integers only)
 
     def storage(self) -> Format:
-        if self.format.startswith("fp8_"):
-            return Float8(kind=self.format.removeprefix("fp8_"), scale_dtype="float16")
-        return Int(width=int(self.format.removeprefix("int")), symmetric=self.symmetric)
+        return formats.writable(self.format, symmetric=self.symmetric, scale_dtype="float16")
 
 
 @register("quantize_kv", axis=Axis.BITS, stage=Stage.CACHE, options=QuantizeKV, exact=False)

@@ -18,8 +18,7 @@ class QuantizeWeights(PassOptions):
     requantize: bool = False  # True: weights that are packed already are dequantized and rounded again
 
     def storage(self) -> formats.Format:
-        text = self.format + (f"_g{self.group}" if self.group else "") + ("" if self.symmetric else "_asym")
-        return formats.parse(text)
+        return formats.writable(self.format, symmetric=self.symmetric, group=self.group)
 
 
 @register("quantize_weights", axis=Axis.BITS, stage=Stage.WEIGHTS, options=QuantizeWeights, exact=False)

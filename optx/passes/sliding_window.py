@@ -24,15 +24,17 @@ def sliding_window(site: Site, attn: Attention, opt: SlidingWindow) -> Attention
     and global layers: Gemma 3, arXiv:2503.19786. A substitution on a model trained with full attention costs quality at
     distances beyond the window; layers that already have a smaller window stay as they are.
     """
-    if opt.window < 1 or opt.sinks < 0:
-        raise PassError(f"sliding_window at {site.path}: window {opt.window}, sinks {opt.sinks}; window >= 1, sinks >= 0")
+    for name, least in (("window", 1), ("sinks", 0), ("keep_every", 1)):
+        value = getattr(opt, name)
+        if value is not None and value < least:
+            raise PassError(f"sliding_window: {name} {value}; allowed: at least {least}")
     chosen = None if opt.layers is None else {i % site.layers for i in opt.layers if -site.layers <= i < site.layers}
     if opt.layers is not None and len(chosen) != len(set(opt.layers)):
         raise PassError(f"sliding_window: layers {list(opt.layers)}; allowed: -{site.layers}..{site.layers - 1}, each once")
     if chosen is not None and site.layer not in chosen:
         return Skipped("layer not listed")
-    if chosen is None and opt.keep_every and (site.layer + 1) % opt.keep_every == 0:
-        return Skipped(f"every {opt.keep_every}th layer stays global")
+    if chosen is None and opt.keep_every and site.layer is not None and (site.layer + 1) % opt.keep_every == 0:
+        return Skipped(f"one layer in {opt.keep_every} stays global")
     if attn.cache.window is not None and attn.cache.window <= opt.window:
         return Skipped(f"has a window of {attn.cache.window}")
     return replace(attn, cache=attn.cache.replace(window=opt.window, sinks=opt.sinks))

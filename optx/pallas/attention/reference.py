@@ -2,8 +2,8 @@
 
 One contract for all: queries against keys with a mask by position, grouped heads (query head n reads kv head
 n // (N / K)), and (out, lse, scores?) returned. lse = log sum exp of the masked logits merges partial results;
-rows that see no key give out = 0 and lse = -inf. `scores` is the attention mass by cached slot, summed over queries
-and the query heads of a kv head; it feeds eviction.
+queries that see no key give out = 0 and lse = -inf (the sink's logit where there is one). `scores` is the attention
+mass by cached slot, summed over queries and the query heads of a kv head; it feeds eviction.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from optx.cache import Ragged
 from optx.tensor import Tensor, dense
 
-CHUNK = 512  # queries a block: bounds the [N, Q, S] logits that XLA materialises
+CHUNK = 256  # queries a block: bounds the [N, Q, S] logits that XLA materialises
+UNROLL = 8  # blocks up to which each gets its own program over the keys that it can see
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class Mask:
             return seen
         return seen & ((key > query - self.window) | (key < self.sinks))
 
+    def reach(self, start: int, stop: int, length: int) -> tuple[int, int]:
+        """Keys [first, last) outside which queries start .. stop - 1 of a sequence see nothing."""
+        first = max(0, start - self.window + 1) if self.window and not self.sinks else 0
+        return min(first, length - 1), min(stop, length) if self.causal else length
+
 
 def attend(q, k, v, mask, *, scale, softcap=None, sink_logits=None, logit_scale=None, want_scores=False):
     """softmax(scale q k^T) v with a mask.
@@ -43,28 +49,33 @@ def attend(q, k, v, mask, *, scale, softcap=None, sink_logits=None, logit_scale=
     -> out [B, Q, N, Hv] in q's dtype, lse float32[B, Q, N], scores float32[B, S, K] or None.
     """
     b, queries, n, h = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(b, queries, kv_heads, n // kv_heads, h)
-    logits = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=jnp.float32) * scale
+    kv_heads, group = k.shape[2], n // k.shape[2]
+    # Heads before tokens and the query heads of a kv head side by side: two plain batched matmuls, no hidden transposes.
+    q = jnp.moveaxis(q.reshape(b, queries, kv_heads, group, h), 1, 2).reshape(b, kv_heads, queries * group, h)
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    logits = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * scale
+    logits = logits.reshape(b, kv_heads, queries, group, -1)
     if logit_scale is not None:
         logits = logits * jnp.moveaxis(logit_scale, 2, 1)[:, :, None, None]
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, :, None], logits, -jnp.inf)
+    logits = jnp.where(mask[:, :, :, None], logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True)
     if sink_logits is not None:
-        sink = sink_logits.astype(jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
+        sink = sink_logits.astype(jnp.float32).reshape(kv_heads, 1, group, 1)
         top = jnp.maximum(top, sink)
     top = jnp.where(jnp.isfinite(top), top, 0)
     weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sink_logits is not None:
         total = total + jnp.exp(sink - top)
-    weights = weights / jnp.where(total > 0, total, 1)
-    out = jnp.einsum("bkgqs,bskh->bqkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    lse = jnp.moveaxis((jnp.log(total) + top)[..., 0], 3, 1).reshape(b, queries, n)
-    scores = jnp.moveaxis(jnp.sum(weights, axis=(2, 3)), 1, 2) if want_scores else None
-    return out.reshape(b, queries, n, -1).astype(q.dtype), lse, scores
+    scores = jnp.sum(weights / jnp.where(total > 0, total, 1), axis=(2, 3)) if want_scores else None
+    weights = weights.reshape(b, kv_heads, queries * group, -1)
+    out = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = out.reshape(b, kv_heads, queries, group, -1) / jnp.where(total > 0, total, 1)
+    out = jnp.moveaxis(out, 2, 1).reshape(b, queries, n, -1).astype(q.dtype)
+    lse = jnp.moveaxis((jnp.log(total) + top)[..., 0], 2, 1).reshape(b, queries, n)
+    return out, lse, None if scores is None else jnp.moveaxis(scores, 1, 2)
 
 
 def flash_attention(
@@ -78,27 +89,32 @@ def flash_attention(
     """
     b, length = q.shape[:2]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    position = jnp.arange(length, dtype=jnp.int32)
     size = min(CHUNK, length)
     count = -(-length // size)
+    position = jnp.arange(length, dtype=jnp.int32)
     if count * size != length:
         q = jnp.pad(q, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
 
-    def block(start):
+    def block(start, first, last):
+        """Queries start .. start + size against keys first .. last, which hold all that they can see."""
         at = start + jnp.arange(size, dtype=jnp.int32)
-        seen = jnp.broadcast_to(mask(at[None, :, None], position[None, None, :]), (b, size, length))
+        keys = slice(first, last)
+        seen = jnp.broadcast_to(mask(at[None, :, None], position[None, None, keys]), (b, size, last - first))
         if valid is not None:
-            seen = seen & valid[:, None, :]
+            seen = seen & valid[:, None, keys]
         if segments is not None:
             here = jnp.take(segments, at, axis=1, mode="clip")
-            seen = seen & (here[:, :, None] == segments[:, None, :])
+            seen = seen & (here[:, :, None] == segments[:, None, keys])
         part = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
-        return attend(part, k, v, seen[:, None], scale=scale, softcap=softcap, sink_logits=sink_logits)[:2]
+        args = (part, k[:, keys], v[:, keys], seen[:, None])
+        return attend(*args, scale=scale, softcap=softcap, sink_logits=sink_logits)[:2]
 
-    if count == 1:
-        out, lse = block(0)
+    if count <= UNROLL:
+        blocks = [block(i * size, *mask.reach(i * size, i * size + size, length)) for i in range(count)]
+        out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
     else:
-        out, lse = jax.lax.map(block, jnp.arange(count, dtype=jnp.int32) * size)
+        starts = jnp.arange(count, dtype=jnp.int32) * size
+        out, lse = jax.lax.map(lambda start: block(start, 0, length), starts)
         out, lse = (jnp.moveaxis(x, 0, 1).reshape(b, count * size, *x.shape[3:]) for x in (out, lse))
     return out[:, :length], lse[:, :length], None
 
@@ -109,8 +125,8 @@ def gather_pages(pool: Tensor, table: jax.Array) -> jax.Array:
 
     def gather(part):
         if groups == 1:
-            return part[table[0]].reshape(b, pages * part.shape[1], *part.shape[2:])
-        by_head = jax.vmap(lambda head, listing: head[listing], in_axes=(2, 0), out_axes=3)(part, table)
+            return jnp.take(part, table[0], axis=0, mode="clip").reshape(b, pages * part.shape[1], *part.shape[2:])
+        by_head = jax.vmap(lambda head, listing: jnp.take(head, listing, axis=0, mode="clip"), (2, 0), 3)(part, table)
         return by_head.reshape(b, pages * part.shape[1], *by_head.shape[3:])
 
     return dense(jax.tree.map(gather, pool))
@@ -137,14 +153,16 @@ def paged_attention(
 
     q [B, Q, N, H]; pools [pages, P, K, H], dense or packed; v_pool None: values are the first `value_dim` numbers of
     the keys (MLA latents); positions int32[pages, P]; table int32[G, B, pages]; lengths int32[G, B] cached slots;
-    q_positions int32[B, Q]. -> (out [B, Q, N, Hv], lse, scores float32[B, S, K] by slot or None).
+    q_positions int32[B, Q], -1 where there is no query.
+    -> (out [B, Q, N, Hv], lse, scores float32[B, S, K] by slot or None).
     """
     k = gather_pages(k_pool, table).astype(q.dtype)
     v = k[..., :value_dim] if v_pool is None else gather_pages(v_pool, table).astype(q.dtype)
     groups, b, pages = table.shape
-    at = positions[table].reshape(groups, b, -1)
+    at = jnp.take(positions, table, axis=0, mode="clip").reshape(groups, b, -1)
     stored = jnp.arange(at.shape[-1]) < lengths[..., None]
-    seen = mask(q_positions[None, :, :, None], at[:, :, None, :]) & stored[:, :, None, :]
+    asked = q_positions[None, :, :, None]
+    seen = mask(asked, at[:, :, None, :]) & (asked >= 0) & stored[:, :, None, :]
     if logit_scale is not None:
         logit_scale = gather_pages(logit_scale[..., None], table)[..., 0]
     # A slot past `lengths` may hold anything, NaN included: 0 * NaN must not reach the sum.
@@ -163,8 +181,11 @@ def paged_attention(
 
 
 def ragged_paged_attention(q, k_pool, v_pool, *, ragged: Ragged, **kwargs):
-    """`paged_attention` for T ragged tokens q [T, N, H] -> (out [T, N, Hv], lse [T, N], scores); causal in the chunk."""
-    out, lse, scores = paged_attention(
-        ragged.pad(q), k_pool, v_pool, q_positions=ragged.pad(ragged.positions), **kwargs
-    )
+    """`paged_attention` for T ragged tokens q [T, N, H] -> (out [T, N, Hv], lse [T, N], scores), causal in the chunk.
+
+    What is returned for padding tokens is unspecified.
+    """
+    # What pads a row are other rows' tokens: they must not add to its scores.
+    q_positions = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
+    out, lse, scores = paged_attention(ragged.pad(q), k_pool, v_pool, q_positions=q_positions, **kwargs)
     return ragged.unpad(out), ragged.unpad(lse), scores

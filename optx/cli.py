@@ -1,0 +1,197 @@
+"""The command line: `optx VERB ...`.
+
+Exit codes: 0 done, 1 an error of the model, recipe or request, 2 a wrong command line, 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+import optx
+from optx import cli_verbs
+from optx.api import DTYPES, WEIGHTS
+from optx.cli_flags import Flag, Verb, find, overview, parse
+from optx.cli_verbs import say
+from optx.compilation_cache import enable_compilation_cache
+from optx.errors import OptxError, UsageError
+from optx.target import TARGETS
+
+MODEL_FLAGS = (
+    Flag(name="weights", allowed=WEIGHTS, default="dense", help="packed: a GGUF's weights stay in the file's blocks"),
+    Flag(name="dtype", allowed=DTYPES, help="of dense weights and activations (default: the checkpoint's own)"),
+)
+RECIPE = Flag(name="recipe", value="R", help="YAML file, or the name of a recipe that ships with optx")
+TARGET = Flag(name="target", value="NAME", default="auto", help=f"auto (this machine) or one of {', '.join(TARGETS)}")
+CALIBRATION = Flag(name="calibration", value="FILE", help="text for passes that measure activations")
+OVERWRITE = Flag(name="overwrite", kind=bool, default=False, help="replace what stands at --out")
+JSON = Flag(name="json", kind=bool, default=False, help="print JSON")
+
+
+VERBS = (
+    Verb(
+        name="describe",
+        line="print the module tree of a model: parts, shapes, formats, bytes",
+        arguments=("MODEL",),
+        flags=(*MODEL_FLAGS, JSON),
+        examples=("optx describe model.gguf --weights packed", "optx describe config.json"),
+        notes="Reads headers only, no weights. A bare config.json will do.",
+        run=cli_verbs.describe,
+    ),
+    Verb(
+        name="plan",
+        line="run a recipe on shapes: weight and KV bytes before and after each pass",
+        arguments=("MODEL|CONFIG",),
+        flags=(
+            RECIPE,
+            TARGET,
+            Flag(name="batch", kind=int, default=1, least=1, value="N", help="sequences decoded at once"),
+            Flag(
+                name="context",
+                kind=int,
+                least=1,
+                value="N",
+                help="tokens of each sequence (default: the model's context)",
+            ),
+            *MODEL_FLAGS,
+            JSON,
+        ),
+        examples=("optx plan config.json --recipe int4_kv8 --target h100 --batch 8 --context 4096",),
+        notes="Reads no weights, needs no accelerator: a bare config.json will do. What fails here fails in compile.",
+        run=cli_verbs.plan,
+    ),
+    Verb(
+        name="compile",
+        line="apply a recipe to a model's weights and write the result",
+        arguments=("MODEL",),
+        flags=(
+            Flag(**{**vars(RECIPE), "required": True}),
+            Flag(name="out", value="DIR", required=True, help="folder of the export; appears whole or not at all"),
+            TARGET,
+            CALIBRATION,
+            Flag(name="dump", value="DIR", help="write the tree after each pass there, as text"),
+            OVERWRITE,
+            *MODEL_FLAGS,
+            JSON,
+        ),
+        examples=("optx compile model.gguf --recipe int4_kv8 --out compiled",),
+        run=cli_verbs.compile,
+    ),
+    Verb(
+        name="generate",
+        line="continue a prompt, or answer it with --chat; text appears as it is decoded",
+        arguments=("MODEL",),
+        flags=(
+            Flag(name="prompt", value="TEXT", required=True, help="what to continue or to answer"),
+            Flag(name="chat", kind=bool, default=False, help="put the prompt into the model's chat template"),
+            Flag(name="max_tokens", kind=int, default=64, value="N", help="longest answer"),
+            Flag(name="temperature", kind=float, default=0.0, value="T", help="0 takes the likeliest token"),
+            Flag(name="top_k", kind=int, default=0, value="K", help="draw from the K likeliest tokens; 0: all"),
+            Flag(
+                name="top_p",
+                kind=float,
+                default=1.0,
+                value="P",
+                help="draw from the likeliest tokens that hold P of the mass",
+            ),
+            Flag(name="seed", kind=int, default=0, value="N", help="of the draws: the same seed gives the same text"),
+            Flag(name="stop", value="TEXT", repeated=True, help="end before this text"),
+            RECIPE,
+            *MODEL_FLAGS,
+            JSON,
+        ),
+        examples=(
+            "optx generate compiled --prompt 'The capital of France is' --max_tokens 20",
+            "optx generate model.gguf --chat --prompt 'Name three rivers.' --temperature 0.7 --top_p 0.9",
+        ),
+        run=cli_verbs.generate,
+    ),
+    Verb(
+        name="eval",
+        line="perplexity on a text; against another model, KL divergence and agreement",
+        arguments=("MODEL",),
+        flags=(
+            Flag(name="text", value="FILE", required=True, help="UTF-8 text"),
+            Flag(name="context", kind=int, default=1024, least=2, value="N", help="tokens of a window"),
+            Flag(
+                name="stride",
+                kind=int,
+                least=1,
+                value="N",
+                help="tokens between windows (default: they do not overlap)",
+            ),
+            Flag(name="max_windows", kind=int, least=1, value="N", help="stop after as many (default: the whole text)"),
+            Flag(name="against", value="MODEL", help="reference, loaded dense in its own dtype"),
+            RECIPE,
+            CALIBRATION,
+            *MODEL_FLAGS,
+            JSON,
+        ),
+        examples=("optx eval compiled --text test.txt --context 1024 --max_windows 20 --against model.gguf",),
+        run=cli_verbs.evaluate,
+    ),
+    Verb(
+        name="export",
+        line="write a model or a compiled model as a checkpoint that other programs read",
+        arguments=("DIR",),
+        flags=(
+            Flag(
+                name="format",
+                allowed=("hf", "compressed-tensors", "gguf"),
+                required=True,
+                help="hf: dense safetensors for transformers. The others are not supported yet",
+            ),
+            Flag(name="out", value="DIR", required=True, help="folder of the checkpoint; appears whole or not at all"),
+            OVERWRITE,
+            *MODEL_FLAGS,
+        ),
+        examples=("optx export compiled --format hf --out hf",),
+        notes="DIR is an optx export or anything else that MODEL may be. Packed weights are dequantized.",
+        run=cli_verbs.export,
+    ),
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command line without the program's name; returns the exit code."""
+    try:
+        if not arguments or arguments[0] in ("--help", "-h", "-help", "help") and len(arguments) == 1:
+            print(overview(VERBS, optx.__version__), file=sys.stdout if arguments else sys.stderr)
+            return 0 if arguments else 2
+        if arguments[0] == "--version":
+            print(f"optx {optx.__version__}")
+            return 0
+        if arguments[0] == "help":
+            arguments = [*arguments[1:2], "--help"]
+        if arguments[0].startswith("-"):
+            raise UsageError(f"the verb comes first: optx VERB, one of {', '.join(verb.name for verb in VERBS)}")
+        verb = find(VERBS, arguments[0])
+        positional, values = parse(verb, arguments[1:])
+        if values["help"]:
+            print(verb.help())
+            return 0
+        enable_compilation_cache()
+        verb.run(*positional, **{name: value for name, value in values.items() if name != "help"})
+        sys.stdout.flush()
+        return 0
+    except OptxError as error:
+        say(f"error: {error}")
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except BrokenPipeError:  # `optx ... | head`: nobody reads on, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def main() -> None:
+    """The program `optx`."""
+
+    def parse_nothing(argv: list[str]) -> list[str]:
+        flags.FLAGS(argv[:1])  # absl's own flags stay at their defaults; each verb parses its own
+        logging.set_verbosity(logging.ERROR)
+        return argv[1:]
+
+    app.run(run, flags_parser=parse_nothing)

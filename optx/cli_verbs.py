@@ -1,0 +1,172 @@
+"""What each verb of the command line does. Results on stdout, progress and notes on stderr."""
+
+import json as json_text
+import sys
+import time
+from pathlib import Path
+
+import optx
+from optx import ir
+from optx.checkpoint.export import check_free
+from optx.checkpoint.source import Source
+from optx.errors import RequestError, UsageError, no_such_path
+from optx.generate import encode_chat
+from optx.recipe import Recipe
+
+
+def describe(model: str, *, weights, dtype, json) -> None:
+    source = optx.load(model, weights, dtype)
+    if json:
+        _print_json(_facts(source) | {"modules": [_module(entry) for entry in ir.entries(source.tree)]})
+        return
+    for name, value in _facts(source).items():
+        if value is not None and name not in ("parameters", "weight_bytes", "kv_bytes_per_token"):
+            text = ir.size_text(value) if name == "file_bytes" else f"{value:,}" if isinstance(value, int) else value
+            print(f"{name.removesuffix('_bytes'):<11} {text}")
+    print(f"\n{source}", end="")
+
+
+def _facts(source: Source) -> dict:
+    tokenizer, origin = source.tokenizer, source.origin
+    return {
+        "model": origin.name,
+        "family": origin.config.get("model_type"),
+        "form": {"hf": "Hugging Face directory", "gguf": "GGUF file"}[origin.kind]
+        if source.recipe is None
+        else "optx export",
+        "dtype": origin.dtype,
+        "file_bytes": origin.bytes or None,
+        "context": source.tree.context,
+        "vocabulary": tokenizer.vocab_size if tokenizer else None,
+        "chat": ("yes" if tokenizer.chat_template else "no template") if tokenizer else None,
+        "recipe": source.recipe.name if source.recipe else None,
+        "parameters": ir.weight_count(source.tree),
+        "weight_bytes": ir.weight_bytes(source.tree),
+        "kv_bytes_per_token": source.tree.cache_plan().bytes(1, 1),
+    }
+
+
+def _module(entry: ir.Entry) -> dict:
+    return {"path": entry.path, "text": entry.text, "bytes": entry.bytes}
+
+
+def plan(model: str, *, weights, dtype, recipe, target, batch, context, json) -> None:
+    planned = optx.plan(optx.load(model, weights, dtype), _recipe(recipe), target)
+    longest = planned.tree.context
+    if context is not None and context > longest:
+        say(f"note: a context of {context:,} tokens is beyond the model's {longest:,}; the bytes are as if it were not")
+    if json:
+        _print_json(planned.to_dict(batch, context))
+    else:
+        print(planned.text(batch, context))
+
+
+def compile(model: str, *, weights, dtype, recipe, target, out, calibration, dump, overwrite, json) -> None:
+    chosen = _recipe(recipe)
+    _check_calibration(chosen, calibration)
+    check_free(Path(out), overwrite)  # before the work, not after
+    compiled = optx.compile(optx.load(model, weights, dtype), chosen, target, dump=dump, progress=_terminal())
+    compiled.export(out, overwrite=overwrite)
+    if json:
+        _print_json(compiled.report.to_dict() | {"out": out})
+    else:
+        print(f"{compiled.report}\n\nwritten to {out}; try: optx generate {out} --prompt 'Hello'")
+
+
+def generate(
+    model: str, *, weights, dtype, recipe, prompt, chat, max_tokens, temperature, top_k, top_p, seed, stop, json
+) -> None:
+    sampling = optx.Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
+    )
+    source = optx.load(model, weights, dtype)
+    ids = encode_chat(prompt, source.tokenizer) if chat else prompt
+    compiled = optx.compile(source, _recipe(recipe), progress=_terminal())
+    began, first = time.perf_counter(), []
+
+    def show(index: int, text: str) -> None:
+        first or first.append(time.perf_counter() - began)
+        if not json:
+            print(text, end="", flush=True)
+
+    answer = compiled.complete([ids], sampling, show)[0]
+    seconds = time.perf_counter() - began
+    if json:
+        facts = {"prompt_tokens": answer.prompt_tokens, "finish": answer.finish, "seconds": seconds}
+        _print_json({"text": answer.text, "token_ids": answer.token_ids, **facts})
+        return
+    print(flush=True)
+    after = f", the first after {first[0]:.1f} s" if first else ""
+    count = f"{answer.prompt_tokens} prompt tokens, {len(answer.token_ids)} new in {seconds:.1f} s"
+    say(f"[{count}{after}; {answer.finish}]")
+
+
+def export(model: str, *, weights, dtype, format, out, overwrite) -> None:
+    if format != "hf":
+        raise UsageError(f"export --format {format}: not supported yet; supported: hf")
+    check_free(Path(out), overwrite)
+    source = optx.load(model, weights, dtype)
+    optx.export(source, out, format=format, overwrite=overwrite)
+    size = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
+    print(f"{source.origin.name}: dense {source.origin.dtype} safetensors, {ir.size_text(size)}, written to {out}")
+
+
+def evaluate(
+    model: str, *, weights, dtype, recipe, calibration, text, context, stride, max_windows, against, json
+) -> None:
+    chosen = _recipe(recipe)
+    _check_calibration(chosen, calibration)
+    words = _read_text(text)
+    other = optx.compile(optx.load(against), progress=_terminal()) if against else None
+    compiled = optx.compile(optx.load(model, weights, dtype), chosen, progress=_terminal())
+    options = {"context": context, "stride": stride, "max_windows": max_windows, "against": other}
+    result = compiled.evaluate(words, **options, progress=_terminal())
+    if json:
+        against_name = {"against": other.plan.source.origin.name} if other else {}
+        _print_json({"model": compiled.plan.name, **against_name, "context": context, **result.to_dict()})
+        return
+    rows = [
+        ("model", compiled.plan.name),
+        ("perplexity", f"{result.perplexity:.4f}"),
+        ("bits a byte", f"{result.bits_per_byte:.4f}"),
+        ("windows", f"{result.windows} of up to {context:,} tokens, {result.tokens:,} tokens scored"),
+    ]
+    if other:
+        name = other.plan.source.origin.name
+        rows += [("KL", f"{result.kl:.6f} nats a token against {name}")]
+        rows += [("top-1", f"{100 * result.top1:.2f} % of tokens agree with {name}")]
+    print("\n".join(f"{label:<12} {value}" for label, value in rows))
+
+
+def _recipe(path: str | None) -> Recipe | None:
+    return None if path is None else Recipe.from_yaml(path)
+
+
+def _check_calibration(recipe: Recipe | None, path: str | None) -> None:
+    if path is not None:
+        names = ", ".join(pass_.name for pass_, _ in recipe.steps()) if recipe else "no recipe"
+        raise UsageError(f"--calibration {path}: no pass here measures activations ({names}); leave the flag out")
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RequestError(f"--text {no_such_path(path)}") from None
+    except UnicodeDecodeError as error:
+        got = f"byte 0x{error.object[error.start]:02x} at {error.start:,}"
+        raise RequestError(f"--text {path}: not UTF-8: {got}; convert it with iconv -f ENCODING -t UTF-8") from None
+    except OSError as error:
+        raise RequestError(f"--text {path}: cannot be read: {error.strerror or error}") from None
+
+
+def _print_json(value: dict) -> None:
+    print(json_text.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty()

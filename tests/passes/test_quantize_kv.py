@@ -1,0 +1,125 @@
+"""quantize_kv: what layers remember in fewer bits, close to what it was."""
+
+import families
+import pytest
+
+import optx
+from optx import ir
+from optx.errors import PassError
+from optx.formats import Float8, Int
+from optx.passes.fuse_projections import FuseProjections
+from optx.passes.quantize_kv import QuantizeKV
+from optx.recipe import Recipe
+
+BEFORE = """\
+CausalLM context=128
+  layers/0-1: Block
+    mixer: Attention heads=4 kv_heads=2 head_dim=8 scale=0.25 rope=(rope 10000/8) cache=(paged float32 window 6)
+  layers/2: Block
+    mixer: Attention heads=4 kv_heads=2 head_dim=8 scale=0.25 rope=(rope 1e+06/8) cache=(paged float32)
+"""
+
+EXPECTED = """\
+CausalLM context=128
+  layers/0-1: Block
+    mixer: Attention heads=4 kv_heads=2 head_dim=8 scale=0.25 rope=(rope 10000/8) cache=(paged int8 window 6)
+  layers/2: Block
+    mixer: Attention heads=4 kv_heads=2 head_dim=8 scale=0.25 rope=(rope 1e+06/8) cache=(paged int4_asym)
+"""
+
+
+def mixers(tree) -> str:
+    """The lines of the printed tree that name the model, its blocks and their mixers."""
+    wanted = ("CausalLM", "layers/", "mixer:")
+    return "".join(f"{line}\n" for line in ir.describe(tree).splitlines() if line.strip().startswith(wanted))
+
+
+def test_before_expected():
+    rules = [QuantizeKV(match="layers/2/mixer", format="int4", symmetric=False), QuantizeKV()]
+    planned = optx.plan(families.abstract("gemma3"), Recipe(cache=rules))
+    assert mixers(planned.trees[0]) == BEFORE
+    assert mixers(planned.tree) == EXPECTED
+    assert planned.records[0].sites == 3
+
+
+LIMITS = {"int8": 0.04, "fp8_e4m3": 0.1, "fp8_e5m2": 0.2, "int4": 0.5}
+
+
+@pytest.mark.parametrize(
+    "family, formats", [("llama", tuple(LIMITS)), ("qwen3", ("int8",)), ("gemma3", ("int8", "int4"))]
+)
+def test_decoding_stays_close_to_the_dense_cache(family, formats):
+    model = families.concrete(family)
+    tokens = families.prompt(24)
+    dense = families.oracle(model, tokens)
+    errors = []
+    for format in formats:
+        tree = optx.compile(model, Recipe(cache=[QuantizeKV(format=format)])).tree
+        errors.append(families.relative(families.incremental(tree, tokens), dense))
+        assert 1e-4 < errors[-1] < LIMITS[format], errors
+    assert errors == sorted(errors), errors
+
+
+def test_the_forward_without_caches_is_untouched():
+    model = families.concrete("llama", num_hidden_layers=1)
+    tokens = families.prompt(12)
+    packed = optx.compile(model, Recipe(cache=[QuantizeKV(format="int4")]))
+    assert families.relative(packed.logits([tokens])[0], families.oracle(model, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options, format, unit",
+    [
+        (QuantizeKV(), Int(width=8), 2 * (16 + 2 * 2)),
+        (QuantizeKV(symmetric=False), Int(width=8, symmetric=False), 2 * (16 + 2 * 3)),
+        (QuantizeKV(format="int4"), Int(width=4), 2 * (8 + 2 * 2)),
+        (QuantizeKV(format="fp8_e4m3"), Float8(kind="e4m3", scale_dtype="float16"), 2 * (16 + 2 * 2)),
+        (QuantizeKV(format="fp8_e5m2"), Float8(kind="e5m2", scale_dtype="float16"), 2 * (16 + 2 * 2)),
+    ],
+    ids=str,
+)
+def test_bytes_a_token(options, format, unit):
+    """[K, H] = [2, 8] numbers each of K and V, and a scale a head (a zero point with it where asymmetric)."""
+    planned = optx.plan(families.abstract("llama"), Recipe(cache=[options]))
+    spec = planned.tree.layers[0].mixer.cache
+    assert spec.format == format and spec.unit_bytes == unit
+    assert planned.records[0].cache_bytes == (2 * 2 * 16 * 4, 2 * unit)
+
+
+def test_a_shared_cache_is_its_owners():
+    """The layer that reads another's cache has no say in its format, and reads what is there."""
+    model = families.concrete("llama")
+    mixer = model.layers[1].mixer
+    ir.put(model, "layers/1/mixer", ir.replace(mixer, k=None, v=None, cache=mixer.cache.replace(share=0)))
+    compiled = optx.compile(model, Recipe(cache=[QuantizeKV()]))
+    record = compiled.plan.records[0]
+    assert record.sites == 1 and record.skipped == {"layers/1/mixer": "reads the cache of layer 0"}
+    assert record.cache_bytes == (128, 40)
+    tokens = families.prompt(16)
+    whole = compiled.logits([tokens])[0]  # without caches nothing is packed
+    assert 1e-4 < families.relative(families.incremental(compiled.tree, tokens), whole) < 0.02
+
+
+def test_a_packed_cache_is_not_packed_again():
+    with pytest.raises(PassError, match="quantize_kv at layers/2/mixer: the cache is stored as int8 already"):
+        optx.plan(families.hybrid(), Recipe(cache=[QuantizeKV(match="layers/2/mixer")]))
+
+
+@pytest.mark.parametrize(
+    "options, changes, told",
+    [
+        ({"format": "int3"}, {"head_dim": 12}, "cache stream k.2, 12.: int3: axis of 12 is not a multiple of 8"),
+        ({"format": "fp8_e4m3", "symmetric": False}, {}, "fp8_e4m3 has no zero point; set symmetric: true"),
+        ({"format": "int5"}, {}, "format 'int5' is not one that optx writes; did you mean 'int8'"),
+    ],
+    ids=["head size", "fp8 with zero point", "unknown"],
+)
+def test_options_that_fit_no_cache(options, changes, told):
+    with pytest.raises(PassError, match=f"quantize_kv at layers/./mixer: {told}"):
+        optx.plan(families.abstract("llama", **changes), Recipe(cache=[QuantizeKV(**options)]))
+
+
+def test_fused_attention_is_a_site_too():
+    fused = optx.plan(families.abstract("llama"), Recipe(lower=[FuseProjections()])).tree
+    planned = optx.plan(fused, Recipe(cache=[QuantizeKV()]))
+    assert planned.records[0].sites == 2 and planned.tree.layers[0].mixer.cache.format == Int(width=8)
