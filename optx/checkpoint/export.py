@@ -1,12 +1,13 @@
 """optx exports: an orbax checkpoint of the compiled weights beside a manifest that can rebuild the tree.
 
-    manifest.json   format version, origin (config, dtype, packed formats), recipe, versions, parameters with hashes
+    manifest.json   format version, origin (config, dtype, packed formats), recipe, versions, parameters, files' hashes
     ir.txt          the compiled tree as text; a reload whose tree prints otherwise is refused
     weights/        orbax: one array a part, `layers/0/mixer/q/weight.data`
     tokenizer.json, tokenizer_config.json
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -52,9 +53,8 @@ def write_export(folder: Path, tree: nnx.Module, source: Source, recipe: Recipe,
             "origin": dataclasses.asdict(source.origin),
             "recipe": (source.recipe or recipe).to_dict(),
             "versions": {name: importlib.metadata.version(name) for name in ("optx", "jax", "flax", "orbax-checkpoint")},
-            "parameters": {
-                name: {"shape": list(a.shape), "dtype": str(a.dtype), "sha256": _sha256(a)} for name, a in arrays.items()
-            },
+            "parameters": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()},
+            "sha256": _digests(partial / WEIGHTS),
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         (partial / IR).write_text(ir.describe(tree), encoding="utf-8")
@@ -64,32 +64,46 @@ def write_export(folder: Path, tree: nnx.Module, source: Source, recipe: Recipe,
 
 
 def open_export(folder: Path, family_of: FamilyOf) -> Source:
-    """An export as a source: its tree rebuilt from config and recipe, its arrays restored and checked by hash.
+    """An export as a source: its tree rebuilt from config and recipe; arrays are restored when the first is read.
 
-    Raises: CheckpointError for a version from the future, a tree that prints otherwise, missing or changed arrays.
+    Raises: CheckpointError for another version, a tree that prints otherwise, a manifest that does not fit the tree;
+    on reading, for missing or changed arrays.
     """
-    manifest = read_json(folder / MANIFEST)
     where = str(folder / MANIFEST)
+    origin, recipe, table, digests = _read_manifest(folder)
+    dense, _ = build(origin, family_of, where)
+    tree = pipeline.run(with_formats(dense, origin.formats), recipe)[0][-1]
+    _check_text(folder, tree)
+    want = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in flatten(tree).items()}
+    wrong = sorted(name for name in want.keys() | table.keys() if want.get(name) != table.get(name))
+    if wrong:
+        raise CheckpointError(f"{where}: parameters do not fit the tree: {', '.join(wrong[:5])}")
+    tokenizer = Tokenizer.from_hf_dir(folder) if (folder / "tokenizer.json").exists() else None
+    arrays = functools.cache(lambda: _restore(folder / WEIGHTS, table, digests))
+
+    def read(path: str):
+        value = ir.get(tree, path).get_value()
+        return jax.tree.unflatten(jax.tree.structure(value), [arrays()[name] for name in names(path, value)])
+
+    return Source(tree=tree, read=read, origin=origin, tokenizer=tokenizer, recipe=recipe)
+
+
+def _read_manifest(folder: Path) -> tuple[Origin, Recipe, dict[str, tuple[tuple[int, ...], str]], dict[str, str]]:
+    """Origin, recipe, (shape, dtype) by array, sha256 by file. Raises CheckpointError, RecipeError."""
+    where, manifest = str(folder / MANIFEST), read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         got = manifest.get("version") if isinstance(manifest, dict) else type(manifest).__name__
         raise CheckpointError(f"{where}: export version {got!r}; this optx reads version {VERSION}")
     try:
         origin = Origin(**manifest["origin"])
-        recipe = Recipe.from_dict(manifest["recipe"], f"{where}: recipe")
-        table = {name: (tuple(p["shape"]), p["dtype"], p["sha256"]) for name, p in manifest["parameters"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        table = {name: (tuple(map(int, p["shape"])), str(p["dtype"])) for name, p in manifest["parameters"].items()}
+        digests = dict(manifest["sha256"])
+        whole = isinstance(origin.config, dict) and isinstance(origin.formats, dict) and isinstance(origin.dtype, str)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{where}: not a whole manifest: {error!r}") from None
-    dense, _ = build(origin, family_of, where)
-    tree = pipeline.run(with_formats(dense, origin.formats), recipe)[0][-1]
-    _check_text(folder, tree)
-    arrays = _restore(folder, table)
-    tokenizer = Tokenizer.from_hf_dir(folder) if (folder / "tokenizer.json").exists() else None
-
-    def read(path: str):
-        value = ir.get(tree, path).get_value()
-        return jax.tree.unflatten(jax.tree.structure(value), [arrays[name] for name in names(path, value)])
-
-    return Source(tree=tree, read=read, origin=origin, tokenizer=tokenizer, recipe=recipe)
+    if not whole or "recipe" not in manifest:
+        raise CheckpointError(f"{where}: not a whole manifest: its origin or its recipe is missing or of a wrong type")
+    return origin, Recipe.from_dict(manifest["recipe"], f"{where}: recipe"), table, digests
 
 
 def with_formats(tree: nnx.Module, formats: Mapping[str, str]) -> nnx.Module:
@@ -126,22 +140,31 @@ def names(path: str, value) -> list[str]:
     return [f"{path}.{part}" for part in ("data", "scale", "zero") if getattr(value, part) is not None]
 
 
-def _restore(folder: Path, table) -> dict[str, Any]:
-    abstract = {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype, _) in table.items()}
+def _restore(weights: Path, table, digests: Mapping[str, str]) -> dict[str, Any]:
+    # Files are checked first: what orbax says of a damaged one is a bare Exception and pages of log.
+    found = _digests(weights)
+    for label, names_ in (
+        ("missing", digests.keys() - found.keys()),
+        ("left over", found.keys() - digests.keys()),
+        ("changed", {name for name in digests.keys() & found.keys() if digests[name] != found[name]}),
+    ):
+        if names_:
+            raise CheckpointError(f"{weights}: damaged, by the hashes of {MANIFEST}: {label}: {', '.join(sorted(names_)[:5])}")
+    abstract = {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in table.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore((folder / WEIGHTS).resolve(), abstract)
-    except (ValueError, KeyError, FileNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder / WEIGHTS}: damaged or incomplete: {first}") from None
-    for name, (_, _, digest) in table.items():
-        if _sha256(arrays[name]) != digest:
-            raise CheckpointError(f"{folder / WEIGHTS}: array {name} does not have the hash that the manifest gives it")
-    return arrays
+            return checkpointer.restore(weights.resolve(), abstract)
+    except (ValueError, KeyError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{weights}: damaged or incomplete: {first}") from None
 
 
 def _check_text(folder: Path, tree: nnx.Module) -> None:
-    stored, now = (folder / IR).read_text(encoding="utf-8"), ir.describe(tree)
+    now = ir.describe(tree)
+    try:
+        stored = (folder / IR).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / IR}: cannot be read: {error}") from None
     if stored != now:
         line = next((pair for pair in zip(stored.splitlines(), now.splitlines(), strict=False) if pair[0] != pair[1]), ("", ""))
         raise CheckpointError(
@@ -150,8 +173,14 @@ def _check_text(folder: Path, tree: nnx.Module) -> None:
         )
 
 
-def _sha256(array) -> str:
-    return hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
+def _digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder`, by its path there."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -168,23 +197,42 @@ class atomic_folder:
 
     def __enter__(self) -> Path:
         check_free(self.folder, self.overwrite)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
         name = f".{self.folder.name}.partial-"
-        self.partial = Path(tempfile.mkdtemp(prefix=name, dir=self.folder.parent.resolve()))
-        os.chmod(self.partial, 0o777 & ~umask())
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.partial = Path(tempfile.mkdtemp(prefix=name, dir=self.folder.parent.resolve()))
+            os.chmod(self.partial, 0o777 & ~umask())
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: cannot be written: {error.strerror}") from None
         return self.partial
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._put()
+        except OSError as failure:
+            raise CheckpointError(f"{self.folder}: cannot be written: {failure.strerror}") from None
+        finally:
             shutil.rmtree(self.partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+
+    def _put(self) -> None:
+        """Renames the finished folder to its place; what stood there comes back when that fails."""
+        if not self.folder.exists():
+            self.partial.rename(self.folder)
             return
-        if self.folder.exists():
-            old = self.partial.with_name(self.partial.name + "-old")
-            self.folder.rename(old)
+        old = self.partial.with_name(self.partial.name + "-old")
+        self.folder.rename(old)
+        try:
             self.partial.rename(self.folder)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        except OSError:
+            old.rename(self.folder)
+            raise
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
         else:
-            self.partial.rename(self.folder)
+            old.unlink()
 
 
 def umask() -> int:

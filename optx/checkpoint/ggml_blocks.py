@@ -24,6 +24,13 @@ class Block:
     elements: int  # weights a block
     bytes: int  # bytes a block
     dequantize: Callable[[Array], Array]
+    halves: tuple[int, ...] = (0,)  # where in a block its float16 numbers lie
+
+    def finite(self, rows: np.ndarray) -> bool:
+        """Whether uint8[..., row bytes] hold no NaN and no infinity, which only their float16 scales can bring in."""
+        blocks = rows.reshape(-1, self.bytes)
+        scales = [np.ascontiguousarray(blocks[:, at : at + 2]).view(np.uint16) for at in self.halves]
+        return not any(((bits & 0x7C00) == 0x7C00).any() for bits in scales)
 
     @property
     def bits_per_weight(self) -> float:
@@ -174,14 +181,14 @@ BLOCKS: dict[str, Block] = {
     block.name: block
     for block in (
         Block("Q4_0", 2, 32, 18, _q4_0),
-        Block("Q4_1", 3, 32, 20, _q4_1),
+        Block("Q4_1", 3, 32, 20, _q4_1, (0, 2)),
         Block("Q5_0", 6, 32, 22, _q5_0),
-        Block("Q5_1", 7, 32, 24, _q5_1),
+        Block("Q5_1", 7, 32, 24, _q5_1, (0, 2)),
         Block("Q8_0", 8, 32, 34, _q8_0),
-        Block("Q4_K", 12, 256, 144, _q4_k),
-        Block("Q5_K", 13, 256, 176, _q5_k),
-        Block("Q6_K", 14, 256, 210, _q6_k),
-        Block("MXFP4", 39, 32, 17, _mxfp4),
+        Block("Q4_K", 12, 256, 144, _q4_k, (0, 2)),
+        Block("Q5_K", 13, 256, 176, _q5_k, (0, 2)),
+        Block("Q6_K", 14, 256, 210, _q6_k, (208,)),
+        Block("MXFP4", 39, 32, 17, _mxfp4, ()),
     )
 }
 BLOCKS_BY_ID: dict[int, Block] = {block.type_id: block for block in BLOCKS.values()}

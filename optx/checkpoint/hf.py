@@ -50,7 +50,7 @@ def _files(folder: Path) -> list[Path]:
     if index.exists():
         table = read_json(index)
         shards = table.get("weight_map") if isinstance(table, dict) else None
-        if not isinstance(shards, dict) or not all(isinstance(v, str) and Path(v).name == v for v in shards.values()):
+        if not isinstance(shards, dict) or not all(map(_is_file_name, shards.values())):
             raise CheckpointError(f"{index}: 'weight_map' must map tensor names to file names in the same directory")
         files = [folder / name for name in sorted(set(shards.values()))]
         absent = [path.name for path in files if not path.exists()]
@@ -69,9 +69,16 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
+
+
 def _open(path: Path) -> dict[str, Raw]:
-    with path.open("rb") as file:
-        head = file.read(16)
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     # Safetensors begin with the length of a JSON header, whose low byte may well be a pickle's 0x80.
     if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise CheckpointError(f"{path}: a pickle under a safetensors name; it can run code and is never loaded")

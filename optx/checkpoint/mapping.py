@@ -11,10 +11,11 @@ import numpy as np
 from flax import nnx
 
 from optx import ir
+from optx.checkpoint.ggml_blocks import BLOCKS
 from optx.errors import CheckpointError
 from optx.formats import Format
 from optx.nn.core import RMSNorm
-from optx.tensor import QTensor, Tensor, dense
+from optx.tensor import QTensor, Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class Weights:
             data = unpermute(data, getattr(mixer, row.gguf_heads))
         if isinstance(want, QTensor):
             packed = dataclasses.replace(want, data=jnp.asarray(data))
-            if not _all_finite(packed):
+            if not BLOCKS[want.format.block].finite(data):
                 _check_finite(raw, np.asarray(packed.rows()))
             return packed
         if raw.format is not None:
@@ -81,8 +82,9 @@ class Weights:
         if self.kind == "gguf" and isinstance(owner, RMSNorm) and owner.offset:
             data = data - np.asarray(owner.offset, data.dtype)  # GGUF keeps offset + weight
         _check_finite(raw, data)
-        value = jnp.asarray(data.T if row.kind == "linear" else data, want.dtype)
-        if jnp.finfo(want.dtype).max < np.finfo(np.float32).max and not _all_finite(value):
+        with np.errstate(over="ignore"):  # looked for below
+            value = jnp.asarray(data.T if row.kind == "linear" else data, want.dtype)
+        if value.dtype != data.dtype and not jnp.isfinite(value).all():
             raise CheckpointError(
                 f"{raw.where}: {raw.text}: holds values up to {np.max(np.abs(data)):.3g}, beyond {want.dtype}; "
                 "load it with another dtype"
@@ -184,12 +186,6 @@ def permute(data: np.ndarray, heads: int) -> np.ndarray:
     out, *rest = data.shape
     halves = data.reshape(heads, 2, out // heads // 2, *rest)
     return np.ascontiguousarray(np.swapaxes(halves, 1, 2)).reshape(out, *rest)
-
-
-@jax.jit
-def _all_finite(value: Tensor) -> jax.Array:
-    """One pass over the numbers; packed ones are decoded inside the sum and never held."""
-    return jnp.isfinite(jnp.sum(jnp.abs(dense(value).astype(jnp.float32))))
 
 
 def _check_finite(raw: Raw, data: np.ndarray) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from optx.errors import LoweringError, did_you_mean
 from optx.pallas.attention import reference as attention
 from optx.pallas.quant_matmul import reference as quant_matmul
+from optx.pallas.quant_matmul import xla_cpu as quant_matmul_cpu
 from optx.pallas.ssm_scan import reference as ssm_scan
 
 
@@ -54,6 +55,13 @@ class Row:
 ROWS: tuple[Row, ...] = (
     Row(op="flash_attention", backend="xla", run=attention.flash_attention),
     Row(op="ragged_paged_attention", backend="xla", run=attention.ragged_paged_attention),
+    Row(
+        op="quant_matmul",
+        backend="xla",
+        arch="cpu",
+        supports=quant_matmul_cpu.supports,
+        run=quant_matmul_cpu.quant_matmul,
+    ),
     Row(op="quant_matmul", backend="xla", run=quant_matmul.quant_matmul),
     Row(op="ssm_scan", backend="xla", run=ssm_scan.ssm_scan),
 )
