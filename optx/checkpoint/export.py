@@ -26,7 +26,7 @@ from flax import nnx
 from optx import ir, pipeline
 from optx.checkpoint.hf import read_json
 from optx.checkpoint.source import FamilyOf, Origin, Source, build
-from optx.errors import CheckpointError
+from optx.errors import CheckpointError, did_you_mean
 from optx.formats import parse
 from optx.recipe import Recipe
 from optx.tensor import QTensor, is_qtensor
@@ -96,9 +96,10 @@ def _read_manifest(folder: Path) -> tuple[Origin, Recipe, dict[str, tuple[tuple[
         raise CheckpointError(f"{where}: export version {got!r}; this optx reads version {VERSION}")
     try:
         origin = Origin(**manifest["origin"])
+        np.dtype(origin.dtype)
         table = {name: (tuple(map(int, p["shape"])), str(p["dtype"])) for name, p in manifest["parameters"].items()}
         digests = dict(manifest["sha256"])
-        whole = isinstance(origin.config, dict) and isinstance(origin.formats, dict) and isinstance(origin.dtype, str)
+        whole = isinstance(origin.config, dict) and isinstance(origin.formats, dict)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{where}: not a whole manifest: {error!r}") from None
     if not whole or "recipe" not in manifest:
@@ -109,15 +110,17 @@ def _read_manifest(folder: Path) -> tuple[Origin, Recipe, dict[str, tuple[tuple[
 def with_formats(tree: nnx.Module, formats: Mapping[str, str]) -> nnx.Module:
     """A dense abstract tree with the parameters that the file kept packed in their formats."""
     out = ir.shallow(tree)
+    parameters = ir.params(out)
     for path, text in formats.items():
         owner, _, last = path.rpartition("/")
-        module = ir.get(out, owner)
-        variable = getattr(module, last)
-        shape = variable.get_value().shape
+        variable = parameters.get(path)
+        if variable is None:
+            raise CheckpointError(f"the file's packed parameters: nothing at {path!r}{did_you_mean(path, parameters)}")
+        module, shape = ir.get(out, owner), variable.get_value().shape
         axis = -1 if path == "embed/table" else -2
         length = shape[axis]
         rows = shape if axis == -1 else shape[::-1]
-        format_ = parse(text)
+        format_ = parse(str(text))
         data = jax.ShapeDtypeStruct((*rows[:-1], format_.packed(length)), np.uint8)
         packed = QTensor(data=data, format=format_, length=length, axis=axis, dtype=variable.get_value().dtype)
         setattr(module, last, nnx.Param(packed, axes=variable.get_metadata().get("axes")))

@@ -1,0 +1,126 @@
+"""Decode and prefill speed of a model at batch 1 on the running machine, host time a step, and compiles after warm-up.
+
+    python -m optx.bench.decode MODEL [--weights packed] [--recipe NAME] [--prompt 512] [--tokens 128]
+
+Decode is the best of three runs; the bound is bytes read a token over the read bandwidth of a float32 matrix-vector product
+measured in the same run.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import optx
+from optx.engine.engine import Engine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Tokens/s, milliseconds and bytes of one model."""
+
+    decode: float  # tokens/s
+    prefill: float  # tokens/s
+    host_ms: float  # a decode step outside the device program: planning, dispatch, hand-out
+    step_ms: float  # a decode step
+    bytes_per_token: float
+    bandwidth: float  # bytes/s, measured
+    of_bound: float  # bound / measured time
+    compiles_after_warm_up: int
+
+
+def read_bandwidth() -> float:
+    """Bytes/s of a float32 matrix-vector product over 256 MB."""
+    w, x = jnp.ones((8192, 8192), jnp.float32), jnp.ones((8192,), jnp.float32)
+    f = jax.jit(jnp.matmul)
+    return w.nbytes / min(_timed(lambda: jax.block_until_ready(f(w, x))) for _ in range(5))
+
+
+def _timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _run(engine: Engine, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """(seconds of the prompt, seconds a decoded token) of one request."""
+    engine.add_request(prompt, optx.Sampling(max_tokens=tokens, ignore_eos=True))
+    first, steps = 0.0, []
+    while not engine.idle:
+        start = time.perf_counter()
+        got = engine.step()
+        spent = time.perf_counter() - start
+        if got and len(got[0][0].output) > 1:
+            steps.append(spent)
+        else:
+            first += spent
+    return first, float(np.mean(steps))
+
+
+def _host_seconds(engine: Engine, prompt: list[int], tokens: int) -> float:
+    """Median seconds of a decode step that pass outside the device program."""
+    inside: list[float] = []
+    stepper = engine._stepper
+
+    def timed(*args, **kwargs):
+        jax.block_until_ready(args[:2])
+        start = time.perf_counter()
+        out = stepper(*args, **kwargs)
+        dispatched = time.perf_counter()
+        jax.block_until_ready(out)
+        inside.append(time.perf_counter() - dispatched if time.perf_counter() - dispatched > 1e-4 else dispatched - start)
+        return out
+
+    engine._stepper = timed
+    try:
+        engine.add_request(prompt, optx.Sampling(max_tokens=tokens, ignore_eos=True))
+        spent = []
+        while not engine.idle:
+            inside.clear()
+            spent.append(_timed(engine.step) - sum(inside))
+    finally:
+        engine._stepper = stepper
+    return float(np.median(spent))
+
+
+def measure(compiled: optx.Compiled, prompt: int, tokens: int) -> Speed:
+    chunk = max(16, 1 << (prompt - 1).bit_length())
+    engine = compiled.engine(rows=1, context=chunk + 2 * tokens, chunks=(chunk,))
+    ids = [int(x) for x in np.random.default_rng(0).integers(0, compiled.vocab, prompt)]
+    _run(engine, ids, 4)
+    warm = engine.compiles
+    runs = [_run(engine, ids, tokens) for _ in range(3)]
+    first, step = min(r[0] for r in runs), min(r[1] for r in runs)
+    read, bandwidth = sum(compiled.plan.bytes_per_token(1, prompt).values()), read_bandwidth()
+    return Speed(
+        decode=1 / step,
+        prefill=prompt / first,
+        host_ms=1e3 * _host_seconds(engine, ids, tokens),
+        step_ms=1e3 * step,
+        bytes_per_token=read,
+        bandwidth=bandwidth,
+        of_bound=read / bandwidth / step,
+        compiles_after_warm_up=engine.compiles - warm,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--weights", default="dense", choices=["dense", "packed"])
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--recipe", default=None)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=128)
+    args = parser.parse_args()
+    recipe = optx.Recipe.from_yaml(args.recipe) if args.recipe else None
+    compiled = optx.compile(optx.load(args.model, weights=args.weights, dtype=args.dtype), recipe)
+    print(json.dumps(dataclasses.asdict(measure(compiled, args.prompt, args.tokens)), indent=1))
+
+
+if __name__ == "__main__":
+    main()
