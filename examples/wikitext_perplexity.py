@@ -11,9 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from fetch_models import fetch
-
 import optx
+from fetch_models import fetch
 
 # transformers 5.24, torch 2.13 CPU, float32, on the same files' dequantized weights, 100 windows.
 REFERENCE = {"smollm2": 21.2222, "gemma3": 16.2699}

@@ -117,7 +117,9 @@ def gguf_fields(meta: Fields, architecture: str, tensors: dict, table: dict[str,
             if value != want:
                 raise ConfigError(f"{meta.where}: {key} is {value}; supported: the head size, {want}")
         else:
-            raise ConfigError(f"{meta.where}: {key} = {value!r} is not handled; known: {', '.join(prefix + k for k in table)}")
+            raise ConfigError(
+                f"{meta.where}: {key} = {value!r} is not handled; known: {', '.join(prefix + k for k in table)}"
+            )
     embedding = tensors.get("token_embd.weight")
     if embedding is not None and len(embedding.shape) == 2:
         config["vocab_size"] = embedding.shape[0]  # the header's count may leave out padding

@@ -117,7 +117,9 @@ def _score(model, against, window, fresh, context) -> np.ndarray:
         return np.asarray([float(nll), 0, 0, weight.sum()])
     other = against.program.forward(against.program.leaves, tokens, counts)[0]
     if other.shape != logits.shape:
-        raise RequestError(f"evaluate: vocabularies of {logits.shape[-1]} and {other.shape[-1]} tokens cannot be compared")
+        raise RequestError(
+            f"evaluate: vocabularies of {logits.shape[-1]} and {other.shape[-1]} tokens cannot be compared"
+        )
     return np.asarray([*map(float, _compare(logits, other, tokens[0], weight)), weight.sum()])
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optx.checkpoint.ggml_blocks import BLOCKS
 from optx.errors import FormatError, did_you_mean
+from optx.ggml import BLOCKS
 
 
 @jax.tree_util.register_dataclass

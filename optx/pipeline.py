@@ -97,7 +97,9 @@ def rewrite(tree: nnx.Module, pass_: Pass, rules: Rules, *, prefix: str, layers:
     return out
 
 
-def run(model: nnx.Module, recipe: Recipe, instruments: Sequence[Instrument] = ()) -> tuple[list[nnx.Module], list[Record]]:
+def run(
+    model: nnx.Module, recipe: Recipe, instruments: Sequence[Instrument] = ()
+) -> tuple[list[nnx.Module], list[Record]]:
     """All passes on the abstract tree: the trees after each pass (the input first), and a record a pass.
 
     Raises: RecipeError for a rule that matched nothing; PassError, VerifyError from the passes and the verifier.

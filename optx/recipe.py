@@ -1,10 +1,10 @@
 """A recipe: which passes run on which modules, by stage. Typed dataclasses; strict YAML both ways.
 
-    name: int4_kv8
-    weights:
-      - {pass: quantize_weights, format: int4, group: 64, match: "layers/.*"}
-    cache:
-      - {pass: quantize_kv, format: int8}
+name: int4_kv8
+weights:
+  - {pass: quantize_weights, format: int4, group: 64, match: "layers/.*"}
+cache:
+  - {pass: quantize_kv, format: int8}
 """
 
 import dataclasses

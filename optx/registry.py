@@ -89,7 +89,9 @@ def register(name: str, *, axis: Axis, stage: Stage, options: type[PassOptions],
 
     def wrap(function: Rewrite) -> Rewrite:
         if name in PASSES:
-            raise RecipeError(f"pass {name!r} is registered twice: {PASSES[name].apply.__module__}, {function.__module__}")
+            raise RecipeError(
+                f"pass {name!r} is registered twice: {PASSES[name].apply.__module__}, {function.__module__}"
+            )
         second = list(inspect.signature(function, eval_str=True).parameters.values())[1]
         assert isinstance(second.annotation, type | types.UnionType), f"pass {name}: annotate the module with its type"
         PASSES[name] = Pass(

@@ -13,7 +13,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned: the first left, the others right."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    text = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]) for line in lines]  # fmt: skip
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
     return "\n".join([text[0].rstrip(), "  ".join("-" * w for w in widths), *(line.rstrip() for line in text[1:])])
 
 
@@ -57,7 +60,9 @@ def step_text(records: Sequence[Record], steps: Sequence[StepBytes], target: Tar
         lines.append(f"time a step: at least {1e3 * seconds:.3g} ms on {target} ({speed} of memory bandwidth)")
     room = ""
     if target.memory:
-        room = f", {target} has {size_text(target.memory)}" + ("" if last.held <= target.memory else ": it does not fit")
+        room = f", {target} has {size_text(target.memory)}" + (
+            "" if last.held <= target.memory else ": it does not fit"
+        )
     return "\n".join([*lines, f"memory for weights and KV: {size_text(last.held)}{room}"])
 
 

@@ -4,14 +4,12 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from optx.errors import RecipeError, did_you_mean
 
-T = TypeVar("T")
 
-
-def load(cls: type[T], data: Any, where: str) -> T:
+def load[T](cls: type[T], data: Any, where: str) -> T:
     """`data` as an instance of the dataclass `cls`.
 
     Raises: RecipeError naming `where.key`, what was got and what is allowed.
@@ -50,7 +48,9 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return load(hint, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint in (int, float, str, bool) and (not isinstance(value, hint) or (hint is not bool and isinstance(value, bool))):
+    if hint in (int, float, str, bool) and (
+        not isinstance(value, hint) or (hint is not bool and isinstance(value, bool))
+    ):
         raise RecipeError(f"{where}: got {value!r} ({type(value).__name__}); allowed: {hint.__name__}")
     if hint is type(None) and value is not None:
         raise RecipeError(f"{where}: got {value!r}; allowed: null")

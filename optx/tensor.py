@@ -124,7 +124,13 @@ def quantize(x: jax.Array, format: Format, axis: int = -2) -> QTensor:
 def _quantize(x, format, axis):
     parts = format.encode(x if axis == -1 else jnp.swapaxes(x, -1, -2))
     return QTensor(
-        data=parts.data, scale=parts.scale, zero=parts.zero, format=format, length=x.shape[axis], axis=axis, dtype=x.dtype
+        data=parts.data,
+        scale=parts.scale,
+        zero=parts.zero,
+        format=format,
+        length=x.shape[axis],
+        axis=axis,
+        dtype=x.dtype,
     )
 
 

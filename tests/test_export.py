@@ -12,7 +12,7 @@ import families
 import optx
 from optx import ir
 from optx.checkpoint import export as exports
-from optx.checkpoint.ggml_blocks import BLOCKS
+from optx.ggml import BLOCKS
 from optx.errors import CheckpointError, OptxError, PassError
 from optx.formats import NAMES
 from optx.passes.fuse_projections import FuseProjections

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from optx.checkpoint.ggml_blocks import BLOCKS, BLOCKS_BY_ID, PLAIN, PLAIN_BY_ID, UNSUPPORTED_BY_ID
 from optx.checkpoint.gguf import MAX_ITEMS, read_gguf, write_gguf
 from optx.checkpoint.gguf_values import pack_string, pack_value
 from optx.errors import CheckpointError, FormatError
+from optx.ggml import BLOCKS, BLOCKS_BY_ID, PLAIN, PLAIN_BY_ID, UNSUPPORTED_BY_ID
 
 HALVES = {"MXFP4": (), "Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,)}  # the others have two, at 0 and 2
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from optx import formats, tensor
-from optx.checkpoint.ggml_blocks import BLOCKS
 from optx.errors import FormatError
 from optx.formats import GGML, Float8, Int
+from optx.ggml import BLOCKS
 from optx.tensor import QTensor
 
 D, F, GROUP = 32, 6, 8

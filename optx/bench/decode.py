@@ -72,7 +72,9 @@ def _host_seconds(engine: Engine, prompt: list[int], tokens: int) -> float:
         out = stepper(*args, **kwargs)
         dispatched = time.perf_counter()
         jax.block_until_ready(out)
-        inside.append(time.perf_counter() - dispatched if time.perf_counter() - dispatched > 1e-4 else dispatched - start)
+        inside.append(
+            time.perf_counter() - dispatched if time.perf_counter() - dispatched > 1e-4 else dispatched - start
+        )
         return out
 
     engine._stepper = timed

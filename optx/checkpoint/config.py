@@ -8,12 +8,44 @@ from optx.errors import ConfigError
 
 # Say nothing about the forward pass, in any family.
 HARMLESS = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version use_cache _name_or_path initializer_range "
-    "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id attention_dropout hidden_dropout_prob "
-    "auto_map task_specific_params id2label label2id _attn_implementation use_return_dict torchscript "
-    "output_attentions output_hidden_states return_dict is_decoder is_encoder_decoder add_cross_attention "
-    "chunk_size_feed_forward problem_type finetuning_task prefix tokenizer_class cross_attention_hidden_size "
-    "tie_encoder_decoder pruned_heads quantization_config_note".split()
+    {
+        "_attn_implementation",
+        "_name_or_path",
+        "add_cross_attention",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "dtype",
+        "eos_token_id",
+        "finetuning_task",
+        "hidden_dropout_prob",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "pruned_heads",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "unk_token_id",
+        "use_cache",
+        "use_return_dict",
+    }
 )
 MISSING: Any = object()
 MAX_LAYERS = 4096

@@ -1,9 +1,9 @@
 """optx exports: an orbax checkpoint of the compiled weights beside a manifest that can rebuild the tree.
 
-    manifest.json   format version, origin (config, dtype, packed formats), recipe, versions, parameters, files' hashes
-    ir.txt          the compiled tree as text; a reload whose tree prints otherwise is refused
-    weights/        orbax: one array a part, `layers/0/mixer/q/weight.data`
-    tokenizer.json, tokenizer_config.json
+manifest.json   format version, origin (config, dtype, packed formats), recipe, versions, parameters, files' hashes
+ir.txt          the compiled tree as text; a reload whose tree prints otherwise is refused
+weights/        orbax: one array a part, `layers/0/mixer/q/weight.data`
+tokenizer.json, tokenizer_config.json
 """
 
 import dataclasses
@@ -43,7 +43,9 @@ def is_export(folder: Path) -> bool:
 def write_export(folder: Path, tree: nnx.Module, source: Source, recipe: Recipe, *, overwrite: bool) -> Path:
     """Writes the export into a temporary folder beside `folder` and renames it."""
     if source.origin.kind == "module":
-        raise CheckpointError("export: a module built in memory has no config to rebuild it from; export its source model")
+        raise CheckpointError(
+            "export: a module built in memory has no config to rebuild it from; export its source model"
+        )
     with atomic_folder(folder, overwrite) as partial:
         arrays = flatten(tree)
         with ocp.StandardCheckpointer() as checkpointer:
@@ -52,7 +54,9 @@ def write_export(folder: Path, tree: nnx.Module, source: Source, recipe: Recipe,
             "version": VERSION,
             "origin": dataclasses.asdict(source.origin),
             "recipe": (source.recipe or recipe).to_dict(),
-            "versions": {name: importlib.metadata.version(name) for name in ("optx", "jax", "flax", "orbax-checkpoint")},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("optx", "jax", "flax", "orbax-checkpoint")
+            },
             "parameters": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()},
             "sha256": _digests(partial / WEIGHTS),
         }
@@ -152,7 +156,9 @@ def _restore(weights: Path, table, digests: Mapping[str, str]) -> dict[str, Any]
         ("changed", {name for name in digests.keys() & found.keys() if digests[name] != found[name]}),
     ):
         if names_:
-            raise CheckpointError(f"{weights}: damaged, by the hashes of {MANIFEST}: {label}: {', '.join(sorted(names_)[:5])}")
+            raise CheckpointError(
+                f"{weights}: damaged, by the hashes of {MANIFEST}: {label}: {', '.join(sorted(names_)[:5])}"
+            )
     abstract = {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in table.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -169,7 +175,9 @@ def _check_text(folder: Path, tree: nnx.Module) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / IR}: cannot be read: {error}") from None
     if stored != now:
-        line = next((pair for pair in zip(stored.splitlines(), now.splitlines(), strict=False) if pair[0] != pair[1]), ("", ""))
+        line = next(
+            (pair for pair in zip(stored.splitlines(), now.splitlines(), strict=False) if pair[0] != pair[1]), ("", "")
+        )
         raise CheckpointError(
             f"{folder / IR}: this optx builds another tree from the export's config and recipe; "
             f"stored {line[0].strip()!r}, now {line[1].strip()!r}"
@@ -189,7 +197,9 @@ def _digests(folder: Path) -> dict[str, str]:
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises CheckpointError when something that may not be overwritten stands at `folder`."""
     if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists and is not empty; choose another folder, or overwrite it (--overwrite, overwrite=True)")
+        raise CheckpointError(
+            f"{folder}: exists and is not empty; choose another folder, or overwrite it (--overwrite, overwrite=True)"
+        )
 
 
 class atomic_folder:

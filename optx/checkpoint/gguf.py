@@ -16,9 +16,9 @@ from typing import BinaryIO, NoReturn
 
 import numpy as np
 
-from optx.checkpoint.ggml_blocks import BLOCKS, BLOCKS_BY_ID, PLAIN, PLAIN_BY_ID, UNSUPPORTED_BY_ID, Block, Plain
 from optx.checkpoint.gguf_values import ARRAY, BOOL, STRING, STRUCTS, pack_string, pack_value
 from optx.errors import CheckpointError, FormatError
+from optx.ggml import BLOCKS, BLOCKS_BY_ID, PLAIN, PLAIN_BY_ID, UNSUPPORTED_BY_ID, Block, Plain
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

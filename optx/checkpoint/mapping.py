@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from optx import ir
-from optx.checkpoint.ggml_blocks import BLOCKS
 from optx.errors import CheckpointError
 from optx.formats import Format
+from optx.ggml import BLOCKS
 from optx.nn.core import RMSNorm
 from optx.tensor import QTensor, Tensor
 

@@ -14,10 +14,10 @@ from flax import nnx
 from optx import ir
 from optx.checkpoint import gguf, hf
 from optx.checkpoint.config import Fields
-from optx.checkpoint.ggml_blocks import BLOCKS
 from optx.checkpoint.mapping import Raw, bind
 from optx.errors import CheckpointError, OptxError
 from optx.formats import parse
+from optx.ggml import BLOCKS
 from optx.tensor import Tensor
 from optx.tokenizer import Tokenizer
 

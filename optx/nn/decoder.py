@@ -87,7 +87,6 @@ class CausalLM(nnx.Module):
 
 def _append_positions(caches: Caches, address: Address, ragged: Ragged) -> Caches:
     positions = tuple(
-        store_tokens(p, ragged.positions, writes)
-        for p, writes in zip(caches.positions, address.writes, strict=True)
+        store_tokens(p, ragged.positions, writes) for p, writes in zip(caches.positions, address.writes, strict=True)
     )
     return Caches(layers=caches.layers, positions=positions)

@@ -13,9 +13,7 @@ from optx.pallas.dispatch import OpChoice, OpSite
 class Mamba2(nnx.Module):
     """z, xBC, dt = in(x); xBC = silu(conv(xBC)); y = ssm(x, dt, A, B, C) + D x; out(norm(y * silu(z)))."""
 
-    def __init__(
-        self, d, *, heads, head_dim, state_dim, groups=1, conv=4, eps=1e-5, dtype="float32", rngs=None
-    ):
+    def __init__(self, d, *, heads, head_dim, state_dim, groups=1, conv=4, eps=1e-5, dtype="float32", rngs=None):
         self.heads, self.head_dim, self.state_dim, self.groups, self.conv = heads, head_dim, state_dim, groups, conv
         inner = heads * head_dim
         channels = inner + 2 * groups * state_dim

@@ -30,7 +30,9 @@ def sliding_window(site: Site, attn: Attention, opt: SlidingWindow) -> Attention
             raise PassError(f"sliding_window: {name} {value}; allowed: at least {least}")
     chosen = None if opt.layers is None else {i % site.layers for i in opt.layers if -site.layers <= i < site.layers}
     if opt.layers is not None and len(chosen) != len(set(opt.layers)):
-        raise PassError(f"sliding_window: layers {list(opt.layers)}; allowed: -{site.layers}..{site.layers - 1}, each once")
+        raise PassError(
+            f"sliding_window: layers {list(opt.layers)}; allowed: -{site.layers}..{site.layers - 1}, each once"
+        )
     if chosen is not None and site.layer not in chosen:
         return Skipped("layer not listed")
     if chosen is None and opt.keep_every and site.layer is not None and (site.layer + 1) % opt.keep_every == 0:

@@ -18,9 +18,7 @@ def ssm_scan(x, dt, a, b, c, state):
     size = min(CHUNK, length)
     count = -(-length // size)
     pad = count * size - length
-    x, dt, b, c = (
-        jnp.pad(t.astype(jnp.float32), ((0, 0), (0, pad)) + ((0, 0),) * (t.ndim - 2)) for t in (x, dt, b, c)
-    )
+    x, dt, b, c = (jnp.pad(t.astype(jnp.float32), ((0, 0), (0, pad)) + ((0, 0),) * (t.ndim - 2)) for t in (x, dt, b, c))
     b, c = (jnp.repeat(t, heads // t.shape[2], axis=2) for t in (b, c))
 
     def chunks(t):
