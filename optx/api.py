@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from optx.checkpoint.export_hf import write_hf
 from optx.checkpoint.source import Source, from_module, open_config, open_gguf, open_hf
 from optx.cost import StepBytes, step_bytes
 from optx.engine.engine import Engine, EngineOptions
-from optx.engine.request import Completion, Sampling
+from optx.engine.request import Completion, Sampling, token_ids
 from optx.errors import CheckpointError, PassError, RequestError, did_you_mean, no_such_path
 from optx.generate import Message, OnText, Prompt, encode, encode_chat, generate
 from optx.models import by_gguf_architecture, by_hf_type
@@ -236,7 +237,10 @@ class Compiled:
 
     def logits(self, tokens) -> jax.Array:
         """tokens int32[B, T] -> float32[B, T, V]. Raises RequestError for a wrong shape or token id."""
-        tokens = np.asarray(tokens)
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError:  # rows of different lengths
+            raise RequestError("logits: tokens are rows of different lengths; allowed: int[B, T]") from None
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
             raise RequestError(f"logits: tokens {tokens.dtype}{list(tokens.shape)}; allowed: int[B, T], not empty")
         check_ids(tokens, self.vocab)
@@ -246,7 +250,7 @@ class Compiled:
 
     @property
     def vocab(self) -> int:
-        return self.tree.embed.table.get_value().shape[0]
+        return self.program.vocab
 
     def engine(self, **options) -> Engine:
         """An engine of its own caches; options are the fields of EngineOptions."""
@@ -260,7 +264,8 @@ class Compiled:
 
         on_text(index, text) is called as text comes. Raises RequestError for a prompt that cannot be served.
         """
-        prompts = [prompts] if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)) else prompts
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], numbers.Integral)):
+            prompts = [prompts]
         answers = self.complete(prompts, sampling, on_text)
         as_text = [isinstance(prompt, str) for prompt in prompts]
         return [a.text if text else list(a.token_ids) for a, text in zip(answers, as_text, strict=True)]
@@ -280,9 +285,7 @@ class Compiled:
         """`generate` with token ids, finish reason and prompt length of every answer."""
         if not len(prompts):
             return []
-        ids = [encode(prompt, self.tokenizer) for prompt in prompts]
-        for prompt in ids:
-            check_ids(np.asarray(prompt, np.int64), self.vocab)
+        ids = [token_ids(encode(prompt, self.tokenizer), self.vocab) for prompt in prompts]
         longest = max(map(len, ids)) + sampling.max_tokens
         context = min(lower.bucket(longest, 128), self.program.context)
         rows = min(lower.bucket(len(ids), 1), 8)

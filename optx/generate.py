@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from optx.engine.engine import Engine
-from optx.engine.request import Completion, Request, Sampling
+from optx.engine.request import Completion, Request, Sampling, token_ids
 from optx.errors import RequestError
 from optx.tokenizer import Tokenizer
 
@@ -16,7 +16,7 @@ OnText = Callable[[int, str], None]  # (index of the prompt, new text)
 def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
     """Token ids of a prompt, with the model's first token where it wants one. Raises RequestError."""
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        return token_ids(prompt)
     if tokenizer is None:
         raise RequestError("the model has no tokenizer: give token ids in place of text")
     if not prompt:
@@ -55,11 +55,12 @@ class Answer:
 
     def end(self) -> str:
         """The rest of the text when no more tokens come."""
+        start = self.sent
         if self._stream is not None and not self.stopped:
             self.text += self._stream.finish()
             self._settle()
-        final, self.sent = self.text[self.sent :], len(self.text)
-        return final
+        self.sent = len(self.text)
+        return self.text[start:]
 
     def _settle(self) -> str:
         stops = self.request.sampling.stop

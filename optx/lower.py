@@ -57,13 +57,15 @@ class Program:
     graph: nnx.GraphDef
     treedef: jax.tree_util.PyTreeDef
     plan: CachePlan
-    context: int
+    context: int  # longest sequence, tokens
+    vocab: int  # token ids are below it
 
     @classmethod
     def of(cls, model: nnx.Module) -> "Program":
         graph, state = nnx.split(model)
         leaves, treedef = jax.tree.flatten(state)
-        return cls(tuple(leaves), graph, treedef, model.cache_plan(), model.context)
+        vocab = model.embed.table.get_value().shape[0]
+        return cls(tuple(leaves), graph, treedef, model.cache_plan(), model.context, vocab)
 
     def merge(self, leaves) -> nnx.Module:
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))

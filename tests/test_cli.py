@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 
 import optx
-import tiny
 from optx import cli
 
 VERBS = [verb.name for verb in cli.VERBS]

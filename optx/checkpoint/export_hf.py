@@ -70,10 +70,13 @@ _dequantize = jax.jit(lambda w: w.dequantize())
 
 def check_expressible(tree: nnx.Module, expected: nnx.Module, where: str) -> None:
     """Raises CheckpointError when `tree` is not what the config builds, naming the first module that differs."""
-    changed = ir.diff(expected, tree)
-    if changed:
-        line = next(line for line in changed.splitlines() if line.startswith("+")).removeprefix("+")
-        raise CheckpointError(f"{where}: config.json cannot express what the recipe changed, {line}")
+    mine, its = ({path: next(ir.entries(part)).text for path, part in ir.walk(model)} for model in (tree, expected))
+    for path in [*mine, *its]:
+        if mine.get(path) != its.get(path):
+            raise CheckpointError(
+                f"{where}: config.json cannot express what the recipe changed at {path or 'the root'}: "
+                f"{its.get(path, 'nothing')} became {mine.get(path, 'nothing')}"
+            )
 
 
 def hf_config(source: Source, classes: dict[str, str], where: str) -> dict:

@@ -4,13 +4,11 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from optx.cache import Caches, Layout
+from optx.cache import Layout
 from optx.engine.pages import PagePool, PageTable
-from optx.engine.request import Request, Sampling
+from optx.engine.request import Request, Sampling, token_ids
 from optx.engine.step import Program, Stepper, Tick
 from optx.errors import RequestError
 
@@ -22,8 +20,18 @@ class EngineOptions:
     rows: int = 8  # requests decoded at once
     context: int | None = None  # longest prompt + answer, tokens; None: the model's
     page_size: int = 64  # tokens a cache page
-    chunks: tuple[int, ...] = (16, 64, 256, 512)  # prompt tokens a prefill tick, padded up to one of these
+    chunks: tuple[int, ...] = (16, 64, 256, 512)  # prompt tokens a prefill tick, padded up to one of these, ascending
     pages: int | None = None  # pages a token group; None: enough for all rows at full context
+
+    def __post_init__(self):
+        for name in ("rows", "context", "page_size", "pages"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"engine.{name}: got {value}; allowed: at least 1")
+        chunks = tuple(self.chunks)
+        if not chunks or chunks[0] < 1 or sorted(set(chunks)) != list(chunks):
+            raise RequestError(f"engine.chunks: got {list(chunks)}; allowed: ascending sizes of at least 1")
+        object.__setattr__(self, "chunks", chunks)
 
 
 class Engine:
@@ -33,13 +41,12 @@ class Engine:
         self.options = options
         self.eos_ids = frozenset(eos_ids)
         self.context = min(options.context or program.context, program.context)
-        self._stepper = Stepper(program)
+        self._vocab = program.vocab
         self._tables = [self._page_table(spec) for spec in program.plan.groups]
         layouts = [
             Layout(pages=table.pool.pages, page_size=options.page_size, slots=options.rows) for table in self._tables
         ] or [Layout(pages=1, page_size=options.page_size, slots=options.rows)]
-        self._caches: Caches = program.plan.init(layouts)
-        self._newest = jnp.zeros(options.rows, jnp.int32)
+        self._stepper = Stepper(program, layouts, options.rows)
         self._rows: list[Request | None] = [None] * options.rows
         self._waiting: collections.deque[Request] = collections.deque()
         self._prefilling: collections.deque[Request] = collections.deque()
@@ -61,10 +68,11 @@ class Engine:
         return not self._waiting and not self._prefilling and all(request is None for request in self._rows)
 
     def add_request(self, prompt: Sequence[int], sampling: Sampling = Sampling()) -> Request:
-        """Queues a prompt of token ids. Raises RequestError when it is empty, has unknown types or exceeds the context."""
-        prompt = [int(token) for token in prompt]
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
+        """Queues a prompt of token ids.
+
+        Raises: RequestError when it is empty, is no list of ids of the vocabulary, or has no room in context or cache.
+        """
+        prompt = token_ids(prompt, self._vocab)
         room = self.context - len(prompt)
         if room < 1:
             raise RequestError(
@@ -74,6 +82,12 @@ class Engine:
             sampling = dataclasses.replace(sampling, max_tokens=room)
         stops = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
         request = Request(id=self._count, prompt=prompt, sampling=sampling, stop_ids=stops)
+        for table, pages in zip(self._tables, self._most_pages(request), strict=True):
+            if pages > table.pool.pages:
+                raise RequestError(
+                    f"prompt and answer may take {pages} cache pages of {table.page_size} tokens and the cache has "
+                    f"{table.pool.pages}; lower max_tokens or make more pages"
+                )
         self._count += 1
         self._waiting.append(request)
         return request
@@ -111,16 +125,30 @@ class Engine:
                     on_token(request, token)
 
     def warm_up(self, greedy: bool = True) -> None:
-        """Compiles every program, so that no later request waits for one."""
+        """Compiles every program of greedy or of sampled decoding, so that no later request of that kind waits for one."""
         assert self.idle, "warm up before the first request"
         sampling = Sampling(max_tokens=2, temperature=0.0 if greedy else 1.0, ignore_eos=True)
+        shorter = 0
         for chunk in self.options.chunks:
-            if chunk + 2 <= self.context:
-                self.add_request([0] * chunk, sampling)
+            length = min(chunk, self.context - 1)
+            if length > shorter:  # else no prompt is long enough for this chunk
+                self.add_request([0] * length, sampling)
                 self.run()
+            shorter = chunk
+
+    def _most_pages(self, request: Request) -> list[int]:
+        """Pages that the request can come to hold, by token group."""
+        tokens = len(request.prompt) + request.sampling.max_tokens
+        return [min(-(-tokens // table.page_size), table.width) for table in self._tables]
+
+    def _fits(self, request: Request) -> bool:
+        """Whether every admitted request can grow to its end beside this one: a row never waits for pages."""
+        held = [self._most_pages(other) for other in self._rows if other is not None]
+        most = [sum(pages) for pages in zip(*held, self._most_pages(request), strict=True)]
+        return all(pages <= table.pool.pages for pages, table in zip(most, self._tables, strict=True))
 
     def _admit(self) -> None:
-        while self._waiting and None in self._rows:
+        while self._waiting and None in self._rows and self._fits(self._waiting[0]):
             request = self._waiting.popleft()
             request.row = self._rows.index(None)
             self._rows[request.row] = request
@@ -171,8 +199,7 @@ class Engine:
             sampling=sampling,
         )
         greedy = all(request.sampling.temperature == 0 for _, request in live)
-        self._caches, self._newest, chosen = self._stepper(self._caches, self._newest, tick, rows=b, greedy=greedy)
-        return np.asarray(jax.device_get(chosen))
+        return np.asarray(self._stepper(tick, greedy=greedy))
 
     def _emit(self, request: Request, token: int) -> list[tuple[Request, int]]:
         request.output.append(token)

@@ -53,7 +53,7 @@ class PageTable:
     """
 
     def __init__(self, spec: CacheSpec, pool: PagePool, *, rows: int, width: int, page_size: int):
-        self.pool, self.page_size = pool, page_size
+        self.pool, self.page_size, self.width = pool, page_size, width
         self.window, self.sinks = spec.window, spec.sinks
         self.table = np.zeros((rows, width), np.int32)
         self.lengths = np.zeros(rows, np.int32)  # slots in use in the row's listing

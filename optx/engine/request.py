@@ -1,6 +1,9 @@
 """What is asked for and what comes back."""
 
 import dataclasses
+import numbers
+import operator
+from collections.abc import Iterable
 
 from optx.errors import RequestError
 
@@ -19,19 +22,45 @@ class Sampling:
     ignore_eos: bool = False  # True: the tokenizer's end tokens do not stop
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
-        for name, ok, allowed in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("seed", 0 <= self.seed < 2**32, "0 to 2^32 - 1"),
-            ("stop", all(stop), "no empty text"),
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_ids"):
+            if isinstance(getattr(self, name), list | set | frozenset):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, fits, allowed in (
+            ("max_tokens", lambda x: _whole(x) and x >= 1, "a whole number, at least 1"),
+            ("temperature", lambda x: _number(x) and 0 <= x < float("inf"), "0 (greedy) or more"),
+            ("top_k", lambda x: _whole(x) and x >= 0, "0 (off) or more"),
+            ("top_p", lambda x: _number(x) and 0 < x <= 1, "above 0, at most 1"),
+            ("seed", lambda x: _whole(x) and 0 <= x < 2**32, "0 to 2^32 - 1"),
+            ("stop", lambda x: isinstance(x, tuple) and all(isinstance(t, str) and t for t in x), "texts, none empty"),
+            ("stop_ids", lambda x: isinstance(x, tuple) and all(map(_whole, x)), "token ids"),
         ):
-            if not ok:
+            if not fits(getattr(self, name)):
                 raise RequestError(f"sampling.{name}: got {getattr(self, name)!r}; allowed: {allowed}")
+
+
+def _number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def token_ids(prompt: Iterable[int], vocab: int | None = None) -> list[int]:
+    """A prompt's token ids as ints, at least one. Raises RequestError for what is none, or is outside the vocabulary."""
+    try:
+        ids = [operator.index(token) for token in prompt]
+    except TypeError:
+        raise RequestError(f"the prompt is {prompt!r:.60}; allowed: text, or a list of token ids") from None
+    if not ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    wrong = next((i for i in ids if i < 0 or (vocab is not None and i >= vocab)), None)
+    if wrong is not None:
+        most = "" if vocab is None else f" to {vocab - 1}"
+        raise RequestError(f"token id {wrong} is outside the vocabulary; allowed: 0{most}")
+    return ids
 
 
 @dataclasses.dataclass(kw_only=True)

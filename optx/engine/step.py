@@ -2,66 +2,105 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optx.cache import Address, CachePlan, Caches, Ragged
+from optx.cache import Address, CachePlan, Caches, Layout, Ragged
 from optx.engine.sampling import sample
 
 
 class Program(Protocol):
-    """A lowered model: flat leaves, `merge` to a module with `backbone` and `head`, its caches and longest context."""
+    """A lowered model: flat leaves, `merge` to a module with `backbone` and `head`, its caches, context and vocabulary."""
 
     leaves: tuple[jax.Array, ...]
     plan: CachePlan
     context: int
+    vocab: int
 
     def merge(self, leaves): ...
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tick:
-    """What the host says about one tick. B rows in the batch, Q tokens a row (padded), row-major."""
+    """What the host says about one tick, as numpy arrays. B rows in the batch, Q tokens a row (padded), row-major."""
 
-    tokens: jax.Array  # int32[B * Q]; -1: the row's newest token on the device
-    counts: jax.Array  # int32[B] tokens of each row, 0: idle
-    starts: jax.Array  # int32[B] position of each row's first token
-    slots: jax.Array  # int32[B] row of the token pool and of the state pools; past the end: idle
-    tables: tuple[jax.Array, ...]  # int32[1, B, pages] a group
-    lengths: tuple[jax.Array, ...]  # int32[1, B] a group
-    writes: tuple[jax.Array, ...]  # int32[B * Q] a group
-    seeds: jax.Array  # uint32[B]
-    sampling: jax.Array  # float32[B, 3]: temperature, top_k, top_p
+    tokens: np.ndarray  # int32[B * Q]; -1: the row's newest token on the device
+    counts: np.ndarray  # int32[B] tokens of each row, 0: idle
+    starts: np.ndarray  # int32[B] position of each row's first token
+    slots: np.ndarray  # int32[B] row of the token pool and of the state pools; past the end: idle
+    seeds: np.ndarray  # uint32[B]
+    tables: tuple[np.ndarray, ...]  # int32[1, B, pages] a group
+    lengths: tuple[np.ndarray, ...]  # int32[1, B] a group
+    writes: tuple[np.ndarray, ...]  # int32[B * Q] a group
+    sampling: np.ndarray  # float32[B, 3]: temperature, top_k, top_p
+
+    def pack(self) -> tuple[np.ndarray, tuple]:
+        """All integers in one vector (one transfer, one argument) and the shapes that `unpack` needs."""
+        parts = jax.tree.leaves((self.tokens, self.counts, self.starts, self.slots, self.seeds.view(np.int32),
+                                 self.tables, self.lengths, self.writes))  # fmt: skip
+        shapes = tuple(part.shape for part in parts)
+        return np.concatenate([part.reshape(-1) for part in parts]), shapes
+
+
+def unpack(packed: jax.Array, shapes: tuple, sampling: jax.Array) -> Tick:
+    """Inverse of `Tick.pack`, on the device."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = [part.reshape(shape) for part, shape in zip(jnp.split(packed, ends[:-1]), shapes, strict=True)]
+    tokens, counts, starts, slots, seeds, *rest = parts
+    groups = len(rest) // 3
+    tables, lengths, writes = (tuple(rest[i * groups : (i + 1) * groups]) for i in range(3))
+    seeds = jax.lax.bitcast_convert_type(seeds, jnp.uint32)
+    return Tick(
+        tokens=tokens, counts=counts, starts=starts, slots=slots, seeds=seeds, tables=tables, lengths=lengths,
+        writes=writes, sampling=sampling,
+    )  # fmt: skip
 
 
 class Stepper:
-    """The jitted tick of a program, with its compile count."""
+    """The jitted tick of a program over caches of its own, with its compile count.
 
-    def __init__(self, program: Program):
+    Caches are flat arrays between ticks: a tree of packed pools costs a millisecond of comparing formats a call.
+    """
+
+    def __init__(self, program: Program, layouts: Sequence[Layout], rows: int):
         self.program = program
-        self._tick = jax.jit(
-            functools.partial(_tick, program.merge), donate_argnums=(1, 2), static_argnames=("rows", "greedy")
-        )
+        self._caches, self._treedef = jax.tree.flatten(program.plan.init(layouts))
+        self._newest = jnp.zeros(rows, jnp.int32)  # newest token of each row
+        tick = functools.partial(_tick, program.merge, self._treedef)
+        self._tick = jax.jit(tick, donate_argnums=(1, 2), static_argnames=("shapes", "greedy"))
 
     @property
     def compiles(self) -> int:
         """Programs compiled so far."""
         return self._tick._cache_size()
 
-    def __call__(self, caches: Caches, newest: jax.Array, tick: Tick, *, rows: int, greedy: bool):
-        """-> (caches, newest int32[slots] with the chosen tokens, chosen int32[B]).
+    @property
+    def caches(self) -> Caches:
+        return jax.tree.unflatten(self._treedef, self._caches)
 
-        Donates caches and newest.
-        """
-        return self._tick(self.program.leaves, caches, newest, tick, rows=rows, greedy=greedy)
+    @caches.setter
+    def caches(self, caches: Caches) -> None:
+        self._caches = jax.tree.leaves(caches)
+
+    def __call__(self, tick: Tick, *, greedy: bool) -> jax.Array:
+        """Runs the tick; -> the token chosen for each row, int32[B]."""
+        packed, shapes = tick.pack()
+        self._caches, self._newest, chosen = self._tick(
+            self.program.leaves, self._caches, self._newest, packed, tick.sampling, shapes=shapes, greedy=greedy
+        )
+        return chosen
 
 
-def _tick(merge, leaves, caches: Caches, newest, tick: Tick, *, rows: int, greedy: bool):
+def _tick(merge, treedef, leaves, caches, newest, packed, sampling, *, shapes, greedy: bool):
     model = merge(leaves)
-    width = tick.tokens.shape[0] // rows
+    caches = jax.tree.unflatten(treedef, caches)
+    tick = unpack(packed, shapes, sampling)
+    rows, width = tick.counts.shape[0], tick.tokens.shape[0] // tick.counts.shape[0]
     row = jnp.repeat(jnp.arange(rows, dtype=jnp.int32), width)
     offset = jnp.tile(jnp.arange(width, dtype=jnp.int32), rows)
     real = offset < tick.counts[row]
@@ -86,4 +125,4 @@ def _tick(merge, leaves, caches: Caches, newest, tick: Tick, *, rows: int, greed
         step = tick.starts + tick.counts
         chosen = sample(logits, temperature, top_k.astype(jnp.int32), top_p, tick.seeds, step)
     newest = newest.at[tick.slots].set(chosen, mode="drop")
-    return caches, newest, chosen
+    return jax.tree.leaves(caches), newest, chosen
