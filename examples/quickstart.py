@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     title("Quality", "the opening of Alice's Adventures in Wonderland, every token predicted from those before it")
     score = compiled.evaluate(ALICE, context=512)
     console.print(f"perplexity {score.perplexity:.2f}, {score.bits_per_byte:.3f} bits a byte, {score.tokens} tokens")
-    console.print("(what the weights give: a text is scored in one piece, without a KV cache)", style="dim")
+    console.print("(with keys and values rounded as the cache stores them)", style="dim")
 
     question = arguments[1] if len(arguments) > 1 else QUESTION
     title("An answer", question)

@@ -119,6 +119,12 @@ class CacheSpec:
             new = {name: dataclasses.replace(x, dtype=pool[name].dtype) for name, x in packed.items()}
         return jax.tree.map(lambda p, x: _store(p, x, writes, self.holds_tokens), pool, new)
 
+    def as_stored(self, new: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """`new` [T, ...] by stream as attention reads it back from the cache: rounded where the spec has a format."""
+        if not self.holds_tokens or self.format is None:
+            return new
+        return {name: tensor.quantize(x, self.format, axis=-1).dequantize() for name, x in new.items()}
+
     def move(self, pool: Pool, src: jax.Array, dst: jax.Array) -> Pool:
         """Copies entries `src` int32[M] over `dst`: flat token slots, or state rows. Fork, compaction, snapshots."""
         return jax.tree.map(lambda p: _store(p, _load(p, src, self.holds_tokens), dst, self.holds_tokens), pool)

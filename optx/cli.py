@@ -184,6 +184,9 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # `optx ... | head`: nobody reads on, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a folder that cannot be written, a full disk
+        say(f"error: {error.filename or 'output'}: {error.strerror or error}")
+        return 1
 
 
 def main() -> None:

@@ -49,7 +49,8 @@ def windows_of(ids: list[int], context: int, stride: int, first: int | None) -> 
         if len(chunk) < room and stride >= room and start:
             break  # a short last window is dropped where windows do not overlap
         window = chunk if first is None else [first, *chunk]
-        fresh = 1 if start == 0 else max(1, len(window) - stride)
+        scored = room - stride if start else 0  # tokens of the chunk that the window before has scored
+        fresh = max(1, scored + (first is not None))
         if len(window) > fresh:
             out.append((window, fresh))
         if start + room >= len(ids):
@@ -65,7 +66,6 @@ def evaluate(
     stride: int | None = None,
     max_windows: int | None = None,
     against: Model | None = None,
-    batch: int = 1,
     progress: bool = False,
 ) -> Evaluation:
     """Perplexity of `model` on `text`. stride None: context, less the model's first token (every token scored once).
@@ -78,29 +78,51 @@ def evaluate(
     if not 2 <= context <= model.program.context:
         raise RequestError(f"evaluate: context {context}; allowed: 2 to the model's {model.program.context}")
     first = tokenizer.bos_id if tokenizer.add_bos else None
-    step = stride or context - (first is not None)
-    if not 1 <= step <= context:
-        raise RequestError(f"evaluate: stride {step}; allowed: 1 to the context, {context}")
+    room = context - (first is not None)
+    step = room if stride is None else stride
+    if not 1 <= step <= room:
+        raise RequestError(f"evaluate: stride {step}; allowed: 1 to {room}, the tokens of text in a window")
+    if max_windows is not None and max_windows < 1:
+        raise RequestError(f"evaluate: max_windows {max_windows}; allowed: at least 1")
+    _check_pair(model, against, context)
     ids = tokenizer.encode(text, add_special=False)
+    if ids and max(ids) >= model.program.vocab:
+        raise RequestError(f"evaluate: the tokenizer gave the id {max(ids)}; the model has {model.program.vocab} ids")
     windows = windows_of(ids, context, step, first)[:max_windows]
     if not windows:
-        raise RequestError(f"evaluate: the text has {len(ids)} tokens; at least 2 are needed")
+        raise RequestError(f"evaluate: the text has {len(ids)} tokens; at least {1 + (first is None)} needed")
     total = np.zeros(4)
     scored_bytes = 0
     bar = tqdm(windows, desc="evaluate", unit="window", disable=not progress)
     for window, fresh in bar:
         total += _score(model, against, window, fresh, context)
         scored_bytes += len(tokenizer.decode(window[fresh:], skip_special=False).encode())
-        bar.set_postfix(perplexity=f"{math.exp(total[0] / total[3]):.4f}")
+        bar.set_postfix(perplexity=f"{_perplexity(total[0] / total[3]):.4f}")
     nll, kl, agree, count = total
     return Evaluation(
-        perplexity=math.exp(nll / count),
+        perplexity=_perplexity(nll / count),
         bits_per_byte=nll / math.log(2) / max(scored_bytes, 1),
         windows=len(windows),
         tokens=int(count),
         kl=kl / count if against is not None else None,
         top1=agree / count if against is not None else None,
     )
+
+
+def _perplexity(nll: float) -> float:
+    """exp(nats a token); a model that is broken enough leaves the range of a float."""
+    return math.exp(min(nll, 700.0))
+
+
+def _check_pair(model: Model, against: Model | None, context: int) -> None:
+    """Raises RequestError for a reference that cannot be compared with."""
+    if against is None:
+        return
+    if against.program.vocab != model.program.vocab:
+        sizes = f"{model.program.vocab} and {against.program.vocab}"
+        raise RequestError(f"evaluate: vocabularies of {sizes} tokens cannot be compared")
+    if against.program.context < context:
+        raise RequestError(f"evaluate: context {context}; allowed: up to the reference's {against.program.context}")
 
 
 def _score(model, against, window, fresh, context) -> np.ndarray:
@@ -116,10 +138,6 @@ def _score(model, against, window, fresh, context) -> np.ndarray:
         nll = _nll(logits, tokens[0], weight)
         return np.asarray([float(nll), 0, 0, weight.sum()])
     other = against.program.forward(against.program.leaves, tokens, counts)[0]
-    if other.shape != logits.shape:
-        raise RequestError(
-            f"evaluate: vocabularies of {logits.shape[-1]} and {other.shape[-1]} tokens cannot be compared"
-        )
     return np.asarray([*map(float, _compare(logits, other, tokens[0], weight)), weight.sum()])
 
 

@@ -91,7 +91,8 @@ def generate(
     encoded = [encode(prompt, tokenizer) for prompt in prompts]
     requests: list[Request] = []
     try:
-        requests += [engine.add_request(ids, sampling) for ids in encoded]
+        for ids in encoded:
+            requests.append(engine.add_request(ids, sampling))
         answers = {request.id: Answer(request, tokenizer) for request in requests}
         index = {request.id: i for i, request in enumerate(requests)}
         while not all(request.finish for request in requests):

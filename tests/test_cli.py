@@ -201,6 +201,11 @@ def test_an_occupied_folder_is_refused_before_the_work(optx_, model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_that_cannot_be_made(optx_, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(optx_("export", model, "--format", "hf", "--out", tmp_path / "file" / "out"), 1, "cannot be written")
+
+
 def test_a_failed_compile_leaves_nothing(optx_, model, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("weights:\n- {pass: quantize_weights, format: int4, group: 48}\n")

@@ -79,7 +79,7 @@ class Attention(nnx.Module):
             k = k if self.rope is None else self.rope(k, ragged.positions)
         kwargs = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
         if view is None or view.writes is None:
-            pool = view.pool if k is None else {"k": k, "v": v}
+            pool = view.pool if k is None else self.cache.as_stored({"k": k, "v": v})
             keys, values = ragged.pad(pool["k"]), ragged.pad(pool["v"])
             args = (ragged.pad(q), keys, values)
             out, _, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)

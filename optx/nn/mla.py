@@ -50,11 +50,12 @@ class MLA(nnx.Module):
         k_rope = self.rope(low[:, None, self.rank :], ragged.positions)[:, 0]
         up = dense(self.kv_b.weight.get_value()).astype(x.dtype).reshape(self.rank, self.heads, -1)
         up_k, up_v = up[..., : self.nope_dim], up[..., self.nope_dim :]
+        entry = jnp.concatenate([latent, k_rope], axis=-1)[:, None]
         if view is None or view.writes is None:
-            pool = {}
+            pool, stored = {}, self.cache.as_stored({"latent": entry})["latent"][:, 0]
+            latent, k_rope = stored[:, : self.rank], stored[:, self.rank :]
             out = self._expanded(q_nope, q_rope, latent, k_rope, up_k, up_v, ragged)
         else:
-            entry = jnp.concatenate([latent, k_rope], axis=-1)[:, None]
             pool = self.cache.append(view.pool, {"latent": entry}, view.writes)
             q = jnp.concatenate([jnp.einsum("tnh,rnh->tnr", q_nope, up_k), q_rope], axis=-1)
             out, _, _ = dispatch.call(
