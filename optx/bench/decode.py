@@ -2,8 +2,9 @@
 
     python -m optx.bench.decode MODEL [--weights packed] [--recipe NAME] [--prompt 512] [--tokens 128]
 
-Decode is the best of three runs; the bound is bytes read a token over the read bandwidth of a float32 matrix-vector product
-measured in the same run.
+Prefill is a prompt of 512 tokens, decode 128 tokens after a prompt of 16; each the best of three runs. Two ceilings from the
+same run: reading (a float32 matrix-vector product over 256 MB) bounds a decode step by its bytes, arithmetic (a float32
+product of 512 rows) bounds prefill by the multiply-adds of the weights, embedding and head left out.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import optx
+from optx import ir
 from optx.engine.engine import Engine
 
 
@@ -30,7 +32,9 @@ class Speed:
     step_ms: float  # a decode step
     bytes_per_token: float
     bandwidth: float  # bytes/s, measured
-    of_bound: float  # bound / measured time
+    of_read_bound: float  # bound / measured time of a decode step
+    flops: float  # FLOP/s, measured
+    of_flop_bound: float  # bound / measured time of the prefill
     compiles_after_warm_up: int
 
 
@@ -39,6 +43,13 @@ def read_bandwidth() -> float:
     w, x = jnp.ones((8192, 8192), jnp.float32), jnp.ones((8192,), jnp.float32)
     f = jax.jit(jnp.matmul)
     return w.nbytes / min(_timed(lambda: jax.block_until_ready(f(w, x))) for _ in range(5))
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a float32 product [512, 576] @ [576, 3072], twenty weights in rotation."""
+    x, ws = jnp.ones((512, 576), jnp.float32), [jnp.ones((576, 3072), jnp.float32) for _ in range(20)]
+    f = jax.jit(lambda x, ws: [x @ w for w in ws])
+    return 20 * 2 * 512 * 576 * 3072 / min(_timed(lambda: jax.block_until_ready(f(x, ws))) for _ in range(5))
 
 
 def _timed(function) -> float:
@@ -84,22 +95,28 @@ def _host_seconds(engine: Engine, prompt: list[int], tokens: int) -> float:
 
 def measure(compiled: optx.Compiled, prompt: int, tokens: int) -> Speed:
     chunk = max(16, 1 << (prompt - 1).bit_length())
-    engine = compiled.engine(rows=1, context=chunk + 2 * tokens, chunks=(chunk,))
     ids = [int(x) for x in np.random.default_rng(0).integers(0, compiled.vocab, prompt)]
-    _run(engine, ids, 4)
-    warm = engine.compiles
-    runs = [_run(engine, ids, tokens) for _ in range(3)]
-    first, step = min(r[0] for r in runs), min(r[1] for r in runs)
-    read, bandwidth = sum(compiled.plan.bytes_per_token(1, prompt).values()), read_bandwidth()
+    long = compiled.engine(rows=1, context=chunk + 64, chunks=(chunk,))
+    short = compiled.engine(rows=1, context=16 + tokens, chunks=(16,))
+    _run(long, ids, 2)
+    _run(short, ids[:16], 4)
+    warm = long.compiles + short.compiles
+    first = min(_run(long, ids, 2)[0] for _ in range(3))
+    step = min(_run(short, ids[:16], tokens)[1] for _ in range(3))
+    read = sum(compiled.plan.bytes_per_token(1, 16 + tokens // 2).values())
+    linear = 2 * prompt * sum(ir.weight_count(layer) for layer in compiled.tree.layers)
+    bandwidth, flops = read_bandwidth(), matmul_rate()
     return Speed(
         decode=1 / step,
         prefill=prompt / first,
-        host_ms=1e3 * _host_seconds(engine, ids, tokens),
+        host_ms=1e3 * _host_seconds(short, ids[:16], tokens),
         step_ms=1e3 * step,
         bytes_per_token=read,
         bandwidth=bandwidth,
-        of_bound=read / bandwidth / step,
-        compiles_after_warm_up=engine.compiles - warm,
+        of_read_bound=read / bandwidth / step,
+        flops=flops,
+        of_flop_bound=linear / flops / first,
+        compiles_after_warm_up=long.compiles + short.compiles - warm,
     )
 
 

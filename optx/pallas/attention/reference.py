@@ -7,6 +7,7 @@ mass by cached slot, summed over queries and the query heads of a kv head; it fe
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ from optx.cache import Ragged
 from optx.tensor import Tensor, dense
 
 CHUNK = 256  # queries a block: bounds the [N, Q, S] logits that XLA materialises
+QUERIES = 128  # the same over paged caches, where every block meets all listed pages
 UNROLL = 8  # blocks up to which each gets its own program over the keys that it can see
 
 
@@ -125,7 +127,7 @@ def gather_pages(pool: Tensor, table: jax.Array) -> jax.Array:
 
     def gather(part):
         if groups == 1:
-            return jnp.take(part, table[0], axis=0, mode="clip").reshape(b, pages * part.shape[1], *part.shape[2:])
+            return part.at[table[0]].get(mode="promise_in_bounds").reshape(b, pages * part.shape[1], *part.shape[2:])
         by_head = jax.vmap(lambda head, listing: jnp.take(head, listing, axis=0, mode="clip"), (2, 0), 3)(part, table)
         return by_head.reshape(b, pages * part.shape[1], *by_head.shape[3:])
 
@@ -167,17 +169,18 @@ def paged_attention(
         logit_scale = gather_pages(logit_scale[..., None], table)[..., 0]
     # A slot past `lengths` may hold anything, NaN included: 0 * NaN must not reach the sum.
     real = jnp.moveaxis(stored, 0, 2)[..., None]
-    return attend(
-        q,
-        jnp.where(real, k, 0),
-        jnp.where(real, v, 0),
-        jnp.moveaxis(seen, 0, 1),
-        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        logit_scale=logit_scale,
-        want_scores=want_scores,
-    )
+    k, v, seen = jnp.where(real, k, 0), jnp.where(real, v, 0), jnp.moveaxis(seen, 0, 1)
+    kwargs = {
+        "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+        "logit_scale": logit_scale,
+        "want_scores": want_scores,
+    }
+    blocks = [slice(i, i + QUERIES) for i in range(0, q.shape[1], QUERIES)]
+    outs, lses, scores = zip(*(attend(q[:, at], k, v, seen[:, :, at], **kwargs) for at in blocks), strict=True)
+    total = functools.reduce(jnp.add, scores) if want_scores else None
+    return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1), total
 
 
 def ragged_paged_attention(q, k_pool, v_pool, *, ragged: Ragged, **kwargs):
