@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -71,13 +71,12 @@ class Stepper:
         self.program = program
         self._caches, self._treedef = jax.tree.flatten(program.plan.init(layouts))
         self._newest = jnp.zeros(rows, jnp.int32)  # newest token of each row
-        tick = functools.partial(_tick, program.merge, self._treedef)
-        self._tick = jax.jit(tick, donate_argnums=(1, 2), static_argnames=("shapes", "greedy"))
+        self._ticks: dict[tuple, Callable] = {}  # by shapes and way of choosing: static arguments would cost more a call
 
     @property
     def compiles(self) -> int:
         """Programs compiled so far."""
-        return self._tick._cache_size()
+        return sum(tick._cache_size() for tick in self._ticks.values())
 
     @property
     def caches(self) -> Caches:
@@ -90,13 +89,16 @@ class Stepper:
     def __call__(self, tick: Tick, *, greedy: bool) -> jax.Array:
         """Runs the tick; -> the token chosen for each row, int32[B]."""
         packed, shapes = tick.pack()
-        self._caches, self._newest, chosen = self._tick(
-            self.program.leaves, self._caches, self._newest, packed, tick.sampling, shapes=shapes, greedy=greedy
+        if (shapes, greedy) not in self._ticks:
+            step = functools.partial(_tick, self.program.merge, self._treedef, shapes, greedy)
+            self._ticks[shapes, greedy] = jax.jit(step, donate_argnums=(1, 2))
+        self._caches, self._newest, chosen = self._ticks[shapes, greedy](
+            self.program.leaves, self._caches, self._newest, packed, tick.sampling
         )
         return chosen
 
 
-def _tick(merge, treedef, leaves, caches, newest, packed, sampling, *, shapes, greedy: bool):
+def _tick(merge, treedef, shapes, greedy, leaves, caches, newest, packed, sampling):
     model = merge(leaves)
     caches = jax.tree.unflatten(treedef, caches)
     tick = unpack(packed, shapes, sampling)
