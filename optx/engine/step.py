@@ -71,7 +71,8 @@ class Stepper:
         self.program = program
         self._caches, self._treedef = jax.tree.flatten(program.plan.init(layouts))
         self._newest = jnp.zeros(rows, jnp.int32)  # newest token of each row
-        self._ticks: dict[tuple, Callable] = {}  # by shapes and way of choosing: static arguments would cost more a call
+        # By shapes and way of choosing: static arguments would cost more a call.
+        self._ticks: dict[tuple, Callable] = {}
 
     @property
     def compiles(self) -> int:
