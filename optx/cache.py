@@ -47,8 +47,10 @@ class CacheSpec:
     share: int | None = None  # index of the layer whose cache this layer reads; None: its own
 
     def __post_init__(self):
-        if self.window is not None and self.window < 1:
-            raise FormatError(f"cache window {self.window}; allowed: at least 1 token, or null for all")
+        if self.window is not None and not 1 <= self.window < 2**31:
+            raise FormatError(f"cache window {self.window}; allowed: at least 1 and below 2^31 tokens, or null for all")
+        if not 0 <= self.sinks < 2**31:
+            raise FormatError(f"cache sinks {self.sinks}; allowed: at least 0 and below 2^31 tokens")
         if self.kind == "state" and (self.window or self.format):
             raise FormatError("a state cache has neither window nor format: its size does not grow with the context")
         for stream in self.streams if self.format else ():

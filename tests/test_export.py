@@ -379,6 +379,7 @@ TAMPERED = {
     ),
     "a config of another type": (edit(lambda m: m["origin"].update(config=3)), "manifest.json: not a whole manifest"),
     "the dtype": (edit(lambda m: m["origin"].update(dtype="int7")), "manifest.json: not a whole manifest"),
+    "no dtype": (edit(lambda m: m["origin"].update(dtype=None)), "manifest.json: not a whole manifest"),
     "formats": (edit(lambda m: m["origin"].update(formats={"embed/tabel": "q4_0"})), "did you mean 'embed/table'?"),
     "an unknown format": (edit(lambda m: m["origin"].update(formats={TABLE: "q9_0"})), "format 'q9_0' is not known"),
     "formats as a list": (edit(lambda m: m["origin"].update(formats=[TABLE])), "manifest.json: not a whole manifest"),

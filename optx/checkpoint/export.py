@@ -103,7 +103,9 @@ def _read_manifest(folder: Path) -> tuple[Origin, Recipe, dict[str, tuple[tuple[
         np.dtype(origin.dtype)
         table = {name: (tuple(map(int, p["shape"])), str(p["dtype"])) for name, p in manifest["parameters"].items()}
         digests = dict(manifest["sha256"])
-        whole = isinstance(origin.config, dict) and isinstance(origin.formats, dict)
+        whole = all(
+            isinstance(x, kind) for x, kind in ((origin.config, dict), (origin.formats, dict), (origin.dtype, str))
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{where}: not a whole manifest: {error!r}") from None
     if not whole or "recipe" not in manifest:

@@ -26,8 +26,8 @@ def sliding_window(site: Site, attn: Attention, opt: SlidingWindow) -> Attention
     """
     for name, least in (("window", 1), ("sinks", 0), ("keep_every", 1)):
         value = getattr(opt, name)
-        if value is not None and value < least:
-            raise PassError(f"sliding_window: {name} {value}; allowed: at least {least}")
+        if value is not None and not least <= value < 2**31:  # positions are int32
+            raise PassError(f"sliding_window: {name} {value}; allowed: {least} to {2**31 - 1}")
     chosen = None if opt.layers is None else {i % site.layers for i in opt.layers if -site.layers <= i < site.layers}
     if opt.layers is not None and len(chosen) != len(set(opt.layers)):
         raise PassError(
