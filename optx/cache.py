@@ -1,9 +1,9 @@
 """What layers remember: the frozen `CacheSpec`, the pools that hold it, and the ragged batch that addresses them.
 
 A spec says what is remembered; a `Layout` says how much room there is. Token caches (`paged`, `latent`) live in pools of
-pages `[pages, P, ...]`; a row lists its pages in a table, in the order in which tokens were appended. Every cached token has
-its position apart from its slot, so a listing may have gaps in positions (windows, eviction) and masks still hold.
-State caches (`state`) hold one entry a row.
+pages `[pages, K, P, H]`, heads first: the tokens of one head in one page are one box to copy. A row lists its pages in a
+table, in the order in which tokens were appended. Every cached token has its position apart from its slot, so a listing
+may have gaps in positions (windows, eviction) and masks still hold. State caches (`state`) hold one entry a row.
 
 Layers whose specs keep the same tokens form a group with one page table and one array of positions.
 """
@@ -95,21 +95,25 @@ class CacheSpec:
         parts += [f"shared with layer {self.share}"] if self.share is not None else []
         return " ".join(parts)
 
-    def _abstract(self, stream: Stream, lead: tuple[int, ...]) -> Any:
-        dense = jax.ShapeDtypeStruct((*lead, *stream.shape), stream.dtype or self.dtype)
+    def _abstract(self, stream: Stream, lead: tuple[int, ...], page: tuple[int, ...] = ()) -> Any:
+        """lead: axes before the stream's own; page: the axis of tokens, after its heads."""
+        *heads, size = stream.shape
+        shape = (*lead, *heads, *page, size)
+        dense = jax.ShapeDtypeStruct(shape, stream.dtype or self.dtype)
         if self.format is None:
             return dense
         return jax.eval_shape(lambda x: tensor.quantize(x, self.format, axis=-1), dense)
 
     def abstract(self, layout: "Layout") -> Pool:
-        """The pool's arrays as shapes: [pages + 1, P, ...] a stream of tokens, [slots + 1, ...] a state.
+        """The pool's arrays as shapes: [pages + 1, K, P, H] a stream of tokens, [slots + 1, ...] a state.
 
         The last page (row) takes the writes of padding and is never read.
         """
         if self.share is not None:
             return {}
-        lead = (layout.pages + 1, layout.page_size) if self.holds_tokens else (layout.slots + 1,)
-        return {s.name: self._abstract(s, lead) for s in self.streams}
+        if self.holds_tokens:
+            return {s.name: self._abstract(s, (layout.pages + 1,), (layout.page_size,)) for s in self.streams}
+        return {s.name: self._abstract(s, (layout.slots + 1,)) for s in self.streams}
 
     def init(self, layout: "Layout") -> Pool:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract(layout))
@@ -132,8 +136,14 @@ class CacheSpec:
         return jax.tree.map(lambda p: _store(p, _load(p, src, self.holds_tokens), dst, self.holds_tokens), pool)
 
 
-def _coordinates(pool, index, tokens: bool) -> tuple[jax.Array, ...]:
-    return (index // pool.shape[1], index % pool.shape[1]) if tokens else (index,)
+def _coordinates(pool, index, tokens: bool) -> tuple:
+    """Where entries lie: (row,) of a state pool; (page, slice of heads, offset) of a token pool, whose tokens are the last
+    but one axis ([pages + 1, K, P, H]; positions, [pages + 1, P], have nothing after them)."""
+    if not tokens:
+        return (index,)
+    axis = max(pool.ndim - 2, 1)
+    page, offset = index // pool.shape[axis], index % pool.shape[axis]
+    return (page, *[slice(None)] * (axis - 1), offset)
 
 
 def _load(pool, index, tokens: bool):
@@ -141,23 +151,36 @@ def _load(pool, index, tokens: bool):
 
 
 def store_tokens(pool: jax.Array, new: jax.Array, writes: jax.Array) -> jax.Array:
-    """`new` [T, ...] into a token pool [pages + 1, P, ...] at flat slots `writes` int32[T]."""
+    """`new` [T, ...] into a token pool, [pages + 1, K, P, H] or [pages + 1, P], at flat slots `writes` int32[T]."""
     return _store(pool, new, writes, True)
 
 
-FEW = 16  # entries up to which they are stored one by one
+FEW = 16  # entries up to which they are stored one by one on CPU
 
 
 def _store(pool, new, index, tokens: bool):
-    """Entries `new` [M, ...] into the pool. In place when the pool is donated: XLA on CPU copies the whole pool when a
-    scatter, or a reshape of the pool, is also read in the same program; slices at full rank it does not."""
+    """Entries `new` [M, ...] into the pool, in place when it is donated."""
     new, where = new.astype(pool.dtype), _coordinates(pool, index, tokens)
+    scatter = lambda pool: pool.at[where].set(new, mode="drop")  # noqa: E731
     if new.shape[0] > FEW:
-        return pool.at[where].set(new, mode="drop")
-    for i in range(new.shape[0]):
-        start = (*(axis[i] for axis in where), *(0 for _ in pool.shape[len(where) :]))
-        pool = jax.lax.dynamic_update_slice(pool, new[i].reshape(1, *[1] * (len(where) - 1), *new.shape[1:]), start)
-    return pool
+        return scatter(pool)
+
+    def slices(pool):
+        """XLA on CPU copies the whole pool when a scatter, or a reshape of the pool, is also read in the same program;
+        slices at full rank it does not."""
+        for i in range(new.shape[0]):
+            start = [0 if isinstance(at, slice) else at[i] for at in where]
+            start += [0] * (pool.ndim - len(start))
+            pool = jax.lax.dynamic_update_slice(pool, entry(new[i]), start)
+        return pool
+
+    def entry(x):
+        return x.reshape(
+            [1 if not isinstance(at, slice) else pool.shape[d] for d, at in enumerate(where)]
+            + list(pool.shape[len(where) :])
+        )
+
+    return jax.lax.platform_dependent(pool, cpu=slices, default=scatter)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

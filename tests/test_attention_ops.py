@@ -260,11 +260,11 @@ class Pools:
                 self.table[g, b, i] = next(free)
             at = (self.table[g, b, :, None] * case.page + np.arange(case.page)).reshape(-1)[:length]
             self.slots[g, b] = at
-            # Queries are the row's last positions; what lies before them may have gaps and any order.
+            # Queries are the row's last positions; what lies before them ascends and may have gaps.
             queries = self.query_positions(b)
             old = np.arange(case.lengths[b] - case.counts[b])
             old = rng.permutation(old) if case.gaps else old
-            self.positions[at] = np.concatenate([old[: length - len(queries)], queries])
+            self.positions[at] = np.concatenate([np.sort(old[: length - len(queries)]), queries])
             heads = [g] if case.by_head else list(range(case.kv_heads))
             where = np.ix_(at, heads)
             self.k[where] = numbers(rng, length, len(heads), case.head_dim)
@@ -275,7 +275,7 @@ class Pools:
         return np.arange(self.case.lengths[b] - self.case.counts[b], self.case.lengths[b])
 
     def pool(self, flat):
-        paged = jnp.asarray(flat.reshape(self.pages, self.case.page, *flat.shape[1:]))
+        paged = jnp.moveaxis(jnp.asarray(flat.reshape(self.pages, self.case.page, *flat.shape[1:])), 1, 2)
         if self.case.format is None:
             return paged
         return tensor.quantize(paged, formats.parse(self.case.format), axis=-1)
@@ -283,7 +283,7 @@ class Pools:
     def want(self, b, q, sink):
         """out, lse and scores of row b by the oracle, a kv head at a time; scores by slot of the head's listing."""
         case, ratio = self.case, self.case.heads // self.case.kv_heads
-        k, v = (np.asarray(tensor.dense(self.pool(x))).reshape(x.shape) for x in (self.k, self.v))
+        k, v = (np.moveaxis(tensor.dense(self.pool(x)), 2, 1).reshape(x.shape) for x in (self.k, self.v))
         out, lse = np.zeros((len(q), case.heads, case.value_dim)), np.zeros((len(q), case.heads))
         scores = np.zeros((self.width * case.page, case.kv_heads))
         for h in range(case.kv_heads):
@@ -320,7 +320,8 @@ class Pools:
         if sink is not None:
             kwargs["sink_logits"] = jnp.asarray(sink)
         if case.logit_scale:
-            kwargs["logit_scale"] = jnp.asarray(self.logit_scale.reshape(self.pages, case.page, -1))
+            by_page = self.logit_scale.reshape(self.pages, case.page, -1)
+            kwargs["logit_scale"] = jnp.moveaxis(jnp.asarray(by_page), 1, 2)
         kwargs = {"lengths": jnp.asarray(self.lengths), "table": jnp.asarray(self.table), **kwargs}
         return run(
             row,

@@ -122,14 +122,16 @@ def flash_attention(
 
 
 def gather_pages(pool: Tensor, table: jax.Array) -> jax.Array:
-    """Pool [pages, P, K, H] (packed or not) listed by table int32[G, B, pages] -> dense [B, S, K, H], S = pages * P."""
+    """Pool [pages, K, P, H] (packed or not) listed by table int32[G, B, pages] -> dense [B, S, K, H], S = pages * P."""
     groups, b, pages = table.shape
 
     def gather(part):
         if groups == 1:
-            return part.at[table[0]].get(mode="promise_in_bounds").reshape(b, pages * part.shape[1], *part.shape[2:])
-        by_head = jax.vmap(lambda head, listing: jnp.take(head, listing, axis=0, mode="clip"), (2, 0), 3)(part, table)
-        return by_head.reshape(b, pages * part.shape[1], *by_head.shape[3:])
+            listed = part.at[table[0]].get(mode="promise_in_bounds")  # [B, pages, K, P, H]
+            listed = jnp.moveaxis(listed, 2, 3)
+        else:
+            listed = jax.vmap(lambda head, at: jnp.take(head, at, axis=0, mode="clip"), (1, 0), 3)(part, table)
+        return listed.reshape(b, pages * part.shape[2], part.shape[1], *part.shape[3:])
 
     return dense(jax.tree.map(gather, pool))
 
@@ -153,9 +155,10 @@ def paged_attention(
 ):
     """Attention of up to Q new tokens a row over its cached tokens, their own included (`paged_decode` where Q <= 8).
 
-    q [B, Q, N, H]; pools [pages, P, K, H], dense or packed; v_pool None: values are the first `value_dim` numbers of
-    the keys (MLA latents); positions int32[pages, P]; table int32[G, B, pages]; lengths int32[G, B] cached slots;
-    q_positions int32[B, Q], -1 where there is no query.
+    q [B, Q, N, H]; pools [pages, K, P, H], dense or packed; v_pool None: values are the first `value_dim` numbers of
+    the keys (MLA latents); logit_scale [pages, K, P]; positions int32[pages, P], ascending along a row's listing; table
+    int32[G, B, pages]; lengths int32[G, B] cached slots; q_positions int32[B, Q], -1 where there is no query: a row's
+    queries are its newest slots.
     -> (out [B, Q, N, Hv], lse, scores float32[B, S, K] by slot or None).
     """
     k = gather_pages(k_pool, table).astype(q.dtype)
