@@ -1,0 +1,154 @@
+"""Compiles GPU kernels with the real assembler on a machine without a GPU, and reads registers, spills and shared memory.
+
+    python -m optx.bench.aot [--arch sm90] [--op paged_decode]      (needs the wheels of `optx[cuda13]`; one arch a process)
+
+Nothing is executed: that a kernel compiles says nothing of its speed or of its numbers.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """What XLA and the assembler must know of a GPU. Sources: NVIDIA data sheets, CUDA programming guide, section 16."""
+
+    name: str
+    major: int
+    cores: int
+    bandwidth: int  # bytes/s
+    l2: int  # bytes
+    clock: float  # GHz
+    memory: int  # bytes
+    minor: int = 0
+
+    def textproto(self) -> str:
+        info = {
+            "threads_per_block_limit": 1024,
+            "threads_per_warp": 32,
+            "shared_memory_per_block": 49152,
+            "shared_memory_per_core": 233472,
+            "shared_memory_per_block_optin": 232448,
+            "threads_per_core_limit": 2048,
+            "core_count": self.cores,
+            "fpus_per_core": 128,
+            "block_dim_limit_x": 2147483647,
+            "block_dim_limit_y": 65535,
+            "block_dim_limit_z": 65535,
+            "memory_bandwidth": self.bandwidth,
+            "l2_cache_size": self.l2,
+            "clock_rate_ghz": self.clock,
+            "device_memory_size": self.memory,
+            "registers_per_core_limit": 65536,
+            "registers_per_block_limit": 65536,
+            "thread_dim_limit_x": 1024,
+            "thread_dim_limit_y": 1024,
+            "thread_dim_limit_z": 64,
+            "device_address_bits": 64,
+            "device_vendor": '"NVIDIA Corporation"',
+            "name": f'"{self.name}"',
+            "driver_version": '"13.0.0"',
+            "runtime_version": '"13.0.0"',
+            "compile_time_toolkit_version": '"13.0.0"',
+            "dnn_version": '"9.28.1"',
+        }
+        fields = " ".join(f"{key}: {value}" for key, value in info.items())
+        capability = f"major: {self.major} minor: {self.minor} feature_extension: ACCELERATED_FEATURES"
+        return (
+            f"gpu_device_info {{ {fields} cuda_compute_capability {{ {capability} }} }} "
+            'platform_name: "CUDA" dnn_version_info { major: 9 minor: 28 patch: 1 } '
+            f'device_description_str: "{self.name}"'
+        )
+
+
+CHIPS = {
+    "sm90": Chip(
+        name="NVIDIA H100 80GB HBM3",
+        major=9,
+        cores=132,
+        bandwidth=3352320000000,
+        l2=52428800,
+        clock=1.98,
+        memory=84942979072,
+    ),
+    "sm100": Chip(
+        name="NVIDIA B200",
+        major=10,
+        cores=148,
+        bandwidth=7672320000000,
+        l2=132644864,
+        clock=1.965,
+        memory=191514411008,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """What ptxas says of one kernel."""
+
+    kernel: str
+    registers: int
+    spill_bytes: int  # stores + loads
+    stack_bytes: int
+    sass: str = dataclasses.field(default="", repr=False)
+
+
+def compile_for(chip: Chip, function, *args) -> list[Assembled]:
+    """Compiles `function` for args (arrays or jax.ShapeDtypeStruct) and returns what was assembled, Mosaic GPU kernels only.
+
+    Raises: whatever lowering or ptxas raise. MOSAIC_GPU_DUMP_* are set for the call.
+    """
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=chip.name, topology="1x1x1", target_config=chip.textproto()
+    )
+    where = SingleDeviceSharding(topology.devices[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    abstract = AbstractDevice(device_kind=chip.name, num_cores=chip.cores, platform="cuda")
+    mesh = AbstractMesh((1,), ("_",), (AxisType.Explicit,), abstract_device=abstract)
+    with tempfile.TemporaryDirectory() as folder, _environment(folder), jax.sharding.use_abstract_mesh(mesh):
+        jax.jit(function).trace(*jax.tree.map(place, args)).lower().compile()
+        return _read(Path(folder))
+
+
+@contextlib.contextmanager
+def _environment(folder: str):
+    names = ("PTXAS", "PTX", "SASS")
+    values = {"MOSAIC_GPU_DUMP_TO": folder, **{f"MOSAIC_GPU_DUMP_{name}": "1" for name in names}}
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def _read(folder: Path) -> list[Assembled]:
+    found = []
+    for log in sorted(folder.glob("*ptxas*")):
+        text = log.read_text()
+        sass = next((p.read_text() for p in sorted(folder.glob("*.sass")) if p.stem.split(".")[0] in log.name), "")
+        for entry in re.split(r"(?=Compiling entry function)", text)[1:]:
+            name = re.search(r"Compiling entry function '([^']+)'", entry)[1]
+            used = re.search(r"Used (\d+) registers", entry)
+            spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+            stack, stores, loads = (int(x) for x in spills.groups()) if spills else (0, 0, 0)
+            found.append(
+                Assembled(
+                    kernel=name,
+                    registers=int(used[1]) if used else -1,
+                    spill_bytes=stores + loads,
+                    stack_bytes=stack,
+                    sass=sass,
+                )
+            )
+    return found

@@ -1,0 +1,94 @@
+"""Device time of jitted functions, and the ceilings that bound it, measured in the same run.
+
+Work is timed over several input sets in rotation (one set that fits the L2 cache would measure the cache), several calls
+inside one program, the median of repeats. Inputs are random: zeros run faster than real data.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+REPEATS = 12
+CALLS = 16  # calls a program: a launch from Python takes as long as a small kernel
+
+
+def seconds(function: Callable, inputs: Sequence[tuple], calls: int = CALLS, repeats: int = REPEATS) -> float:
+    """Median seconds of one `function(*inputs[i])`, `inputs` in rotation.
+
+    function is traced `calls` times into one program, so its time holds the gaps between launches as a model's step would.
+    """
+    calls = max(calls, len(inputs))
+    picks = [i % len(inputs) for i in range(calls)]
+
+    @jax.jit
+    def program(inputs):
+        outs, last = [], jnp.float32(0)
+        for pick in picks:  # each call waits for the one before: two of them never share the chip
+            args, last = jax.lax.optimization_barrier((inputs[pick], last))
+            out = function(*args)
+            last = last + jax.tree.leaves(out)[0].ravel()[0].astype(jnp.float32)
+        return last
+
+    inputs = tuple(tuple(args) for args in inputs)
+    compiled = program.lower(inputs).compile()
+    for _ in range(2):
+        jax.block_until_ready(compiled(inputs))
+    return statistics.median(_timed(lambda: jax.block_until_ready(compiled(inputs))) for _ in range(repeats)) / calls
+
+
+def _timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What the running device reaches on plain work: bytes/s read, FLOP/s of square matmuls by format."""
+
+    device: str
+    read: float
+    bf16: float
+    fp8: float | None = None
+
+
+def random(shape, dtype=jnp.bfloat16, seed: int = 0, scale: float = 1.0) -> jax.Array:
+    """Normal numbers made on the device."""
+    make = jax.jit(lambda key: (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype))
+    return make(jax.random.key(seed))
+
+
+@functools.cache
+def ceilings(size: int = 8192, read_bytes: int = 1 << 32, fp8: bool = True) -> Ceilings:
+    """Measures the running device: a sum over `read_bytes`, and products of [size, size] matrices."""
+    device = jax.devices()[0]
+    data = random((read_bytes // 2,), jnp.bfloat16)
+    read = data.nbytes / seconds(lambda x: jnp.sum(x.astype(jnp.float32)), [(data,)], calls=4)
+    del data
+    flops = 2 * size**3
+
+    def rate(dtype) -> float:
+        pairs = [(random((size, size), dtype, 2 * i), random((size, size), dtype, 2 * i + 1)) for i in range(2)]
+        contract = (((1,), (1,)), ((), ()))  # both operands contract over their last axis, as fp8 units want
+        product = lambda a, b: jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.bfloat16)  # noqa: E731
+        return flops / seconds(product, pairs, calls=8)
+
+    return Ceilings(
+        device=device.device_kind, read=read, bf16=rate(jnp.bfloat16), fp8=rate(jnp.float8_e4m3fn) if fp8 else None
+    )
+
+
+def relative_error(out: Any, reference: Any) -> float:
+    """|out - reference| / |reference| over all numbers, NaN if any is; inf where only one of the two is finite."""
+    out, reference = (jnp.asarray(x, jnp.float32) for x in (out, reference))
+    finite = jnp.isfinite(reference)
+    if bool(jnp.any(jnp.where(finite, False, out != reference))):
+        return float("inf")
+    norm = jnp.linalg.norm(jnp.where(finite, reference, 0))
+    return float(jnp.linalg.norm(jnp.where(finite, out - reference, 0)) / jnp.maximum(norm, 1e-30))
