@@ -14,9 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-BLOCKS = 132  # persistent blocks: the SMs of H100 SXM and H200; on a part with fewer some blocks wait their turn
-WIDE = 64  # 16-bit numbers in a row of 128 bytes, the widest swizzle
-PIECES = (64, 32, 16, 8, 4, 2, 1)  # rows of one store: any number of rows is a sum of these
+from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Walk, store_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,77 +40,13 @@ def tiles_for(tokens: int, experts: int, d: int, f: int) -> Tiles:
     return Tiles(rows=128, cols=256, short=64, stages=4)
 
 
-def _ceil(a, b):
-    return lax.div(a + (b - 1), b)
-
-
-class Walk:
-    """The items of the experts in order; a state is (expert, its first item, its first row, its rows)."""
-
-    def __init__(self, sizes, tokens, experts, tiles, columns):
-        self.sizes, self.tokens, self.experts, self.tiles, self.columns = sizes, tokens, experts, tiles, columns
-
-    def _rows(self, expert, row):
-        left = self.tokens - row
-        listed = jnp.clip(self.sizes[jnp.minimum(expert, self.experts - 1)], 0, left)
-        return jnp.where(expert < self.experts, listed, left)
-
-    def _items(self, rows):
-        return _ceil(rows, self.tiles.rows) * self.columns
-
-    def start(self):
-        zero = jnp.int32(0)
-        return zero, zero, zero, self._rows(zero, zero)
-
-    def to(self, item, state):
-        """On to the expert of `item`; past the last one the state's expert is experts + 1."""
-
-        def behind(state):
-            expert, first, _, rows = state
-            return (expert <= self.experts) & (item >= first + self._items(rows))
-
-        def step(state):
-            expert, first, row, rows = state
-            return expert + 1, first + self._items(rows), row + rows, self._rows(expert + 1, row + rows)
-
-        return lax.while_loop(behind, step, state)
-
-    def goes_on(self, state):
-        return state[0] <= self.experts
-
-    def place(self, item, state):
-        """-> (first row, rows, column tile) of the item."""
-        _, first, row, rows = state
-        here = item - first
-        band = lax.div(here, self.tiles.band * self.columns)
-        here = here - band * (self.tiles.band * self.columns)
-        start = band * self.tiles.band
-        height = jnp.minimum(self.tiles.band, _ceil(rows, self.tiles.rows) - start)
-        column = lax.div(here, height)
-        tile = start + here - column * height
-        return row + tile * self.tiles.rows, jnp.minimum(self.tiles.rows, rows - tile * self.tiles.rows), column
-
-
 def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tiles: Tiles):
     tokens, d = x.shape
     experts, _, f = w.shape
     steps_of_item, stages = d // WIDE, tiles.stages
     x_rows, x_tiles = x_smem  # the same bytes: rows at any offset for copies, tiles of 8 rows for the matrix units
     wg = lax.axis_index("wg")
-    walk = Walk(sizes, tokens, experts, tiles, -(-f // tiles.cols))
-
-    def items(body, registers, action):
-        plgpu.set_max_registers(registers, action=action)
-        item = lax.axis_index("sm")
-
-        def turn(carry):
-            item, step, *state = carry
-            steps = jnp.where(state[0] < experts, steps_of_item, 0)
-            state = body(item, step, steps, tuple(state))
-            return item + BLOCKS, step + steps, *state
-
-        start = (item, jnp.int32(0), *walk.to(item, walk.start()))
-        return lax.while_loop(lambda carry: walk.goes_on(carry[2:]), turn, start)[1]
+    walk = Walk(sizes, tokens=tokens, experts=experts, rows=tiles.rows, columns=-(-f // tiles.cols), band=tiles.band)
 
     def produce(item, step, steps, state):
         row, rows, column = walk.place(item, state)
@@ -184,17 +118,17 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 slot[...] = acc[:, part * WIDE : (part + 1) * WIDE].astype(out.dtype)
                 plgpu.commit_smem()
-                _store_rows(slot, out, first, mine, left + part * WIDE)
+                store_rows(slot, out, first, mine, left + part * WIDE)
 
         return tuple(after)
 
     @pl.when(wg < 2)
     def _():
-        items(consume, 232, "increase")
+        walk.run(consume, steps_of_item, 232, "increase")
 
     @pl.when(wg == 2)
     def _():
-        total = items(produce, 40, "decrease")
+        total = walk.run(produce, steps_of_item, 40, "decrease")
 
         def drain(step, _):  # every arrival is awaited: barriers end in a known phase
             plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
@@ -202,20 +136,6 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
         lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _store_rows(smem, out, row, rows, column):
-    """The first `rows` rows of smem [64, 64] to out[row:, column:], as one group of copies."""
-    for size in PIECES:
-        start = rows - lax.rem(rows, 2 * size)  # the larger pieces come first
-
-        @pl.when(lax.rem(lax.div(rows, size), 2) == 1)
-        def _(size=size, start=start):
-            plgpu.copy_smem_to_gmem(
-                smem.at[pl.ds(start, size)], out.at[pl.ds(row + start, size), pl.ds(column, WIDE)], commit_group=False
-            )
-
-    plgpu.commit_smem_to_gmem_group()
 
 
 @functools.partial(jax.jit, static_argnames="tiles")
