@@ -23,12 +23,29 @@ def seconds(function: Callable, inputs: Sequence[tuple], calls: int = CALLS, rep
 
     function is traced `calls` times into one program, so its time holds the gaps between launches as a model's step would.
     """
+    return measure(prepare(function, inputs, calls), repeats)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A compiled program of `calls` calls with its inputs."""
+
+    program: Callable
+    inputs: tuple
+    calls: int
+
+    def __call__(self):
+        return jax.block_until_ready(self.program(self.inputs))
+
+
+def prepare(function: Callable, inputs: Sequence[tuple], calls: int = CALLS) -> Prepared:
+    """Compiles what `measure` times, without running it."""
     calls = max(calls, len(inputs))
     picks = [i % len(inputs) for i in range(calls)]
 
     @jax.jit
     def program(inputs):
-        outs, last = [], jnp.float32(0)
+        last = jnp.float32(0)
         for pick in picks:  # each call waits for the one before: two of them never share the chip
             args, last = jax.lax.optimization_barrier((inputs[pick], last))
             out = function(*args)
@@ -36,10 +53,14 @@ def seconds(function: Callable, inputs: Sequence[tuple], calls: int = CALLS, rep
         return last
 
     inputs = tuple(tuple(args) for args in inputs)
-    compiled = program.lower(inputs).compile()
+    return Prepared(program.lower(inputs).compile(), inputs, calls)
+
+
+def measure(prepared: Prepared, repeats: int = REPEATS) -> float:
+    """Median seconds of one call."""
     for _ in range(2):
-        jax.block_until_ready(compiled(inputs))
-    return statistics.median(_timed(lambda: jax.block_until_ready(compiled(inputs))) for _ in range(repeats)) / calls
+        prepared()
+    return statistics.median(_timed(prepared) for _ in range(repeats)) / prepared.calls
 
 
 def _timed(function) -> float:

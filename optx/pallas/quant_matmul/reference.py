@@ -1,8 +1,17 @@
 """quant_matmul in plain JAX: x[..., D] @ dequantize(w[D, F]), accumulated in float32."""
 
-from optx.tensor import matmul
+import jax
+
+from optx import tensor
+from optx.formats import Format
+from optx.tensor import QTensor
 
 
-def quant_matmul(x, w):
-    """x [..., D], w QTensor [D, F] -> [..., F] in x's dtype."""
-    return matmul(x, w)
+def quant_matmul(x: jax.Array, w: QTensor, activations: Format | None = None) -> jax.Array:
+    """x [..., D], w QTensor [D, F] -> [..., F] in x's dtype.
+
+    activations: the format that rows of x are rounded to first, one scale a row or a group of D (w8a8); None: x as it is.
+    """
+    if activations is not None:
+        x = tensor.quantize(x, activations, axis=-1).dequantize()
+    return tensor.matmul(x, w)

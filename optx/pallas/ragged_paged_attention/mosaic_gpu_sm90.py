@@ -26,6 +26,7 @@ ROWS = 64  # query rows of a warpgroup: the M of wgmma
 COMPUTE = 2  # warpgroups that compute
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # below any logit, and finite: exp2(LOWEST - LOWEST) is 1, not NaN
+FULL = Mask()
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -85,7 +86,7 @@ def ragged_paged_attention(
     positions,
     table,
     lengths,
-    mask: Mask = Mask(),
+    mask: Mask = FULL,
     scale=None,
     softcap=None,
     sink_logits=None,

@@ -1,0 +1,163 @@
+"""Cases and benchmark shapes of `ragged_paged_attention`: prefill chunks and decodes over paged keys and values."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from optx.bench.cases import Case, Shape
+from optx.cache import Ragged
+from optx.nn.attention import paged_spec
+from optx.pallas.attention.reference import Mask
+
+OP = "ragged_paged_attention"
+
+
+def batch(
+    rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype, padding=0, gaps=False, lists=1, **kwargs
+):
+    """A call: rows of `counts` new tokens on `context` cached ones, pages in random order.
+
+    padding: tokens of no row at the end; gaps: positions with holes, as eviction leaves them; lists: page lists (G).
+    Whatever no row has written, the last page, and padding's queries hold NaN.
+    """
+    counts, context = np.array(counts), np.array(context)
+    length, size = counts + context, len(counts)
+    pages = -(-length // page_size)
+    total = int(pages.sum()) * lists
+    order, taken = rng.permutation(total), 0
+    table = np.full((lists, size, max(int(pages.max()), 1)), total, np.int32)
+    positions = np.full((total + 1, page_size), -1, np.int32)
+    pools = [np.full((total + 1, kv_heads, page_size, head_dim), np.nan, np.float32) for _ in "kv"]
+    at = []  # positions of a row's cached tokens; the new ones follow without holes
+    for old, new in zip(context, counts, strict=True):
+        steps = np.ones(old + new, int)
+        steps[:old] = rng.integers(1, 4, size=old) if gaps else 1
+        at.append(np.cumsum(steps) - 1)
+    for group in range(lists):
+        for row in range(size):
+            listed = order[taken : taken + pages[row]]
+            table[group, row, : pages[row]] = listed
+            taken += pages[row]
+            for i, page in enumerate(listed):
+                here = at[row][i * page_size : (i + 1) * page_size]
+                positions[page, : len(here)] = here
+                for pool in pools:
+                    pool[page, slice(None) if lists == 1 else group, : len(here)] = rng.standard_normal(
+                        (kv_heads, len(here), head_dim) if lists == 1 else (len(here), head_dim)
+                    )
+    rows = np.concatenate([np.repeat(np.arange(size), counts), np.full(padding, size)])
+    asked = np.concatenate([at[row][context[row] :] for row in range(size)] + [np.zeros(padding, int)])
+    q = rng.standard_normal((len(rows), heads, head_dim))
+    q[rows == size] = np.nan
+    ragged = Ragged(
+        rows=jnp.asarray(rows, jnp.int32),
+        starts=jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
+        counts=jnp.asarray(counts, jnp.int32),
+        positions=jnp.asarray(asked, jnp.int32),
+        longest=max(int(counts.max()), 1),
+    )
+    args = (jnp.asarray(q, dtype), *(jnp.asarray(pool, dtype) for pool in pools))
+    lengths = jnp.asarray(np.broadcast_to(length, (lists, size)), jnp.int32)
+    return args, {
+        "ragged": ragged,
+        "positions": jnp.asarray(positions),
+        "table": jnp.asarray(table),
+        "lengths": lengths,
+        **kwargs,
+    }
+
+
+def real_tokens(output, kwargs):
+    """out and lse of the tokens that belong to rows: what padding gets is unspecified."""
+    ragged = kwargs["ragged"]
+    real = np.flatnonzero(np.asarray(ragged.rows) < ragged.batch)
+    return [x[real] for x in output[:2]]
+
+
+def site(heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None):  # noqa: B008 - frozen
+    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=mask.window).replace(sinks=mask.sinks)
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "cache": spec,
+        "mask": mask,
+        "softcap": softcap,
+    }
+
+
+def case(
+    name, counts, context, *, heads=8, kv_heads=2, head_dim=64, page_size=16, dtype="bfloat16", small=False, **more
+):
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+
+    def make(rng):
+        kwargs = {key: value(rng) if callable(value) and key == "sink_logits" else value for key, value in more.items()}
+        return batch(rng, counts, context, **shape, page_size=page_size, dtype=dtype, **kwargs)
+
+    asked = {key: more[key] for key in ("mask", "softcap") if key in more}
+    return Case(op=OP, name=name, make=make, site=site(**shape, dtype=dtype, **asked), small=small, pick=real_tokens)
+
+
+MIXED = ([40, 1, 1, 130, 0, 17], [100, 70, 300, 513, 0, 0])
+LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+SLIDING = Mask(window=90, sinks=4)
+
+
+def _sinks(rng, heads=32):
+    return jnp.asarray(rng.standard_normal(heads), jnp.float32)
+
+
+CASES = [
+    case("small", [9, 1, 0, 1], [30, 70, 0, 5], kv_heads=1, padding=2, small=True),
+    case(
+        "small_window",
+        [9, 1],
+        [50, 70],
+        kv_heads=1,
+        mask=Mask(window=20, sinks=2),
+        softcap=20.0,
+        sink_logits=functools.partial(_sinks, heads=8),
+        gaps=True,
+        small=True,
+    ),
+    *(case(f"page{size}", *MIXED, **LLAMA, page_size=size, padding=7) for size in (16, 32, 64, 128)),
+    case("fp16", *MIXED, **LLAMA, page_size=64, dtype="float16"),
+    case("window", *MIXED, **LLAMA, mask=SLIDING, gaps=True, softcap=20.0, sink_logits=_sinks),
+    case("not_causal", *MIXED, **LLAMA, mask=Mask(causal=False)),
+    case("every_head_its_key", *MIXED, heads=8, kv_heads=8, head_dim=128, page_size=32),
+    case("group_of_3", *MIXED, heads=6, kv_heads=2, head_dim=64, page_size=64),
+    case("group_of_16", *MIXED, heads=32, kv_heads=2, head_dim=128, page_size=64),
+    case("head_dim_256", *MIXED, heads=16, kv_heads=4, head_dim=256, page_size=128),
+    case("lists_by_head", *MIXED, heads=16, kv_heads=4, head_dim=128, page_size=32, lists=4),
+]
+
+
+def shape(name, counts, context, page_size, *, heads=32, kv_heads=8, head_dim=128):
+    counts, context = np.array(counts), np.array(context)
+    read = 2 * 2 * kv_heads * head_dim * float(np.sum(counts + context))
+    pairs = float(np.sum(counts * context + counts * (counts + 1) / 2))
+    tokens = 2 * 2 * heads * head_dim * float(np.sum(counts))  # queries and results
+
+    def make(rng):
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        return batch(rng, counts, context, **sizes, page_size=page_size, dtype="bfloat16")
+
+    return Shape(
+        op=OP,
+        name=f"{name}_page{page_size}",
+        make=make,
+        site=site(heads, kv_heads, head_dim),
+        bytes=read + tokens,
+        flops=4 * heads * head_dim * pairs,
+    )
+
+
+DECODES = ([1] * 64, [8191] * 64)
+SHAPES = [
+    *(shape("chunk2k_on_8k_and_64_decodes", [2048, *DECODES[0]], [8192, *DECODES[1]], size) for size in (16, 64)),
+    shape("chunk2k_on_8k", [2048], [8192], 64),
+    shape("chunk2k", [2048], [0], 64),
+    shape("64_decodes_8k", *DECODES, 64),
+]
