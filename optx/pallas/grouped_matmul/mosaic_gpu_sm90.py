@@ -14,7 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from optx.errors import LoweringError
+from optx.pallas.grouped_matmul import reference
 from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Walk, store_rows
+from optx.tensor import is_qtensor
+
+DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,8 @@ class Tiles:
     short: int  # rows that are loaded when an item has no more than these
     stages: int  # tiles in flight
     band: int = 16  # row tiles that pass over the columns together: x then stays in the L2 cache
+    alias: bool = True  # see `_dense`; False is for the interpreter, where refs of a union share no bytes
+    blocks: int = BLOCKS  # persistent thread blocks
 
     @property
     def width(self) -> int:
@@ -44,9 +51,9 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
     tokens, d = x.shape
     experts, _, f = w.shape
     steps_of_item, stages = d // WIDE, tiles.stages
-    x_rows, x_tiles = x_smem  # the same bytes: rows at any offset for copies, tiles of 8 rows for the matrix units
+    x_rows, x_tiles = x_smem if tiles.alias else (x_smem, x_smem)
     wg = lax.axis_index("wg")
-    walk = Walk(sizes, tokens=tokens, experts=experts, rows=tiles.rows, columns=-(-f // tiles.cols), band=tiles.band)
+    walk = Walk(sizes, tokens=tokens, experts=experts, tiles=tiles, columns=-(-f // tiles.cols))
 
     def produce(item, step, steps, state):
         row, rows, column = walk.place(item, state)
@@ -71,7 +78,7 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
                     )
 
         lax.fori_loop(0, steps, load, None)
-        return walk.to(item + BLOCKS, state)
+        return walk.to(item + tiles.blocks, state)
 
     def consume(item, step, steps, state):
         row, rows, column = walk.place(item, state)
@@ -93,7 +100,7 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
                     plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, stages)])
 
             lax.fori_loop(0, busy, multiply, None)
-            after = walk.to(item + BLOCKS, state)  # while the matrix units finish
+            after = walk.to(item + tiles.blocks, state)  # while the matrix units finish
             return acc[...], *after
 
         acc, *after = pl.run_scoped(accumulate, plgpu.ACC((64, tiles.width)))
@@ -143,17 +150,18 @@ def _dense(x, w, sizes, *, tiles: Tiles):
     swizzle = plgpu.SwizzleTransform(128)
     tiled = (plgpu.TilingTransform((8, WIDE)), swizzle)
     shape = (tiles.stages, tiles.rows, WIDE)
+    x_smem = plgpu.SMEM(shape, x.dtype, transforms=tiled)
+    if tiles.alias:  # the same bytes as rows, which copies take at any offset of x, and as the tiles of matrix units
+        x_smem = plgpu.RefUnion(plgpu.SMEM(shape, x.dtype, transforms=(swizzle,)), x_smem)
     kernel = plgpu.kernel(
         functools.partial(_dense_body, tiles=tiles),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype),
-        grid=(BLOCKS,),
+        grid=(tiles.blocks,),
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
         scratch_types=(
-            plgpu.RefUnion(
-                plgpu.SMEM(shape, x.dtype, transforms=(swizzle,)), plgpu.SMEM(shape, x.dtype, transforms=tiled)
-            ),
+            x_smem,
             plgpu.SMEM((tiles.stages, WIDE, tiles.cols), w.dtype, transforms=tiled),
             plgpu.SMEM((2, 2, 64, WIDE), x.dtype, transforms=(swizzle,)),
             plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
@@ -165,6 +173,34 @@ def _dense(x, w, sizes, *, tiles: Tiles):
     return kernel(sizes, x, w)
 
 
-def grouped_matmul(x, w, group_sizes):
+def supports(args, target) -> str | None:
+    """args: weight ([E, D, F], dense or QTensor, may be abstract), dtype of x (bfloat16 when left out)."""
+    if (target.platform, target.arch) != ("gpu", "sm90"):
+        return f"is for gpu/sm90, not {target.platform}/{target.arch}"
+    return _declines(args["weight"], jnp.dtype(args.get("dtype", jnp.bfloat16)))
+
+
+def _declines(w, dtype) -> str | None:
+    _, d, f = w.shape
+    if dtype not in DTYPES:
+        return f"x of {dtype.name}; allowed: bfloat16, float16"
+    if not is_qtensor(w) and w.dtype != dtype:
+        return f"x of {dtype.name} with w of {w.dtype.name}; allowed: one type"
+    if d % WIDE or f % WIDE or not d or not f:
+        return f"D {d}, F {f}; allowed: multiples of {WIDE}"
+    return None
+
+
+def grouped_matmul(x, w, group_sizes, *, tiles: Tiles | None = None):
+    """`reference.grouped_matmul` on Hopper.
+
+    Raises: OptxError where shapes do not fit, LoweringError for what the kernel does not take.
+    """
+    reference.check(x, w, group_sizes)
+    reason = _declines(w, x.dtype)
+    if reason:
+        raise LoweringError(f"grouped_matmul: {reason}")
     tokens, (experts, d, f) = x.shape[0], w.shape
-    return _dense(x, w, group_sizes, tiles=tiles_for(tokens, experts, d, f))
+    if not tokens or not experts:
+        return jnp.zeros((tokens, f), x.dtype)
+    return _dense(x, w, group_sizes.astype(jnp.int32), tiles=tiles or tiles_for(tokens, experts, d, f))

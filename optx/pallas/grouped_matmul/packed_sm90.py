@@ -5,21 +5,17 @@ an item. Weights lie in the fragments of `optx.pallas.quant_matmul`, experts one
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fragmented
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-from optx.formats import Float8
-from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Walk, store_rows
+from optx.pallas.grouped_matmul.schedule_sm90 import WIDE
 from optx.pallas.quant_matmul import mosaic_gpu_sm90_fragments as fragments
 from optx.tensor import QTensor
 

@@ -21,10 +21,10 @@ def ceil(a, b):
 class Walk:
     """The items of the experts in order; a state is (expert, its first item, its first row, its rows)."""
 
-    def __init__(self, sizes, *, tokens, experts, rows, columns, band):
-        """rows: of an item; columns: column tiles of an expert; band: row tiles that pass over the columns together."""
-        self.sizes, self.tokens, self.experts = sizes, tokens, experts
-        self.rows, self.columns, self.band = rows, columns, band
+    def __init__(self, sizes, *, tokens, experts, tiles, columns):
+        """tiles: sizes with `rows` of an item, `band` and `blocks`; columns: column tiles of an expert."""
+        self.sizes, self.tokens, self.experts, self.columns = sizes, tokens, experts, columns
+        self.rows, self.band, self.blocks = tiles.rows, tiles.band, tiles.blocks
 
     def _rows(self, expert, row):
         left = self.tokens - row
@@ -75,7 +75,7 @@ class Walk:
             item, step, *state = carry
             steps = jnp.where(state[0] < self.experts, steps_of_item, 0)
             state = body(item, step, steps, tuple(state))
-            return item + BLOCKS, step + steps, *state
+            return item + self.blocks, step + steps, *state
 
         start = (item, jnp.int32(0), *self.to(item, self.start()))
         return lax.while_loop(lambda carry: carry[2] <= self.experts, turn, start)[1]
