@@ -1,0 +1,182 @@
+"""The TPU rows of five ops: behaviour against the references in Pallas' interpreter, refusals, and real compiles by libtpu.
+
+The interpreter runs what the kernel computes but knows no TPU: whether it compiles is what `tpu_compile.py` asks libtpu,
+ahead of time, for three generations. Neither says anything of speed.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optx import formats, target, tensor
+from optx.cache import Ragged
+from optx.errors import LoweringError
+from optx.nn.attention import paged_spec
+from optx.pallas.attention import paged_tpu, reference
+from optx.pallas.attention.reference import Mask
+from optx.pallas.paged_decode import mosaic_tpu as paged_decode
+from optx.pallas.ragged_paged_attention import mosaic_tpu as ragged_attention
+
+TPUS = [target.TARGETS[name] for name in ("tpu-v5e", "tpu-v6e", "tpu-v7x")]
+EXACT = 3e-5  # float32 against float32
+
+
+def close(got, want, tolerance=EXACT):
+    for name, g, w in zip(("out", "lse"), got, want):
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        finite = np.isfinite(w)
+        assert np.array_equal(finite, np.isfinite(g)), f"{name}: not finite in other places"
+        assert np.array_equal(g[~finite], w[~finite]), f"{name}: other infinities"
+        error = np.abs(g[finite] - w[finite]).max(initial=0) / max(np.abs(w[finite]).max(initial=0), 1e-6)
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+# Paged caches.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paged:
+    """Rows with `lengths` cached tokens, the newest `counts` of them asking."""
+
+    lengths: tuple[int, ...] = (40, 1, 0, 33)
+    counts: tuple[int, ...] = (1, 1, 0, 1)
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 128
+    page: int = 16
+    format: str | None = None
+    dtype: str = "float32"  # of q, and of pages without a format
+    mask: Mask = Mask()
+    softcap: float | None = None
+    sink: bool = False
+    gaps: bool = False
+    lists: int = 1
+    value_dim: int | None = None  # MLA latents
+    logit_scale: bool = False
+    pages: int = 2  # a block
+    queries: int = 8  # tokens an item of a ragged call
+
+
+def poisoned(x):
+    return np.full_like(x, np.nan) if np.issubdtype(x.dtype, np.floating) else x
+
+
+def pool_of(rng, case: Paged, total: int, held: np.ndarray):
+    """A pool whose slots that hold nothing are NaN wherever their type has one. held: bool[total + 1, K, P]."""
+    x = rng.standard_normal((total + 1, case.kv_heads, case.page, case.head_dim)).astype(np.float32)
+    if case.format is None:
+        return jnp.asarray(np.where(held[..., None], x, np.nan), case.dtype)
+    packed = tensor.quantize(jnp.asarray(x), formats.parse(case.format), axis=-1)
+    bad = jax.tree.map(
+        lambda part: jnp.where(held[..., None], part, jnp.nan) if jnp.issubdtype(part.dtype, jnp.floating) else part,
+        packed,
+    )
+    return dataclasses.replace(jax.tree.map(lambda b, p: b.astype(p.dtype), bad, packed), dtype=jnp.dtype(case.dtype))
+
+
+def paged_call(rng, case: Paged):
+    """(q [T, N, H], k_pool, v_pool), what both ops take by name, and the batch."""
+    lengths, counts = np.array(case.lengths), np.array(case.counts)
+    b, page = len(lengths), case.page
+    width = max(int(-(-lengths.max() // page)), 1) + 1
+    total = b * width * case.lists
+    table = rng.permutation(total).reshape(case.lists, b, width).astype(np.int32)
+    positions = np.full((total + 1, page), -1, np.int32)
+    held = np.zeros((total + 1, case.kv_heads, page), bool)
+    asked = []
+    for row in range(b):
+        at = np.cumsum(rng.integers(1, 4, lengths[row]) if case.gaps else np.ones(lengths[row], int)) - 1
+        asked.append(at[lengths[row] - counts[row] :])
+        for group in range(case.lists):
+            slots = table[group, row, np.arange(lengths[row]) // page], np.arange(lengths[row]) % page
+            positions[slots] = at
+            held[slots[0], :, slots[1]] = True
+    q = rng.standard_normal((sum(counts) + 3, case.heads, case.head_dim))
+    q[-3:] = np.nan  # padding
+    ragged = Ragged(
+        rows=jnp.asarray(np.repeat(np.arange(b + 1), [*counts, 3]), jnp.int32),
+        starts=jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
+        counts=jnp.asarray(counts, jnp.int32),
+        positions=jnp.asarray(np.concatenate([*asked, np.zeros(3)]), jnp.int32),
+        longest=max(int(counts.max()), 1),
+    )
+    k = pool_of(rng, case, total, held)
+    kwargs = {
+        "positions": jnp.asarray(positions),
+        "table": jnp.asarray(table),
+        "lengths": jnp.asarray(np.broadcast_to(lengths, (case.lists, b)), jnp.int32),
+        "mask": case.mask,
+        "softcap": case.softcap,
+        "sink_logits": jnp.asarray(rng.standard_normal(case.heads), jnp.float32) if case.sink else None,
+        "logit_scale": None,
+        "value_dim": case.value_dim,
+    }
+    if case.logit_scale:
+        scale = np.where(held, rng.uniform(0.5, 1.5, held.shape), np.nan)
+        kwargs["logit_scale"] = jnp.asarray(scale, jnp.float32)
+    v = None if case.value_dim else pool_of(rng, case, total, held)
+    return (jnp.asarray(q, case.dtype), k, v), kwargs, ragged
+
+
+def run_decode(args, kwargs, ragged, **how):
+    q, *pools = args
+    q_positions = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
+    return paged_decode.paged_decode(ragged.pad(q), *pools, q_positions=q_positions, **kwargs, **how)[:2]
+
+
+def want_decode(args, kwargs, ragged):
+    q, *pools = args
+    q_positions = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
+    return reference.paged_attention(ragged.pad(q).astype(jnp.float32), *pools, q_positions=q_positions, **kwargs)[:2]
+
+
+DECODE = {
+    "plain": Paged(),
+    "bfloat16": Paged(dtype="bfloat16"),
+    "window_sinks_softcap": Paged(mask=Mask(window=9, sinks=5), softcap=3.0, sink=True, gaps=True, lengths=(70, 1, 0, 33)),
+    "two_queries": Paged(counts=(2, 1, 0, 2)),
+    "lists_by_head": Paged(lists=2, format="int8"),
+    "many_heads": Paged(heads=9, kv_heads=9, lengths=(20, 3), counts=(1, 1)),
+    "int8": Paged(format="int8"),
+    "int8_asym": Paged(format="int8_asym"),
+    "int4": Paged(format="int4", page=128, lengths=(200, 1, 0, 300)),
+    "int4_asym": Paged(format="int4_asym", head_dim=256),
+    "fp8": Paged(format="fp8_e4m3", page=32),
+    "turned": Paged(head_dim=64, page=128, lengths=(200, 1, 0, 300)),
+    "latents": Paged(kv_heads=1, head_dim=256, value_dim=128, logit_scale=True),
+    "packed_latents": Paged(kv_heads=1, head_dim=256, value_dim=128, format="int4"),
+}
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_paged_decode(name, rng):
+    case = DECODE[name]
+    args, kwargs, ragged = paged_call(rng, case)
+    how = {"interpret": True, "tiles": paged_decode.Tiles(queries=1, pages=case.pages)}
+    got, want = run_decode(args, kwargs, ragged, **how), want_decode(args, kwargs, ragged)
+    close(got, want, 2e-2 if case.dtype == "bfloat16" else EXACT)
+
+
+RAGGED = {
+    "mixed": Paged(lengths=(70, 1, 0, 33, 20), counts=(19, 1, 0, 1, 20)),
+    "window": Paged(lengths=(70, 1, 0, 33), counts=(19, 1, 0, 1), mask=Mask(window=9, sinks=5), gaps=True, sink=True),
+    "all_see_all": Paged(lengths=(40, 3), counts=(10, 3), mask=Mask(causal=False)),
+    "lists_by_head": Paged(lengths=(40, 3), counts=(10, 3), lists=2),
+    "int4": Paged(lengths=(40, 3), counts=(10, 3), head_dim=256, format="int4_asym", softcap=3.0),
+    "latents": Paged(lengths=(40, 3), counts=(10, 3), kv_heads=1, head_dim=256, value_dim=128, heads=16),
+}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_ragged_paged_attention(name, rng):
+    case = RAGGED[name]
+    (q, *pools), kwargs, ragged = paged_call(rng, case)
+    how = {"interpret": True, "tiles": ragged_attention.Tiles(queries=case.queries, pages=case.pages)}
+    got = ragged_attention.ragged_paged_attention(q, *pools, ragged=ragged, **kwargs, **how)[:2]
+    want = reference.ragged_paged_attention(jnp.nan_to_num(q), *pools, ragged=ragged, **kwargs)[:2]
+    real = slice(0, sum(case.counts))
+    close([x[real] for x in got], [x[real] for x in want])
