@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo lint format setup clean FORCE
+.PHONY: help test demo aot lint format setup clean FORCE
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ test: $(STAMP) ## run the tests; ARGS='-k name' is passed to pytest
 
 demo: $(STAMP) ## compile and run a small real model (fetched the first time)
 	@$(PY) examples/quickstart.py $(ARGS)
+
+aot: .venv-cuda/.installed ## compile every GPU kernel with the real assembler, no GPU needed (fetches 4.4 GB of wheels)
+	@JAX_PLATFORMS=cpu .venv-cuda/bin/python -m optx.bench.aot $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	@$(PY) -m ruff check .
@@ -28,7 +31,7 @@ format: $(STAMP) ## fix what lint can fix
 setup: $(STAMP) ## create .venv and install, nothing else
 
 clean: ## remove .venv, builds and caches of this folder (fetched models stay)
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-cuda build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp holds the folder it was installed from: in a moved or copied tree the editable install still points to the
@@ -48,3 +51,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-input -e '.[test,demo]' -c constraints.txt
 	@rm -f .venv/.unfinished
 	@printf '%s\n' '$(CURDIR)' > $@
+
+.venv-cuda/.installed: pyproject.toml constraints.txt
+	@python=$$(PYTHON='$(PYTHON)' sh .ci/python.sh) && "$$python" -m venv --clear .venv-cuda
+	@.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --no-input -e '.[cuda13]' nvidia-cuda-nvdisasm -c constraints.txt
+	@touch $@

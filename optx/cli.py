@@ -150,6 +150,19 @@ VERBS = (
         notes="DIR is an optx export or anything else that MODEL may be. Packed weights are dequantized.",
         run=cli_verbs.export,
     ),
+    Verb(
+        name="bench",
+        line="time kernels, or plain work that bounds them, on this machine's device",
+        arguments=("kernels|ceilings",),
+        flags=(
+            Flag(name="op", value="OP", repeated=True, help="only this op's kernels"),
+            Flag(name="out", value="FILE", help="write every figure there as JSON"),
+            JSON,
+        ),
+        examples=("optx bench kernels --op paged_decode --out paged_decode.json", "optx bench ceilings"),
+        notes="Ceilings are measured in the same run: reading, bf16 and fp8 products. Percentages are of the one that binds.",
+        run=cli_verbs.bench,
+    ),
 )
 
 

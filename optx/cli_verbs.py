@@ -7,9 +7,10 @@ from pathlib import Path
 
 import optx
 from optx import ir
+from optx.bench import kernels, timing
 from optx.checkpoint.export import check_free
 from optx.checkpoint.source import Source
-from optx.errors import RequestError, UsageError, no_such_path
+from optx.errors import RequestError, UsageError, did_you_mean, no_such_path
 from optx.generate import encode_chat
 from optx.recipe import Recipe
 
@@ -136,6 +137,22 @@ def evaluate(
         rows += [("KL", f"{result.kl:.6f} nats a token against {name}")]
         rows += [("top-1", f"{100 * result.top1:.2f} % of tokens agree with {name}")]
     print("\n".join(f"{label:<12} {value}" for label, value in rows))
+
+
+def bench(what: str, *, op, out, json) -> None:
+    if what not in ("kernels", "ceilings"):
+        raise UsageError(f"bench: {what!r}{did_you_mean(what, ('kernels', 'ceilings'))}")
+    if what == "ceilings":
+        lines, ceilings = [], timing.ceilings()
+    else:
+        lines, ceilings = kernels.run(op)
+    data = kernels.to_dict(lines, ceilings)
+    if out:
+        Path(out).write_text(json_text.dumps(data, indent=1) + "\n")
+    if json:
+        _print_json(data)
+    else:
+        print(kernels.text(lines, ceilings) if lines else kernels.ceilings_text(ceilings))
 
 
 def _recipe(path: str | None) -> Recipe | None:

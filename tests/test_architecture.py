@@ -64,7 +64,12 @@ TECHNIQUES = {
 }
 
 LONGEST = 400  # lines of a file; a kernel's backend file may be longer
-BROAD = {"optx/tokenizer.py": "tokenizers raises Exception itself and has no type of its own"}
+BROAD = {
+    "optx/tokenizer.py": "tokenizers raises Exception itself and has no type of its own",
+    "optx/bench/aot.py": "whatever lowering or the assembler raises is the result of the case",
+    "optx/bench/kernels.py": "a peer that does not run on this device is a line of the table",
+    "optx/bench/verify_gpu.py": "whatever lowering, the assembler or a launch raises is the result of the case",
+}
 
 
 @functools.cache
@@ -122,9 +127,11 @@ def test_imports_stay_within_the_rooms_allowed(name):
     "name", [name for name in modules() if name.startswith("optx.pallas.") and name.count(".") > 2]
 )
 def test_kernels_know_types_and_their_own_folder(name):
+    """And `pallas/attention`, the one contract of all attention ops."""
     folder = name.rpartition(".")[0]
     for path in imports(name):
-        assert room(path) in LEAVES or path.startswith(folder), f"{name} imports {path}"
+        mine = path.startswith((folder, "optx.pallas.attention"))
+        assert mine or room(path) in LEAVES, f"{name} imports {path}"
 
 
 def test_the_engine_knows_neither_parts_nor_passes():

@@ -557,8 +557,10 @@ def test_an_unknown_name_in_allow(model):
 
 def test_a_required_backend(model):
     assert "xla" in optx.compile(model, Recipe(require="xla")).explain()
-    with pytest.raises(OptxError, match="the recipe requires zzz.*allowed in 'require': .*xla"):
+    with pytest.raises(OptxError, match="no backend 'zzz'.*mosaic_gpu.*xla"):
         optx.compile(model, Recipe(require="zzz"))
+    with pytest.raises(OptxError, match="the recipe requires mosaic_gpu.*leave out 'require'"):
+        optx.compile(model, Recipe(require="mosaic_gpu"))
 
 
 def test_a_pass_may_replace_a_stream(make):

@@ -5,16 +5,24 @@
 Nothing is executed: that a kernel compiles says nothing of its speed or of its numbers.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
+from tqdm import tqdm
+
+from optx import target as targets
+from optx.bench.cases import registry
+from optx.report import table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +107,7 @@ class Assembled:
     registers: int
     spill_bytes: int  # stores + loads
     stack_bytes: int
+    smem_bytes: int = 0  # a block's scratch in shared memory
     sass: str = dataclasses.field(default="", repr=False)
 
 
@@ -134,10 +143,10 @@ def _environment(folder: str):
 
 def _read(folder: Path) -> list[Assembled]:
     found = []
-    for log in sorted(folder.glob("*ptxas*")):
-        text = log.read_text()
-        sass = next((p.read_text() for p in sorted(folder.glob("*.sass")) if p.stem.split(".")[0] in log.name), "")
-        for entry in re.split(r"(?=Compiling entry function)", text)[1:]:
+    for log in sorted(folder.glob("*.ptxas")):
+        sass, resources = log.with_suffix(".sass_ctrl"), log.with_suffix(".resources.txt")
+        smem = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else None
+        for entry in re.split(r"(?=Compiling entry function)", log.read_text())[1:]:
             name = re.search(r"Compiling entry function '([^']+)'", entry)[1]
             used = re.search(r"Used (\d+) registers", entry)
             spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
@@ -148,7 +157,47 @@ def _read(folder: Path) -> list[Assembled]:
                     registers=int(used[1]) if used else -1,
                     spill_bytes=stores + loads,
                     stack_bytes=stack,
-                    sass=sass,
+                    smem_bytes=int(smem[1]) if smem else 0,
+                    sass=sass.read_text() if sass.exists() else "",
                 )
             )
     return found
+
+
+def compile_rows(arch: str, ops: tuple[str, ...] = ()) -> tuple[list[list[str]], list[str]]:
+    """Lines of (row, case, kernel, registers, spills, shared memory) of every case on every GPU row of `arch`; failures."""
+    target = next(t for t in targets.TARGETS.values() if t.arch == arch)
+    lines, failures = [], []
+    for case in tqdm(registry.cases(ops), unit="case", file=sys.stderr, mininterval=5):
+        rows = registry.kernels(case, target)
+        if not rows:
+            continue
+        args, kwargs = case.make(np.random.default_rng(0))
+        dynamic, _ = registry.split(kwargs)
+        for row in rows:
+            try:
+                found = compile_for(CHIPS[arch], registry.jitted(row.run, kwargs), args, dynamic)
+            except Exception as error:  # noqa: BLE001 - whatever lowering or the assembler raise is the result of the case
+                failures.append(f"FAILED {row.op} {row.name} {case.name}: {str(error).strip().splitlines()[0][:200]}")
+                continue
+            for k in found:
+                lines.append([
+                    f"{row.op} {row.name}", case.name, k.kernel.removesuffix("_mosaic_gpu_kernel"), str(k.registers),
+                    str(k.spill_bytes), f"{k.smem_bytes / 1024:.0f} KiB",
+                ])  # fmt: skip
+    return lines, failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="sm90", choices=sorted(CHIPS))
+    parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
+    args = parser.parse_args()
+    lines, failures = compile_rows(args.arch, tuple(args.op))
+    print(table(("row", "case", "kernel", "registers", "spilled bytes", "shared memory"), lines))
+    print("\n".join(failures))
+    return 1 if failures or not lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

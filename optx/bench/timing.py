@@ -86,9 +86,11 @@ def random(shape, dtype=jnp.bfloat16, seed: int = 0, scale: float = 1.0) -> jax.
 
 
 @functools.cache
-def ceilings(size: int = 8192, read_bytes: int = 1 << 32, fp8: bool = True) -> Ceilings:
-    """Measures the running device: a sum over `read_bytes`, and products of [size, size] matrices."""
+def ceilings() -> Ceilings:
+    """Measures the running device: a sum over 4 GiB, and products of 8192^2 matrices (far smaller on a CPU)."""
     device = jax.devices()[0]
+    cpu = device.platform == "cpu"
+    size, read_bytes = (1024, 1 << 28) if cpu else (8192, 1 << 32)
     data = random((read_bytes // 2,), jnp.bfloat16)
     read = data.nbytes / seconds(lambda x: jnp.sum(x.astype(jnp.float32)), [(data,)], calls=4)
     del data
@@ -100,9 +102,8 @@ def ceilings(size: int = 8192, read_bytes: int = 1 << 32, fp8: bool = True) -> C
         product = lambda a, b: jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.bfloat16)  # noqa: E731
         return flops / seconds(product, pairs, calls=8)
 
-    return Ceilings(
-        device=device.device_kind, read=read, bf16=rate(jnp.bfloat16), fp8=rate(jnp.float8_e4m3fn) if fp8 else None
-    )
+    fp8 = rate(jnp.float8_e4m3fn) if device.platform == "gpu" else None
+    return Ceilings(device=device.device_kind, read=read, bf16=rate(jnp.bfloat16), fp8=fp8)
 
 
 def relative_error(out: Any, reference: Any) -> float:

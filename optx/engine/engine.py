@@ -22,6 +22,7 @@ class EngineOptions:
     page_size: int = 64  # tokens a cache page
     chunks: tuple[int, ...] = (16, 64, 256, 512)  # prompt tokens a prefill tick, padded up to one of these, ascending
     pages: int | None = None  # pages a token group; None: enough for all rows at full context
+    debug: bool = False  # check page tables on the device in every tick; slower
 
     def __post_init__(self):
         for name in ("rows", "context", "page_size", "pages"):
@@ -46,7 +47,7 @@ class Engine:
         layouts = [
             Layout(pages=table.pool.pages, page_size=options.page_size, slots=options.rows) for table in self._tables
         ] or [Layout(pages=1, page_size=options.page_size, slots=options.rows)]
-        self._stepper = Stepper(program, layouts, options.rows)
+        self._stepper = Stepper(program, layouts, options.rows, options.debug)
         self._rows: list[Request | None] = [None] * options.rows
         self._waiting: collections.deque[Request] = collections.deque()
         self._prefilling: collections.deque[Request] = collections.deque()

@@ -9,9 +9,11 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 
 from optx.cache import Address, CachePlan, Caches, Layout, Ragged
 from optx.engine.sampling import sample
+from optx.errors import LoweringError
 
 
 class Program(Protocol):
@@ -67,8 +69,10 @@ class Stepper:
     Caches are flat arrays between ticks: a tree of packed pools costs a millisecond of comparing formats a call.
     """
 
-    def __init__(self, program: Program, layouts: Sequence[Layout], rows: int):
+    def __init__(self, program: Program, layouts: Sequence[Layout], rows: int, debug: bool = False):
+        """debug: every tick also checks its page tables on the device and raises where they are wrong."""
         self.program = program
+        self._debug = debug
         self._caches, self._treedef = jax.tree.flatten(program.plan.init(layouts))
         self._newest = jnp.zeros(rows, jnp.int32)  # newest token of each row
         # By shapes and way of choosing: static arguments would cost more a call.
@@ -92,11 +96,25 @@ class Stepper:
         packed, shapes = tick.pack()
         if (shapes, greedy) not in self._ticks:
             step = functools.partial(_tick, self.program.merge, self._treedef, shapes, greedy)
-            self._ticks[shapes, greedy] = jax.jit(step, donate_argnums=(1, 2))
+            self._ticks[shapes, greedy] = _checked(step) if self._debug else jax.jit(step, donate_argnums=(1, 2))
         self._caches, self._newest, chosen = self._ticks[shapes, greedy](
             self.program.leaves, self._caches, self._newest, packed, tick.sampling
         )
         return chosen
+
+
+def _checked(step):
+    """The step with its `checkify` checks made on the device; it keeps its inputs, so that a failed one leaves them."""
+    checked = jax.jit(checkify.checkify(step))
+
+    def run(*args):
+        error, out = checked(*args)
+        if message := error.get():
+            raise LoweringError(message.split(" (`check`")[0])
+        return out
+
+    run._cache_size = checked._cache_size
+    return run
 
 
 def _tick(merge, treedef, shapes, greedy, leaves, caches, newest, packed, sampling):

@@ -1,5 +1,8 @@
 """Attention with any ratio of query to kv heads (MHA, GQA, MQA), windows, softcap, query/key norms, shared caches."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,12 +14,31 @@ from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
 from optx.pallas.dispatch import OpChoice, OpSite
 
+DECODE = 8  # tokens a row up to which a step is decoding: one, or a few speculated ones
+
 
 def paged_spec(kv_heads, head_dim, *, dtype, window=None) -> CacheSpec:
     """K and V of one layer, [K, H] each a token."""
     shape = (kv_heads, head_dim)
     streams = (Stream(name="k", shape=shape), Stream(name="v", shape=shape))
     return CacheSpec(kind="paged", streams=streams, dtype=dtype, window=window)
+
+
+def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwargs) -> jax.Array:
+    """Attention of q [T, N, H] over cached tokens -> [T, N, Hv]; few tokens a row take the op that is made for them."""
+    kwargs |= {"positions": view.positions, "table": view.table, "lengths": view.lengths}
+    if not ragged.rectangular or ragged.longest > DECODE:
+        args = (q, k_pool, v_pool)
+        return dispatch.call("ragged_paged_attention", choices, *args, ragged=ragged, **kwargs)[0]
+    asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
+    args = (ragged.pad(q), k_pool, v_pool)
+    return ragged.unpad(dispatch.call("paged_decode", choices, *args, q_positions=asked, **kwargs)[0])
+
+
+def attention_sites(facts: Mapping[str, Any], expanded: Mapping[str, Any] | None = None) -> tuple[OpSite, ...]:
+    """The calls of a layer: over its cache, and (`expanded`: what differs there) inside self-contained sequences."""
+    over_cache = tuple(OpSite(op=op, args=facts) for op in ("ragged_paged_attention", "paged_decode"))
+    return (OpSite(op="flash_attention", args={**facts, **(expanded or {})}), *over_cache)
 
 
 class Attention(nnx.Module):
@@ -86,18 +108,7 @@ class Attention(nnx.Module):
             out = ragged.unpad(out)
         else:
             pool = view.pool if k is None else self.cache.append(view.pool, {"k": k, "v": v}, view.writes)
-            out, _, _ = dispatch.call(
-                "ragged_paged_attention",
-                self.choices,
-                q,
-                pool["k"],
-                pool["v"],
-                ragged=ragged,
-                positions=view.positions,
-                table=view.table,
-                lengths=view.lengths,
-                **kwargs,
-            )
+            out = attend_cached(self.choices, q, pool["k"], pool["v"], ragged, view, **kwargs)
         return self.o(out.reshape(x.shape[0], -1)), pool
 
     def project(self, x):
@@ -108,15 +119,17 @@ class Attention(nnx.Module):
         return q, *(part(x).reshape(-1, self.kv_heads, self.head_dim) for part in (self.k, self.v))
 
     def op_sites(self) -> tuple[OpSite, ...]:
-        args = {
+        facts = {
             "heads": self.heads,
             "kv_heads": self.kv_heads,
             "head_dim": self.head_dim,
+            "value_dim": self.head_dim,
+            "dtype": jnp.dtype(self.o.weight.get_value().dtype).name,
             "cache": self.cache,
             "mask": self.mask,
             "softcap": self.softcap,
         }
-        return tuple(OpSite(op=op, args=args) for op in ("flash_attention", "ragged_paged_attention"))
+        return attention_sites(facts)
 
 
 class FusedAttention(Fused, Attention):

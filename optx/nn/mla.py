@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optx.cache import CacheSpec, Ragged, Stream, View
+from optx.nn.attention import attend_cached, attention_sites
 from optx.nn.core import Linear, RMSNorm, Rope
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
@@ -58,20 +59,8 @@ class MLA(nnx.Module):
         else:
             pool = self.cache.append(view.pool, {"latent": entry}, view.writes)
             q = jnp.concatenate([jnp.einsum("tnh,rnh->tnr", q_nope, up_k), q_rope], axis=-1)
-            out, _, _ = dispatch.call(
-                "ragged_paged_attention",
-                self.choices,
-                q,
-                pool["latent"],
-                None,
-                ragged=ragged,
-                positions=view.positions,
-                table=view.table,
-                lengths=view.lengths,
-                mask=self.mask,
-                scale=self.scale,
-                value_dim=self.rank,
-            )
+            kwargs = {"mask": self.mask, "scale": self.scale, "value_dim": self.rank}
+            out = attend_cached(self.choices, q, pool["latent"], None, ragged, view, **kwargs)
             out = jnp.einsum("tnr,rnh->tnh", out, up_v)
         return self.o(out.reshape(x.shape[0], -1)), pool
 
@@ -87,13 +76,15 @@ class MLA(nnx.Module):
         return ragged.unpad(out)
 
     def op_sites(self) -> tuple[OpSite, ...]:
-        args = {
+        facts = {
             "heads": self.heads,
             "kv_heads": 1,
             "head_dim": self.rank + self.rope.dim,
             "value_dim": self.rank,
+            "dtype": jnp.dtype(self.o.weight.get_value().dtype).name,
             "cache": self.cache,
             "mask": self.mask,
             "softcap": None,
         }
-        return tuple(OpSite(op=op, args=args) for op in ("flash_attention", "ragged_paged_attention"))
+        width = self.nope_dim + self.rope.dim
+        return attention_sites(facts, {"kv_heads": self.heads, "head_dim": width, "value_dim": self.value_dim})

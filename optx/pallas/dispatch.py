@@ -5,14 +5,16 @@ one that was not (a tree between two passes) runs the reference row.
 """
 
 import dataclasses
+import functools
+import importlib
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from optx.errors import LoweringError, did_you_mean
-from optx.pallas.attention import reference as attention
-from optx.pallas.quant_matmul import reference as quant_matmul
-from optx.pallas.quant_matmul import xla_cpu as quant_matmul_cpu
-from optx.pallas.ssm_scan import reference as ssm_scan
+from optx.pallas.attention import checks
+
+PLATFORMS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}  # of a backend; xla runs anywhere
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,45 +27,76 @@ class OpSite:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpChoice:
-    """The row that lowering chose for a call site, with what the others said. `backend`, `arch` identify the row."""
+    """The row that lowering chose for a call site, with what the others said."""
 
     op: str
     backend: str
     arch: str = "any"
+    variant: str = ""
     declined: tuple[tuple[str, str], ...] = ()  # (row, reason)
 
     def __str__(self):
-        return f"{self.backend}" + ("" if self.arch == "any" else f"/{self.arch}")
+        return _name(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One implementation. `supports(site args, target)` returns None or the reason it declines."""
+    """One implementation of an op: a module that holds a function of the op's name, imported when it is first asked.
+
+    The module may also hold `supports(site args, target) -> None or the reason it declines`, and `relayout(weight)` with
+    its inverse `restore(arranged)`: the arrangement of a weight that the kernel reads, made once at lowering.
+    """
 
     op: str
-    backend: str
-    run: Callable
-    arch: str = "any"
-    supports: Callable[[Mapping[str, Any], Any], str | None] = lambda args, target: None
+    backend: str  # xla, mosaic_gpu, mosaic_tpu
+    module: str  # below optx.pallas
+    arch: str = "any"  # sm90, ...; or a platform
+    variant: str = ""  # tells rows of one backend and arch apart
+    function: str | None = None  # None: the op's name
 
     @property
     def name(self) -> str:
-        return self.backend if self.arch == "any" else f"{self.backend}/{self.arch}"
+        return _name(self)
 
+    @functools.cached_property
+    def code(self) -> ModuleType:
+        return importlib.import_module(f"optx.pallas.{self.module}")
+
+    @property
+    def run(self) -> Callable:
+        return getattr(self.code, self.function or self.op)
+
+    def supports(self, args: Mapping[str, Any], target: Any) -> str | None:
+        """None, or why the row does not take a call with these facts on the target."""
+        platform = PLATFORMS.get(self.backend, target.platform)
+        if platform != target.platform or self.arch not in ("any", target.arch, target.platform):
+            mine = self.arch if platform == target.platform or self.arch != "any" else platform
+            return f"is for {mine}, not {target.platform if target.arch == 'any' else target.arch}"
+        asked = getattr(self.code, "supports", None)
+        return asked(args, target) if asked else None
+
+
+def _name(row: Row | OpChoice) -> str:
+    return "/".join(part for part in (row.backend, row.arch, row.variant) if part not in ("", "any"))
+
+
+_GPU, _TPU = "mosaic_gpu", "mosaic_tpu"
 
 # Best first; the last row of an op is its reference and takes everything.
 ROWS: tuple[Row, ...] = (
-    Row(op="flash_attention", backend="xla", run=attention.flash_attention),
-    Row(op="ragged_paged_attention", backend="xla", run=attention.ragged_paged_attention),
-    Row(
-        op="quant_matmul",
-        backend="xla",
-        arch="cpu",
-        supports=quant_matmul_cpu.supports,
-        run=quant_matmul_cpu.quant_matmul,
-    ),
-    Row(op="quant_matmul", backend="xla", run=quant_matmul.quant_matmul),
-    Row(op="ssm_scan", backend="xla", run=ssm_scan.ssm_scan),
+    Row(op="flash_attention", backend=_GPU, arch="sm90", module="flash_attention.mosaic_gpu_sm90"),
+    Row(op="flash_attention", backend="xla", module="attention.reference"),
+    Row(op="ragged_paged_attention", backend=_GPU, arch="sm90", module="ragged_paged_attention.mosaic_gpu_sm90"),
+    Row(op="ragged_paged_attention", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90"),
+    Row(op="ragged_paged_attention", backend="xla", module="attention.reference"),
+    Row(op="paged_decode", backend=_GPU, arch="sm90", module="paged_decode.mosaic_gpu_sm90"),
+    Row(op="paged_decode", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90"),
+    Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
+    Row(op="quant_matmul", backend="xla", arch="cpu", module="quant_matmul.xla_cpu"),
+    Row(op="quant_matmul", backend="xla", module="quant_matmul.reference"),
+    Row(op="grouped_matmul", backend=_GPU, arch="sm90", module="grouped_matmul.mosaic_gpu_sm90"),
+    Row(op="grouped_matmul", backend="xla", module="grouped_matmul.reference"),
+    Row(op="ssm_scan", backend="xla", module="ssm_scan.reference"),
 )
 
 
@@ -80,9 +113,15 @@ def select(site: OpSite, target: Any, require: str | None = None) -> OpChoice:
     require: a backend that must be used where the op has it.
     Raises: LoweringError with every reason when no row takes the site.
     """
+    backends = {row.backend for row in ROWS}
+    if require and require not in backends:
+        raise LoweringError(f"no backend {require!r}{did_you_mean(require, backends)}")
     declined: list[tuple[str, str]] = []
     chosen = None
-    for row in rows(site.op):
+    candidates = rows(site.op)
+    if require not in {row.backend for row in candidates}:
+        require = None
+    for row in candidates:
         if require and row.backend != require:
             reason = f"the recipe requires {require}"
         elif chosen is not None:
@@ -95,16 +134,21 @@ def select(site: OpSite, target: Any, require: str | None = None) -> OpChoice:
             declined.append((row.name, reason))
     if chosen is None:
         said = "; ".join(f"{name}: {reason}" for name, reason in declined)
-        backends = ", ".join(sorted({row.backend for row in rows(site.op)}))
-        raise LoweringError(f"{site.op}: no kernel takes this call ({said}); allowed in 'require': {backends}")
-    return OpChoice(op=site.op, backend=chosen.backend, arch=chosen.arch, declined=tuple(declined))
+        raise LoweringError(f"{site.op}: no kernel takes this call ({said}); leave out 'require' for the reference")
+    return OpChoice(
+        op=site.op, backend=chosen.backend, arch=chosen.arch, variant=chosen.variant, declined=tuple(declined)
+    )
+
+
+def row_of(choice: OpChoice) -> Row:
+    return next(row for row in rows(choice.op) if row.name == _name(choice))
 
 
 def call(op: str, choices: tuple[OpChoice, ...], *args, **kwargs):
     """Runs the op by the row recorded in `choices`, or by its reference when the site was not lowered."""
-    candidates = rows(op)
+    if check := getattr(checks, op, None):
+        check(*args, **kwargs)
     for choice in choices:
         if choice.op == op:
-            row = next(r for r in candidates if (r.backend, r.arch) == (choice.backend, choice.arch))
-            return row.run(*args, **kwargs)
-    return candidates[-1].run(*args, **kwargs)
+            return row_of(choice).run(*args, **kwargs)
+    return rows(op)[-1].run(*args, **kwargs)

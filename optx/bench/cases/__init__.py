@@ -41,5 +41,6 @@ class Shape:
     bytes: float
     flops: float
     unit: str = "bf16"  # which matmul ceiling binds: bf16, fp8
+    both: bool = False  # the parts bound by reading and by FLOPs are different work: the bound is their sum
     copies: int = 2  # input sets in rotation
     peers: Mapping[str, Callable] = dataclasses.field(default_factory=dict)

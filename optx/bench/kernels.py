@@ -1,0 +1,113 @@
+"""Times every kernel of the running device beside its peers: `optx bench kernels`.
+
+Each line is a call of an op: time, % of the ceiling that binds it (reading its bytes, or its FLOPs; both ceilings measured in
+the same run), and the relative error against the reference in float32. Random inputs, several sets in rotation, medians.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from optx import target as targets
+from optx.bench import timing
+from optx.bench.cases import Shape, registry
+from optx.bench.timing import Ceilings
+from optx.pallas import dispatch
+from optx.report import table
+
+SANE = {
+    "H100": Ceilings(device="H100", read=2.9e12, bf16=740e12)
+}  # below, a card is throttled and its figures mean little
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One implementation on one shape."""
+
+    op: str
+    shape: str
+    implementation: str
+    microseconds: float | None
+    of_ceiling: float | None  # bound / time
+    bound: str  # read, bf16, fp8: which ceiling binds
+    error: float | None  # relative, against float32
+    raised: str = ""
+
+
+def bound(shape: Shape, ceilings: Ceilings) -> tuple[float, str]:
+    """(fewest seconds that the call can take, what binds it)."""
+    rate = getattr(ceilings, shape.unit) or float("inf")
+    read, compute = shape.bytes / ceilings.read, shape.flops / rate
+    if shape.both:
+        return read + compute, f"read + {shape.unit}"
+    return (read, "read") if read >= compute else (compute, shape.unit)
+
+
+def measure(shape: Shape, ceilings: Ceilings, seed: int = 0) -> list[Line]:
+    """The rows that take the shape, the reference, and its peers."""
+    sets = [shape.make(np.random.default_rng([seed, i])) for i in range(shape.copies)]
+    args, kwargs = sets[0]
+    inputs = [(args, registry.split(kwargs)[0]) for args, kwargs in sets]
+    least, binds = bound(shape, ceilings)
+    rows = registry.kernels(shape, targets.detect())
+    candidates: dict[str, Callable] = {row.name: registry.jitted(row.run, kwargs) for row in rows}
+    candidates["xla"] = registry.jitted(dispatch.rows(shape.op)[-1].run, kwargs)
+    for name, peer in shape.peers.items():
+        candidates[name] = registry.jitted(peer, kwargs)
+    want = _first(registry.reference(shape.op, args, kwargs))
+    lines = []
+    for name, function in candidates.items():
+        facts = {"op": shape.op, "shape": shape.name, "implementation": name, "bound": binds}
+        try:
+            error = timing.relative_error(_first(function(*inputs[0])), want)
+            seconds = timing.seconds(function, inputs)
+        except Exception as failure:  # noqa: BLE001 - a peer that does not run here is a line of its own
+            said = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:120]
+            lines.append(Line(**facts, microseconds=None, of_ceiling=None, error=None, raised=said))
+        else:
+            lines.append(Line(**facts, microseconds=1e6 * seconds, of_ceiling=least / seconds, error=error))
+    return lines
+
+
+def _first(out):
+    return jax.tree.leaves(out)[0]
+
+
+def text(lines: Sequence[Line], ceilings: Ceilings) -> str:
+    header = ("op", "shape", "implementation", "us", "% of ceiling", "bound", "error")
+    rows = [
+        [line.op, line.shape, line.implementation, f"{line.microseconds:.1f}", f"{100 * line.of_ceiling:.0f}", line.bound,
+         f"{line.error:.1e}"]
+        if not line.raised
+        else [line.op, line.shape, line.implementation, "-", "-", line.bound, line.raised]
+        for line in lines
+    ]  # fmt: skip
+    return f"{ceilings_text(ceilings)}\n\n{table(header, rows)}"
+
+
+def ceilings_text(ceilings: Ceilings) -> str:
+    parts = [f"read {ceilings.read / 1e12:.2f} TB/s", f"bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s"]
+    parts += [f"fp8 {ceilings.fp8 / 1e12:.0f} TFLOP/s"] if ceilings.fp8 else []
+    least = next((sane for mark, sane in SANE.items() if mark in ceilings.device), None)
+    slow = least and (ceilings.read < least.read or ceilings.bf16 < least.bf16)
+    note = "  (lower than this card should reach: percentages mean little)" if slow else ""
+    return f"{ceilings.device}: {', '.join(parts)}{note}"
+
+
+def run(ops: Sequence[str] = (), seed: int = 0) -> tuple[list[Line], Ceilings]:
+    """All benchmark lines of `ops` (all when empty) on the running device. Raises UsageError for an unknown op."""
+    shapes = registry.shapes(ops)
+    ceilings = timing.ceilings()
+    lines: list[Line] = []
+    for shape in tqdm(shapes, unit="shape", file=sys.stderr, mininterval=5):
+        lines += measure(shape, ceilings, seed)
+    return lines, ceilings
+
+
+def to_dict(lines: Sequence[Line], ceilings: Ceilings) -> dict:
+    """The JSON form: {"ceilings": {...}, "lines": [...]}."""
+    return {"ceilings": dataclasses.asdict(ceilings), "lines": [dataclasses.asdict(line) for line in lines]}

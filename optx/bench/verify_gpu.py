@@ -1,0 +1,130 @@
+"""Runs every kernel of the running GPU, compiled for real, against its reference, over fresh random inputs.
+
+    python -m optx.bench.verify_gpu [--op paged_decode] [--seed 7] [--jobs 8] [--json FILE]
+
+Prints one line a row: cases passed, worst error over its tolerance, whether two runs gave equal bits. Exit code 1 when a case
+fails. Cases compile in `jobs` processes, as most of the time goes into compiling.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from optx import target as targets
+from optx.bench.cases import registry
+from optx.report import table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One case on one row."""
+
+    op: str
+    row: str
+    case: str
+    error: float  # relative, the worst output
+    tolerance: float
+    repeatable: bool  # two runs gave equal bits
+    raised: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.raised and self.repeatable and self.error <= self.tolerance
+
+
+def check(index: int, ops: tuple[str, ...], seed: int) -> list[Outcome]:
+    """Case `index` of `ops` on every row that takes it."""
+    case, target = registry.cases(ops)[index], targets.detect()
+    rows = registry.kernels(case, target)
+    if not rows:
+        return []
+    args, kwargs = case.make(np.random.default_rng([seed, index]))
+    want = registry.reference(case.op, args, kwargs)
+    return [_on_row(case, row, args, kwargs, want) for row in rows]
+
+
+def _on_row(case, row, args, kwargs, want) -> Outcome:
+    facts = {"op": case.op, "row": row.name, "case": case.name, "tolerance": case.tolerance}
+    try:
+        run = registry.jitted(row.run, kwargs)
+        dynamic, _ = registry.split(kwargs)
+        first, second = (jax.block_until_ready(run(args, dynamic)) for _ in range(2))
+    except Exception as error:  # noqa: BLE001 - whatever lowering, the assembler or the launch raise is the result
+        return Outcome(**facts, error=float("nan"), repeatable=False, raised=str(error).strip().splitlines()[0][:200])
+    equal = all(
+        np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    )
+    errors = registry.errors(case, first, want, kwargs)
+    worst = max(errors) if all(e == e for e in errors) else float("nan")
+    return Outcome(**facts, error=worst, repeatable=equal)
+
+
+def verify(ops: tuple[str, ...] = (), seed: int = 0, jobs: int = 8) -> list[Outcome]:
+    """Outcomes of all cases of `ops` (all ops when empty), on the running GPU."""
+    count = len(registry.cases(ops))
+    context = multiprocessing.get_context("spawn")
+    outcomes: list[Outcome] = []
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        waiting = [pool.submit(check, index, ops, seed) for index in range(count)]
+        for done in tqdm(concurrent.futures.as_completed(waiting), total=count, unit="case", mininterval=5):
+            outcomes += done.result()
+    return outcomes
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    by_row = collections.defaultdict(list)
+    for outcome in outcomes:
+        by_row[outcome.op, outcome.row].append(outcome)
+    lines = []
+    for (op, row), mine in sorted(by_row.items()):
+        worst = max(mine, key=lambda o: o.error / o.tolerance if o.error == o.error else float("inf"))
+        passed = sum(o.passed for o in mine)
+        repeatable = all(o.repeatable for o in mine)
+        lines.append([
+            op,
+            row,
+            f"{passed} of {len(mine)}",
+            f"{worst.error:.1e} of {worst.tolerance:.0e} ({worst.case})",
+            "yes" if repeatable else "no",
+        ])  # fmt: skip
+    text = table(("op", "row", "cases passed", "worst error", "bit-equal twice"), lines)
+    failed = [
+        f"FAILED {o.op} {o.row} {o.case}: " + (o.raised or f"error {o.error:.2e}, repeatable {o.repeatable}")
+        for o in outcomes
+        if not o.passed
+    ]
+    return "\n".join([text, *failed])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
+    parser.add_argument("--seed", type=int, default=None, help="of the inputs; default: the clock")
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="write every outcome there")
+    args = parser.parse_args()
+    seed = int(time.time()) if args.seed is None else args.seed
+    outcomes = verify(tuple(args.op), seed, args.jobs)
+    print(f"{jax.devices()[0].device_kind}, seed {seed}")
+    print(summary(outcomes))
+    if args.json:
+        args.json.write_text(json.dumps([dataclasses.asdict(o) | {"passed": o.passed} for o in outcomes], indent=1))
+    return 0 if outcomes and all(o.passed for o in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
