@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.errors import LoweringError
-from optx.pallas.grouped_matmul import reference
+from optx.pallas.grouped_matmul import packed_sm90, reference
+from optx.pallas.grouped_matmul.packed_sm90 import Experts, PackedTiles, packed_tiles_for, relayout, restore  # noqa: F401
 from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Walk, store_rows
-from optx.tensor import is_qtensor
+from optx.tensor import QTensor
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -32,7 +33,7 @@ class Tiles:
     stages: int  # tiles in flight
     band: int = 16  # row tiles that pass over the columns together: x then stays in the L2 cache
     alias: bool = True  # see `_dense`; False is for the interpreter, where refs of a union share no bytes
-    blocks: int = BLOCKS  # persistent thread blocks
+    grid: int = BLOCKS  # persistent thread blocks
 
     @property
     def width(self) -> int:
@@ -78,7 +79,7 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
                     )
 
         lax.fori_loop(0, steps, load, None)
-        return walk.to(item + tiles.blocks, state)
+        return walk.to(item + tiles.grid, state)
 
     def consume(item, step, steps, state):
         row, rows, column = walk.place(item, state)
@@ -100,7 +101,7 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
                     plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, stages)])
 
             lax.fori_loop(0, busy, multiply, None)
-            after = walk.to(item + tiles.blocks, state)  # while the matrix units finish
+            after = walk.to(item + tiles.grid, state)  # while the matrix units finish
             return acc[...], *after
 
         acc, *after = pl.run_scoped(accumulate, plgpu.ACC((64, tiles.width)))
@@ -156,7 +157,7 @@ def _dense(x, w, sizes, *, tiles: Tiles):
     kernel = plgpu.kernel(
         functools.partial(_dense_body, tiles=tiles),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype),
-        grid=(tiles.blocks,),
+        grid=(tiles.grid,),
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
@@ -184,15 +185,24 @@ def _declines(w, dtype) -> str | None:
     _, d, f = w.shape
     if dtype not in DTYPES:
         return f"x of {dtype.name}; allowed: bfloat16, float16"
-    if not is_qtensor(w) and w.dtype != dtype:
+    if packed(w):
+        if dtype != jnp.bfloat16:
+            return f"x of {dtype.name} with packed w; allowed: bfloat16"
+        if reason := packed_sm90.declines(w.format, d):
+            return reason
+    elif w.dtype != dtype:
         return f"x of {dtype.name} with w of {w.dtype.name}; allowed: one type"
     if d % WIDE or f % WIDE or not d or not f:
         return f"D {d}, F {f}; allowed: multiples of {WIDE}"
     return None
 
 
-def grouped_matmul(x, w, group_sizes, *, tiles: Tiles | None = None):
-    """`reference.grouped_matmul` on Hopper.
+def packed(w) -> bool:
+    return isinstance(w, QTensor | Experts)
+
+
+def grouped_matmul(x, w, group_sizes, *, tiles: Tiles | PackedTiles | None = None):
+    """`reference.grouped_matmul` on Hopper; w dense, `Experts`, or a QTensor, which is re-laid on the way (slow).
 
     Raises: OptxError where shapes do not fit, LoweringError for what the kernel does not take.
     """
@@ -203,4 +213,9 @@ def grouped_matmul(x, w, group_sizes, *, tiles: Tiles | None = None):
     tokens, (experts, d, f) = x.shape[0], w.shape
     if not tokens or not experts:
         return jnp.zeros((tokens, f), x.dtype)
-    return _dense(x, w, group_sizes.astype(jnp.int32), tiles=tiles or tiles_for(tokens, experts, d, f))
+    sizes = group_sizes.astype(jnp.int32)
+    if not packed(w):
+        return _dense(x, w, sizes, tiles=tiles or tiles_for(tokens, experts, d, f))
+    w = w if isinstance(w, Experts) else relayout(w)
+    tiles = tiles or packed_tiles_for(tokens, experts, d, w.rows.bits, d // w.rows.groups)
+    return packed_sm90._packed(x, w, sizes, tiles=tiles)

@@ -1,25 +1,27 @@
 """The packed half of `grouped_matmul` on Hopper: out^T = w x^T, weights widened in registers as the 64-row operand.
 
 Few tokens an expert then cost few columns of the matrix units, and every code is read from memory once and widened once
-an item. Weights lie in the fragments of `optx.pallas.quant_matmul`, experts one after another.
+an item. Weights lie in the fragments of `quant_matmul`, whose widening is used here, experts one after another.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.mosaic.gpu import fragmented_array as fragmented
-from jax.experimental.mosaic.gpu import utils
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
 
-from optx.pallas.grouped_matmul.schedule_sm90 import WIDE
+from optx.formats import Float8, Int
+from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Walk, store_rows
+from optx.pallas.quant_matmul import mosaic_gpu_sm90 as quant
 from optx.pallas.quant_matmul import mosaic_gpu_sm90_fragments as fragments
 from optx.tensor import QTensor
 
-SHARED = 200 << 10  # bytes of tiles in flight, of 227 KB a block
+SHARED = 226 << 10  # bytes of shared memory that a block may take
+PART = 64  # rows of an item that leave together
+REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 40)}  # by strips: of a consumer, of the producer
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +57,10 @@ class Experts:
     def format(self):
         return self.rows.format
 
+    def dequantize(self) -> jax.Array:
+        """dtype[E, D, F]."""
+        return restore(self).dequantize()
+
 
 def relayout(w: QTensor) -> Experts:
     """The same weights [E, D, F] as `Experts`; w: what `supports` takes."""
@@ -62,172 +68,251 @@ def relayout(w: QTensor) -> Experts:
     return Experts(rows=fragments.relayout(flat), experts=w.shape[0])
 
 
+def restore(w: Experts) -> QTensor:
+    """The inverse of `relayout`."""
+    return jax.tree.map(lambda part: part.reshape(w.experts, -1, part.shape[-1]), w.rows.qtensor())
+
+
+def declines(format_, d: int) -> str | None:
+    """Why weights of this format with D contracted numbers are not taken, or None."""
+    integer, float8 = isinstance(format_, Int), isinstance(format_, Float8)
+    if not (integer and format_.width in (4, 8)) and not (float8 and format_.kind == "e4m3"):
+        return f"weights of {format_}; allowed: int8, int4, fp8_e4m3"
+    group = format_.group or d
+    if group != d and group not in (32, 64, 128):
+        return f"weights of {format_}; allowed groups: 32, 64, 128, one of all D"
+    return None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedTiles:
-    """Sizes of a work item: `rows` tokens by 128 outputs, 64 a warpgroup."""
+    """Sizes of a work item: `rows` tokens by 64 outputs a strip, each strip a warpgroup's."""
 
-    rows: int  # tokens of an item: columns of the matrix units
-    short: int  # rows that are loaded when an item has no more than these
+    rows: int  # tokens of an item, at most: columns of the matrix units
+    widths: tuple[int, ...]  # an item takes the first of these that holds its tokens; the last is `rows`
+    strips: int  # of 64 outputs
     blocks: int  # of 64 contracted numbers in a step
     stages: int  # steps in flight
-    band: int = 16  # row tiles that pass over the outputs together
+    unroll: int = 1  # steps of one turn of the loop
+    band: int = 16  # row tiles that pass over the outputs together: x then stays in the L2 cache
+    grid: int = BLOCKS  # persistent thread blocks
+    registers: bool = True  # False: through shared memory and without aliased refs, what the interpreter can run
 
 
 def packed_tiles_for(tokens: int, experts: int, d: int, bits: int, group: int) -> PackedTiles:
-    """Steps of about 16 KB of codes where D and the group (D for one scale a channel) allow."""
+    """Few tokens an expert: steps of 16 KB of codes where D and the group allow; many: the widest product."""
     each = tokens // experts
-    rows = 16 if each <= 8 else 32 if each <= 32 else 128
-    wanted = {4: 4, 8: 2}[bits] if rows < 128 else 2
-    blocks = next(n for n in (4, 2, 1) if n <= wanted and d % (WIDE * n) == 0 and _steps_fit(WIDE * n, group, d))
-    stage = blocks * (128 * WIDE * bits // 8 + rows * WIDE * 2 + 1024)
-    return PackedTiles(rows=rows, short=rows // 2, blocks=blocks, stages=min(8, SHARED // stage))
+    widths = (8, 16) if each <= 8 else (16, 32, 64) if each <= 48 else (64, 128, 256)
+    rows, strips = widths[-1], 2
+    most = 1 if rows == 256 else 2  # two fragments take turns: more in one turn and ptxas serializes their products
+    fits = lambda n: d % (WIDE * n) == 0 and (group == d or group % (WIDE * n) == 0 or WIDE * n % group == 0)  # noqa: E731
+    blocks = next(n for n in (2, 1) if n <= most and fits(n))
+    stage = blocks * (strips * WIDE * WIDE * bits // 8 + rows * WIDE * 2 + strips * 512)
+    stages = min(16, (SHARED - strips * 2 * min(rows, PART) * WIDE * 2) // stage)
+    unroll = 2 if blocks == 1 and d % (2 * WIDE) == 0 else 1
+    return PackedTiles(rows=rows, widths=widths, strips=strips, blocks=blocks, stages=stages, unroll=unroll)
 
 
-def _steps_fit(depth, group, d):
-    return group == d or group % depth == 0 or depth % group == 0
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the kernel is specialised on beside shapes. Widening reads all but `tiles` and `experts`."""
+
+    tiles: PackedTiles
+    kind: str  # int4, int8, fp8
+    group: int  # contracted numbers of one scale; all of them: scaled after the sum
+    depth: int  # D
+    experts: int
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.kind == "int4" else 8
+
+    @property
+    def grouped(self) -> bool:
+        return self.group < self.depth
+
+    @property
+    def step(self) -> int:
+        return WIDE * self.tiles.blocks
+
+    @property
+    def words(self) -> int:
+        """Rows of 256 words that a step of one strip takes."""
+        return self.tiles.blocks * self.bits // 2
+
+    @property
+    def scales(self) -> int:
+        """Scales of an output in a step."""
+        return max(1, self.step // self.group)
 
 
-# The fragment of a thread in a block of 64 x 64 is registers (s, h, j): numbers 16 s + 8 j + 2 c + {0, 1} of output
-# 16 w + 8 h + g, thread 32 w + 4 g + c. A register holds two bfloat16; those of a 16-bit float with 7 bits of mantissa
-# count in steps of 1 from 128 = 0x4300 on, so a code becomes a number by an "or" and a subtraction.
+def _body(*refs, plan: Plan, has_zero: bool):
+    tiles, refs = plan.tiles, list(refs)
+    sizes, x, codes, scale = refs[:4]
+    zero = refs[4] if has_zero else None
+    out, x_smem, w_smem, s_smem, z_smem, a_smem, out_smem, full, empty = refs[4 + has_zero :]
+    x_rows, x_tiles = x_smem if tiles.registers else (x_smem, x_smem)
+    tokens, experts, stages = x.shape[0], plan.experts, tiles.stages
+    strips = codes.shape[0] // experts  # of an expert
+    columns = -(-strips // tiles.strips)
+    wg = lax.axis_index("wg")
+    walk = Walk(sizes, tokens=tokens, experts=experts, tiles=tiles, columns=columns)
+    ahead = walk.blocks
+
+    def produce(item, step, steps, state):
+        row, rows, column = walk.place(item, state)
+        # Past the last strip of an expert lie those of the next one, past the last expert zeros: both are never stored.
+        strip = pl.ds(state[0] * strips + column * tiles.strips, tiles.strips)
+
+        def load(k, _):
+            slot = lax.rem(step + k, stages)
+
+            @pl.when(step + k >= stages)
+            def _():
+                plgpu.barrier_wait(empty.at[slot])
+
+            copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
+            copy(codes.at[strip, pl.ds(k * plan.words, plan.words)], w_smem)
+            group = lax.div(k * plan.step, plan.group)
+            if plan.grouped:
+                copy(scale.at[strip, pl.ds(group, plan.scales)], s_smem)
+            if has_zero:
+                copy(zero.at[strip, pl.ds(group, plan.scales)], z_smem)
+            for low, width in zip((0, *tiles.widths), tiles.widths):
+
+                @pl.when((rows > low) & (rows <= width))
+                def _(width=width):
+                    for b in range(tiles.blocks):
+                        plgpu.copy_gmem_to_smem(
+                            x.at[pl.ds(row, width), pl.ds(k * plan.step + b * WIDE, WIDE)],
+                            x_rows.at[slot, b, pl.ds(0, width)],
+                            full.at[slot],
+                        )
+
+        lax.fori_loop(0, steps, load, None)
+        return walk.to(item + ahead, state)
+
+    def consume(item, step, steps, state):
+        row, rows, column = walk.place(item, state)
+        mine = column * tiles.strips + wg
+        strip = jnp.minimum(state[0] * strips + mine, experts * strips - 1)
+        factors = scale.at[strip]
+
+        def product(width):
+            def accumulate(acc):
+                def turn(i, _):
+                    for u in range(tiles.unroll):
+                        at = step + i * tiles.unroll + u
+                        slot = lax.rem(at, stages)
+                        plgpu.barrier_wait(full.at[slot])
+                        for b in range(tiles.blocks):
+                            multiply(acc, slot, b, width)
+                            overlap = tiles.blocks * tiles.unroll > 1  # a fragment's registers are free two blocks on
+                            plgpu.wgmma_wait(1 if overlap and tiles.registers else 0)
+                            if b == 0:
+
+                                @pl.when(at > step)  # the step before is through
+                                def _(at=at):
+                                    plgpu.barrier_arrive(empty.at[lax.rem(at - 1, stages)])
+
+                lax.fori_loop(0, steps // tiles.unroll, turn, None)
+                return acc[...]
+
+            acc = pl.run_scoped(accumulate, plgpu.ACC((WIDE, width)))
+            plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, stages)])
+            part = min(width, PART)
+            for i in range(width // part):
+                store_part(i, part, acc[:, i * part : (i + 1) * part], scaled=not plan.grouped)
+
+        def no_product():  # rows that no expert has
+            part = min(tiles.rows, PART)
+            zeros = pl.run_scoped(lambda acc: acc[...], plgpu.ACC((WIDE, part)))
+            for i in range(tiles.rows // part):
+                store_part(i, part, zeros, scaled=False)
+
+        def multiply(acc, slot, b, width):
+            words = w_smem.at[slot, wg]
+            scales = s_smem.at[slot, wg] if plan.grouped else None
+            zeros = z_smem.at[slot, wg] if has_zero else None
+            tokens = x_tiles.at[slot, b, pl.ds(0, width)].T
+            if tiles.registers:
+                a = quant._widen(words, scales, zeros, block=b, plan=plan)
+            else:
+                a_smem[wg] = quant._widen_plainly(words, scales, zeros, block=b, plan=plan)
+                plgpu.commit_smem()
+                a = a_smem.at[wg]
+            plgpu.wgmma(acc, a, tokens)
+
+        def store_part(i, part, acc, *, scaled):
+            @pl.when((mine < strips) & (rows > i * part))
+            def _():
+                slot = out_smem.at[wg, i % 2, pl.ds(0, part)]
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                if tiles.registers:
+                    quant._store(acc, factors, slot, scaled=scaled)
+                else:
+                    factor = quant._restored(factors[0]).astype(jnp.float32)[:, None] if scaled else 1
+                    slot[...] = (acc * factor).astype(out.dtype).T
+                plgpu.commit_smem()
+                store_rows(slot, out, row + i * part, jnp.minimum(rows - i * part, part), mine * WIDE)
+
+        for low, width in zip((0, *tiles.widths), tiles.widths):
+            pl.when((rows > low) & (rows <= width) & (steps > 0))(functools.partial(product, width))
+        pl.when(steps == 0)(no_product)
+        return walk.to(item + ahead, state)
+
+    consumer, producer = REGISTERS[tiles.strips]
+
+    @pl.when(wg < tiles.strips)
+    def _():
+        walk.run(consume, plan.depth // plan.step, consumer, "increase")
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(wg == tiles.strips)
+    def _():
+        total = walk.run(produce, plan.depth // plan.step, producer, "decrease")
+
+        def drain(step, _):  # every arrival is awaited: barriers end in a known phase
+            plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
+
+        lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
 
 
-def _const(x):
-    return arith.constant(ir.IntegerType.get_signless(32), ir.IntegerAttr.get(ir.IntegerType.get_signless(32), x))
-
-
-def _signed(x):
-    return x - (1 << 32) if x >= 1 << 31 else x
-
-
-def _and(a, mask):
-    return arith.andi(a, _const(_signed(mask)))
-
-
-def _or(a, bits):
-    return arith.ori(a, _const(_signed(bits)))
-
-
-def _right(a, count):
-    return arith.shrui(a, _const(count)) if count else a
-
-
-def _pair(op, a, b):
-    i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, [a, b], f"{op}.rn.bf16x2 $0, $1, $2;", "=r,r,r")
-
-
-def _int4(words, h, j):
-    """128 + code, both halves; words: the thread's word of step s."""
-    return _or(_and(_right(words, 4 * (2 * j + h)), 0x000F000F), 0x43004300)
-
-
-def _int8(word, h):
-    """The signed byte h of both halves: the low 7 bits from 128 on, less 128 or (bit 7) 256."""
-    code = _or(_and(_right(word, 8 * h), 0x00FF00FF), 0x43004300)
-    return _pair("sub", _and(code, 0xFF7FFF7F), _and(code, 0xFF80FF80))
-
-
-def _fp8(word, h):
-    """e4m3 byte h of both halves as a bfloat16 with its exponent bits: 2^-120 of the number."""
-    top = word if h else arith.shli(word, _const(8))
-    return arith.ori(_and(top, 0x80008000), _right(_and(top, 0x7F007F00), 4))
-
-
-def _splat(value):
-    """A 16- or 32-bit float -> bfloat16 in both halves of a word."""
-    f32, i16, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32)
-    if value.type != ir.BF16Type.get():
-        value = value if value.type == f32 else arith.extf(f32, value)
-        value = arith.truncf(ir.BF16Type.get(), value)
-    bits = arith.extui(i32, arith.bitcast(i16, value))
-    return arith.ori(bits, arith.shli(bits, _const(16)))
-
-
-def _thread():
-    """(thread of the warpgroup, index of its two outputs in a row of scales)."""
-    thread = arith.andi(utils.thread_idx(), _const(127))
-    warp, g = _right(thread, 5), _right(_and(thread, 31), 2)
-    return thread, arith.addi(arith.shli(warp, _const(4)), arith.shli(g, _const(1)))
-
-
-def _at(ref, *indices):
-    index = ir.IndexType.get()
-    cast = lambda i: arith.constant(index, i) if isinstance(i, int) else arith.index_cast(index, i)  # noqa: E731
-    return memref.load(ref, [cast(i) for i in indices])
-
-
-def _widen(words, scale, zero, *, block: int, kind: str, grouped: bool, per_scale: int, group: int):
-    """Codes of block `block` of a step -> bfloat16[64, 64] as the first operand of `wgmma`.
-
-    words: ref int32[rows, 256]; scale, zero: refs [scales of the step, 64]; grouped: scales are multiplied in here.
-    """
-    rows = 2 if kind == "int4" else 4
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.bfloat16, plgpu.Layout.WGMMA),
+@functools.partial(jax.jit, static_argnames="tiles")
+def _packed(x, w: Experts, sizes, *, tiles: PackedTiles):
+    experts, d, f = w.shape
+    w = w.rows
+    kind = "fp8" if isinstance(w.format, Float8) else f"int{w.format.width}"
+    plan = Plan(tiles=tiles, kind=kind, group=d // w.groups, depth=d, experts=experts)
+    swizzle = plgpu.SwizzleTransform(128)
+    tiled = (plgpu.TilingTransform((8, WIDE)), swizzle)
+    has_zero = w.zero is not None
+    shape = (tiles.stages, tiles.blocks, tiles.rows, WIDE)
+    x_smem = plgpu.SMEM(shape, x.dtype, transforms=tiled)
+    if (
+        tiles.registers
+    ):  # the same bytes as rows, which copies take at any offset of x, and as the tiles of matrix units
+        x_smem = plgpu.RefUnion(plgpu.SMEM(shape, x.dtype, transforms=(swizzle,)), x_smem)
+    kernel = plgpu.kernel(
+        functools.partial(_body, plan=plan, has_zero=has_zero),
+        out_type=jax.ShapeDtypeStruct((x.shape[0], f), x.dtype),
+        grid=(tiles.grid,),
+        grid_names=("sm",),
+        num_threads=tiles.strips + 1,
+        thread_name="wg",
+        scratch_types=(
+            x_smem,
+            plgpu.SMEM((tiles.stages, tiles.strips, plan.words, fragments.WORDS), jnp.int32),
+            plgpu.SMEM((tiles.stages if plan.grouped else 1, tiles.strips, plan.scales, WIDE), w.scale.dtype),
+            plgpu.SMEM((tiles.stages if has_zero else 1, tiles.strips, plan.scales, WIDE), jnp.bfloat16),
+            plgpu.SMEM((tiles.strips, 8 if tiles.registers else WIDE, WIDE), x.dtype, transforms=tiled),
+            plgpu.SMEM((tiles.strips, 2, min(tiles.rows, PART), WIDE), x.dtype, transforms=(swizzle,)),
+            plgpu.Barrier(num_arrivals=1 + tiles.blocks + plan.grouped + has_zero, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=tiles.strips, num_barriers=tiles.stages),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=tiles.registers
+        ),
+        kernel_name="grouped_matmul_packed",
     )
-    def widen(_, words, scale, zero):
-        thread, pair = _thread()
-        index, i32 = ir.IndexType.get(), ir.IntegerType.get_signless(32)
-        four = ir.VectorType.get((4,), i32)
-        two = ir.VectorType.get((2,), ir.BF16Type.get())
-        row = arith.index_cast(index, _right(thread, 6))
-        column = arith.index_cast(index, arith.shli(_and(thread, 63), _const(2)))
-
-        def load(first):
-            at = arith.addi(row, arith.constant(index, first))
-            loaded = vector.load(four, words, [at, column])
-            return [vector.extract(loaded, [], [i]) for i in range(4)]
-
-        mine = load(block * rows) if kind == "int4" else load(block * rows) + load(block * rows + 2)
-        registers = np.empty(fragmented.WGMMA_LAYOUT.registers_shape((64, 64)), dtype=object)
-        factors, offsets = {}, {}
-        for s in range(4):
-            which = 0 if group >= WIDE * per_scale else (block * WIDE + 16 * s) // group
-            for h in range(2):
-                key = (which, h)
-                if grouped and key not in factors:
-                    factors[key] = _splat(_at(scale, which, arith.addi(pair, _const(h))))
-                if zero is not None and has_zero and key not in offsets:
-                    offsets[key] = _splat(_at(zero, which, arith.addi(pair, _const(h))))
-                for j in range(2):
-                    if kind == "int4":
-                        value = _int4(mine[s], h, j)
-                        value = _pair("sub", value, offsets[key] if has_zero else _const(0x43084308))
-                    elif kind == "int8":
-                        value = _int8(mine[2 * s + j], h)
-                        value = _pair("sub", value, offsets[key]) if has_zero else value
-                    else:
-                        value = _pair("mul", _fp8(mine[2 * s + j], h), _const(0x7B807B80))
-                    if grouped:
-                        value = _pair("mul", value, factors[key])
-                    registers[0, 2 * s + j, 0, 0, h, 0, 0, 0, 0] = utils.bitcast(value, two)
-        return fragmented.FragmentedArray(_registers=registers, _layout=fragmented.WGMMA_LAYOUT, _is_signed=None)
-
-    has_zero = zero is not None
-    return widen(words, scale, scale if zero is None else zero)
-
-
-def _scale_outputs(acc, scale):
-    """acc float32[64, N] times scale[0, outputs]."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, plgpu.Layout.WGMMA),
-    )
-    def multiply(_, acc, scale):
-        _, pair = _thread()
-        f32 = ir.F32Type.get()
-        factors = []
-        for h in range(2):
-            value = _at(scale, arith.addi(pair, _const(h)))
-            value = value if value.type == f32 else arith.extf(f32, value)
-            factors.append(vector.broadcast(ir.VectorType.get((2,), f32), value))
-        registers = np.empty_like(acc.registers)
-        for at, register in np.ndenumerate(acc.registers):
-            registers[at] = arith.mulf(register, factors[at[4]])
-        return fragmented.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=None)
-
-    return multiply(acc, scale)
+    return kernel(sizes, x, w.data, w.scale, *([w.zero] if has_zero else []))

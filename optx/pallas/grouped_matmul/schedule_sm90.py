@@ -22,9 +22,9 @@ class Walk:
     """The items of the experts in order; a state is (expert, its first item, its first row, its rows)."""
 
     def __init__(self, sizes, *, tokens, experts, tiles, columns):
-        """tiles: sizes with `rows` of an item, `band` and `blocks`; columns: column tiles of an expert."""
+        """tiles: sizes with `rows` of an item, `band` and `grid`; columns: column tiles of an expert."""
         self.sizes, self.tokens, self.experts, self.columns = sizes, tokens, experts, columns
-        self.rows, self.band, self.blocks = tiles.rows, tiles.band, tiles.blocks
+        self.rows, self.band, self.blocks = tiles.rows, tiles.band, tiles.grid
 
     def _rows(self, expert, row):
         left = self.tokens - row
