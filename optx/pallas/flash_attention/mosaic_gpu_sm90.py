@@ -1,12 +1,15 @@
 """`flash_attention` for Hopper: Pallas Mosaic GPU, one warpgroup that loads and two or three that compute.
 
-A block of 64 query rows per computing warpgroup meets the blocks of keys that its mask reaches, last block first. The
+A tile is 64 query rows a computing warpgroup; it meets the blocks of keys that its mask reaches, last block first. The
 warpgroups take turns at the tensor cores, and inside one the softmax of a block runs beside the P V product of the block
-before. Sources: FlashAttention-3 (arXiv:2407.08608) for the schedule, FlashAttention-2 (arXiv:2307.08691) for the rest.
+before. A thread block goes through a list of tiles made on the host so that all lists take the same time; the loading
+warpgroup runs ahead into the next tile. Sources: FlashAttention-3 (arXiv:2407.08608) for the schedule inside a tile,
+FlashAttention-2 (arXiv:2307.08691) for the rest.
 """
 
 import dataclasses
 import functools
+import heapq
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +18,10 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from optx.errors import LoweringError
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
 
@@ -24,9 +29,11 @@ ROWS = 64  # query rows of a warpgroup: the M of a wgmma
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))  # (query and key width, value width)
 DTYPES = (jnp.bfloat16, jnp.float16)
 L2_BYTES = 24 << 20  # keys and values that tiles in flight may share: half of the L2 cache
+SMEM_BYTES = 226 << 10  # of a thread block, barriers apart
 LOWEST = float(jnp.finfo(jnp.float32).min)
 LOG2E = math.log2(math.e)
 NOT_REAL = -(2**31)  # the segment of keys that nobody sees
+BETWEEN = 1.5  # steps that the change from one tile to the next costs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +43,11 @@ class Tiles:
     block_kv: int = 128  # keys a step
     stages: int = 2  # steps whose keys and values are in flight
     warpgroups: int = 2  # that compute, ROWS query rows each
-    registers: int = 240  # a thread of theirs
+    max_registers: int = 240  # a thread of theirs
     overlap: bool = True  # softmax beside the P V product of the step before; costs block_kv / 2 registers
     turns: bool = True  # warpgroups alternate at the tensor cores
+    blocks: int = 132  # thread blocks that share the tiles: the cores of an H100 or H200 SXM; 0: one a tile
+    registers: bool = True  # P enters the second product from registers; False: from shared memory, for the interpreter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +58,6 @@ class _Call:
     scale: float
     softcap: float | None
     tiles: Tiles
-    registers: bool = True  # P enters the second product from registers; False: from shared memory, for the interpreter
 
 
 def tiles(length: int, head_dim: int, value_dim: int) -> Tiles:
@@ -57,7 +65,7 @@ def tiles(length: int, head_dim: int, value_dim: int) -> Tiles:
     if head_dim == 256:
         return Tiles(block_kv=64)
     if head_dim == 64:
-        return Tiles(warpgroups=3, registers=160)
+        return Tiles(warpgroups=3, max_registers=160)
     return Tiles()
 
 
@@ -68,32 +76,48 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
     widths = (args["head_dim"], args.get("value_dim") or args["head_dim"])
     if widths not in HEAD_DIMS:
         return f"head dims (keys, values) {widths}; it has {', '.join(map(str, HEAD_DIMS))}"
-    dtype = jnp.dtype(args.get("dtype", "bfloat16"))
+    dtype = jnp.dtype(args.get("dtype") or "bfloat16")
     if dtype not in DTYPES:
         return f"activations in {dtype.name}; it has {', '.join(jnp.dtype(d).name for d in DTYPES)}"
     return None
 
 
 def flash_attention(
-    q, k, v, *, mask: Mask = Mask(), scale=None, softcap=None, sink_logits=None, valid=None, segments=None
+    q,
+    k,
+    v,
+    *,
+    mask: Mask = Mask(),
+    scale=None,
+    softcap=None,
+    sink_logits=None,
+    valid=None,
+    segments=None,
+    tiles: Tiles | None = None,
 ):
     """Attention inside self-contained sequences: `reference.flash_attention`, whose gradient it has too.
 
     q [B, S, N, H], k [B, S, K, H], v [B, S, K, Hv] in bfloat16 or float16, (H, Hv) one of HEAD_DIMS; scale a number;
     valid bool[B, S]; segments int32[B, S], above -2**31. -> (out [B, S, N, Hv], lse float32[B, S, N], None).
-    Raises: ValueError naming the argument for shapes and dtypes that it does not take.
+    Raises: LoweringError naming the argument for shapes and dtypes that it does not take.
     """
     _check(q, k, v, sink_logits, valid, segments)
-    scale = float(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    cut = tiles(q.shape[1], q.shape[-1], v.shape[-1])
-    call = _Call(mask=mask, scale=scale, softcap=None if softcap is None else float(softcap), tiles=cut)
+    call = _Call(
+        mask=mask,
+        scale=float(1 / math.sqrt(q.shape[-1]) if scale is None else scale),
+        softcap=None if softcap is None else float(softcap),
+        tiles=tiles or _tiles(q.shape[1], q.shape[-1], v.shape[-1]),
+    )
     out, lse = _differentiable(call, q, k, v, sink_logits, valid, segments)
     return out, lse, None
 
 
+_tiles = tiles
+
+
 def _check(q, k, v, sink_logits, valid, segments):
     def refuse(name, got, allowed):
-        raise ValueError(f"flash_attention (mosaic_gpu/sm90): {name} is {got}; allowed: {allowed}")
+        raise LoweringError(f"flash_attention (mosaic_gpu/sm90): {name} is {got}; allowed: {allowed}")
 
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -148,49 +172,115 @@ def _run(call: _Call, q, k, v, sink_logits, valid, segments):
     kv_heads, value_dim = v.shape[2:]
     rows = ROWS * tile.warpgroups
     row_tiles, blocks = pl.cdiv(s, rows), pl.cdiv(s, tile.block_kv)
-    kernel = _Kernel(call, b, s, n, kv_heads, row_tiles, blocks, _sharing(b * n, n // kv_heads, s, h + value_dim))
+    ids = _ids(valid, segments, row_tiles, rows, blocks, tile.block_kv)
+    sharing = _sharing(b * n, n // kv_heads, s, h + value_dim)
+    # How long a tile takes is known here unless segments decide it: then the hardware hands tiles out.
+    table = _lists(call.mask, tile, b * n, row_tiles, blocks, sharing, tile.blocks if ids is None else 0)
+    kernel = _Kernel(call, s, n, kv_heads, row_tiles, blocks)
+    if rest := -s % 8:  # copies of tiles want a multiple of 8 tokens
+        q, k, v = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (q, k, v))
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
     def shared(*shape):
         return plgpu.SMEM(shape, q.dtype, transforms=tiled)
 
     scratch = {
-        "q_smem": shared(tile.warpgroups, ROWS, max(h, value_dim)),
         "k_smem": shared(tile.stages, tile.block_kv, h),
         "v_smem": shared(tile.stages, tile.block_kv, value_dim),
         "lse_smem": plgpu.SMEM((tile.warpgroups, ROWS), jnp.float32),
         "q_here": plgpu.Barrier(num_barriers=tile.warpgroups),
+        "q_free": plgpu.Barrier(num_barriers=tile.warpgroups),
         "k_here": plgpu.Barrier(num_barriers=tile.stages),
         "v_here": plgpu.Barrier(num_barriers=tile.stages),
         "k_free": plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages),
         "v_free": plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages),
         "turn": plgpu.Barrier(num_barriers=tile.warpgroups),
     }
-    if not call.registers:
+    if not tile.registers:
         scratch["p_smem"] = shared(tile.warpgroups, ROWS, tile.block_kv)
-    ids = _ids(valid, segments, row_tiles, rows, blocks, tile.block_kv)
+    # Results leave from memory of their own where there is room: the queries of the next tile come in beside them.
+    q_shape, o_shape = (tile.warpgroups, ROWS, h), (tile.warpgroups, ROWS * h // value_dim, value_dim)
+    separate = 2 * (h + value_dim) * (rows + tile.stages * tile.block_kv) + 4 * rows <= SMEM_BYTES
+    if separate:
+        scratch |= {"q_smem": shared(*q_shape), "o_smem": shared(tile.warpgroups, ROWS, value_dim)}
+    else:  # as many bytes a warpgroup for results as for queries
+        scratch["qo_smem"] = plgpu.RefUnion(shared(*q_shape), shared(*o_shape))
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
     out, lse = plgpu.kernel(
         kernel,
         out_type=(
-            jax.ShapeDtypeStruct((b, s, n, value_dim), q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[:3], value_dim), q.dtype),
             jax.ShapeDtypeStruct((b, n, row_tiles * rows), jnp.float32),
         ),
         scratch_types=scratch,
-        grid=(row_tiles * b * n,),
-        grid_names=("tile",),
+        grid=(table.shape[0],),
+        grid_names=("block",),
         num_threads=tile.warpgroups + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="flash_attention",
-    )(q, k, v, sink, ids)
-    return out, jnp.moveaxis(lse[..., :s], 1, 2)
+    )(q, k, v, sink, ids, jnp.asarray(table))
+    return out[:, :s], jnp.moveaxis(lse[..., :s], 1, 2)
 
 
 def _sharing(heads: int, group: int, length: int, widths: int) -> int:
     """Query heads whose tiles run side by side, so that the keys and values they read stay in the L2 cache."""
     most = max(1, L2_BYTES // (length * widths * 2)) * group
     return max(x for x in range(1, heads + 1) if heads % x == 0 and x <= most)
+
+
+@functools.lru_cache(maxsize=64)
+def _lists(mask: Mask, tile: Tiles, heads: int, row_tiles: int, blocks: int, sharing: int, number: int) -> np.ndarray:
+    """Which tiles each thread block computes: int32[thread blocks, 1 + most tiles], the first column their count.
+
+    A tile is head * row_tiles + its index along the sequence. Tiles are handed out longest first within `sharing` heads,
+    each to the list that is shortest by then.
+    """
+    costs = [_band(mask, tile, i * ROWS * tile.warpgroups, blocks) for i in range(row_tiles)]
+    costs = [max(stop - start + sinks, 1) + BETWEEN for start, stop, sinks in costs]
+    order = sorted(range(row_tiles), key=lambda i: -costs[i])
+    handed = [
+        head * row_tiles + i
+        for first in range(0, heads, sharing)
+        for i in order
+        for head in range(first, first + sharing)
+    ]
+    if not number or len(handed) <= number:
+        return np.stack([np.ones(len(handed), np.int32), np.array(handed, np.int32)], axis=1)
+    lists = [[] for _ in range(number)]
+    loads = [(0.0, i) for i in range(number)]
+    for x in handed:
+        load, i = heapq.heappop(loads)
+        lists[i].append(x)
+        heapq.heappush(loads, (load + costs[x % row_tiles], i))
+    table = np.zeros((number, 1 + max(map(len, lists))), np.int32)
+    for i, numbers in enumerate(lists):
+        table[i, : 1 + len(numbers)] = [len(numbers), *numbers]
+    return table
+
+
+def _band(mask: Mask, tile: Tiles, row, blocks: int):
+    """Blocks of keys that a tile of queries from `row` on can see: [start, stop), and how many before them hold sinks."""
+    size, rows = tile.block_kv, ROWS * tile.warpgroups
+    start, stop, sinks = 0, blocks, 0
+    if mask.causal:
+        stop = _least(blocks, _over(row + rows + size - 1, size))
+    if mask.window is not None:
+        start = _over(_most(row - mask.window + 1, 0), size)
+        sinks = _least(pl.cdiv(mask.sinks, size), start) if mask.sinks else 0
+    return start, stop, sinks
+
+
+def _over(x, y: int):
+    return x // y if isinstance(x, int) else lax.div(x, y)
+
+
+def _least(x, y):
+    return min(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.minimum(x, y)
+
+
+def _most(x, y):
+    return max(x, y) if isinstance(x, int) and isinstance(y, int) else jnp.maximum(x, y)
 
 
 def _ids(valid, segments, row_tiles, rows, blocks, block_kv):
@@ -235,59 +325,132 @@ class _Kernel:
     """The body of the kernel; a fresh object a trace, its fields are Python numbers."""
 
     call: _Call
-    batch: int
     length: int
     heads: int
     kv_heads: int
     row_tiles: int
     blocks: int
-    sharing: int
 
     @property
     def __name__(self):
         return "flash_attention"
 
-    def __call__(self, q, k, v, sink, ids, out, lse, **scratch):
+    def __call__(self, q, k, v, sink, ids, table, out, lse, *, qo_smem=None, **scratch):
+        if qo_smem is not None:
+            scratch["q_smem"], scratch["o_smem"] = qo_smem
+        scratch["separate"] = qo_smem is None
         wg = lax.axis_index("wg")
-        where = _Where.of(self, ids)
         last = self.call.tiles.warpgroups
 
         @pl.when(wg < last)
         def _():
-            plgpu.set_max_registers(self.call.tiles.registers, action="increase")
-            self.compute(where, wg, q, sink, ids, out, lse, **scratch)
+            plgpu.set_max_registers(self.call.tiles.max_registers, action="increase")
+            if self.call.tiles.turns:
+                pl.when(wg == last - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
+            self.each_tile(ids, table, functools.partial(self.compute, wg, q, sink, ids, out, lse, **scratch))
+            plgpu.wait_smem_to_gmem(0)
+            if self.call.tiles.turns:
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
 
         @pl.when(wg == last)
         def _():
-            plgpu.set_max_registers(24 if last == 3 else 40, action="decrease")
-            self.load(where, k, v, **scratch)
+            plgpu.set_max_registers(24, action="decrease")
+            steps = self.each_tile(ids, table, functools.partial(self.load, q, k, v, **scratch))
+            self.drain(steps, **scratch)
 
-    def load(self, where, k, v, *, k_smem, v_smem, k_here, v_here, k_free, v_free, **_):
+    def each_tile(self, ids, table, body):
+        """body(where, tiles done, steps done) over this thread block's list -> steps done."""
+        block = lax.axis_index("block")
+
+        def one(i, carry):
+            done, tile = carry
+            following = table[block, jnp.minimum(i + 2, table.shape[1] - 1)]
+            where = _Where.of(self, tile, ids)
+            body(where, i, done)
+            return done + where.steps, following
+
+        first = table[block, 1]
+        if table.shape[1] == 2:  # one tile a thread block
+            return one(first * 0, (first * 0, first))[0]
+        return lax.fori_loop(0, table[block, 0], one, (first * 0, first))[0]
+
+    def load(
+        self,
+        q,
+        k,
+        v,
+        where,
+        number,
+        done,
+        *,
+        q_smem,
+        q_here,
+        q_free,
+        k_smem,
+        v_smem,
+        k_here,
+        v_here,
+        k_free,
+        v_free,
+        **_,
+    ):
         """Keys of step t, then values of step t - 1: the order in which they are used."""
         tile = self.call.tiles
 
         def fetch(step, source, target, here, free):
-            slot = lax.rem(step, tile.stages)
+            slot = lax.rem(done + step, tile.stages)
 
-            @pl.when(step >= tile.stages)
+            @pl.when(done + step >= tile.stages)
             def _():
                 plgpu.barrier_wait(free.at[slot])
 
             at = pl.ds(where.block(step) * tile.block_kv, tile.block_kv)
             plgpu.copy_gmem_to_smem(source.at[where.b, at, where.kv_head], target.at[slot], here.at[slot])
 
-        @pl.loop(0, where.steps + 1)
-        def _(step):
-            pl.when(step < where.steps)(lambda: fetch(step, k, k_smem, k_here, k_free))
-            pl.when(step > 0)(lambda: fetch(step - 1, v, v_smem, v_here, v_free))
+        fetch(0, k, k_smem, k_here, k_free)
+        for wg in range(tile.warpgroups):
+            pl.when(number > 0)(lambda wg=wg: plgpu.barrier_wait(q_free.at[wg]))
+            rows = pl.ds(where.row + wg * ROWS, ROWS)
+            plgpu.copy_gmem_to_smem(q.at[where.b, rows, where.head], q_smem.at[wg], q_here.at[wg])
 
-    def compute(self, where, wg, q, sink, ids, out, lse, *, q_smem, lse_smem, q_here, **scratch):
-        h, value_dim = q.shape[-1], out.shape[-1]
+        @pl.loop(1, where.steps)
+        def _(step):
+            fetch(step, k, k_smem, k_here, k_free)
+            fetch(step - 1, v, v_smem, v_here, v_free)
+
+        fetch(where.steps - 1, v, v_smem, v_here, v_free)
+
+    def drain(self, steps, *, q_free, k_free, v_free, **_):
+        """Sees the last phase of every barrier: none may be pending when its memory goes."""
+        tile = self.call.tiles
+        for wg in range(tile.warpgroups):
+            plgpu.barrier_wait(q_free.at[wg])
+        for slot in range(tile.stages):
+            pl.when(steps > slot)(lambda slot=slot: [plgpu.barrier_wait(x.at[slot]) for x in (k_free, v_free)] and None)
+
+    def compute(
+        self,
+        wg,
+        q,
+        sink,
+        ids,
+        out,
+        lse,
+        where,
+        number,
+        done,
+        *,
+        q_smem,
+        o_smem,
+        separate,
+        lse_smem,
+        q_here,
+        q_free,
+        **scratch,
+    ):
+        value_dim = out.shape[-1]
         row = where.row + wg * ROWS
-        qo = q_smem.at[wg]
         rows = pl.ds(row, ROWS)
-        q_at = qo if h == q_smem.shape[-1] else qo.at[:, pl.ds(0, h)]
-        plgpu.copy_gmem_to_smem(q.at[where.b, rows, where.head], q_at, q_here.at[wg])
         by_row = plgpu.Layout.WGMMA.reduce(1)
         if sink is None:
             top = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), by_row)
@@ -296,40 +459,53 @@ class _Kernel:
             top = plgpu.layout_cast(jnp.full((ROWS,), sink[where.head] * LOG2E, jnp.float32), by_row)
             total = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), by_row)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), plgpu.Layout.WGMMA)
-        mine = None if ids is None else plgpu.load(ids[0].at[where.b, rows], layout=by_row)
+        mine = None if ids is None else plgpu.load(ids[0].at[where.b, rows], layout=by_row, optimized=False)
         logits = functools.partial(self.logits, where, row, mine, ids)
+        q_at, o_at = q_smem.at[wg], o_smem.at[wg] if separate else o_smem.at[wg, pl.ds(0, ROWS)]
+
+        def q_used():
+            if separate:
+                plgpu.barrier_arrive(q_free.at[wg])
+
         plgpu.barrier_wait(q_here.at[wg])
-        run = self.overlapped if self.call.tiles.overlap and self.call.registers else self.plain
-        acc, top, total = run(where, wg, q_at, logits, (acc, top, total), **scratch)
+        run = self.overlapped if self.call.tiles.overlap and self.call.tiles.registers else self.plain
+        acc, top, total = run(where, done, wg, q_at, q_used, logits, (acc, top, total), **scratch)
 
         empty = total == 0.0
         scale = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
         acc = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
-        o_at = qo if value_dim == q_smem.shape[-1] else qo.at[:, pl.ds(0, value_dim)]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_at[...] = acc.astype(out.dtype)
         lse_smem.at[wg][...] = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(jnp.where(empty, 1.0, total)))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_at, out.at[where.b, rows, where.head])
         plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse.at[where.b, where.head, rows])
-        plgpu.wait_smem_to_gmem(0)
+        if not separate:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_free.at[wg])
 
-    def overlapped(self, where, wg, q, logits, state, *, k_smem, v_smem, k_here, v_here, k_free, v_free, turn, **_):
+    def turns(self, wg, turn):
+        """(wait for the tensor cores, pass them on)."""
+        tile = self.call.tiles
+        if not tile.turns:
+            return (lambda: None), (lambda: None)
+        following = lax.rem(wg + 1, tile.warpgroups)
+        return (lambda: plgpu.barrier_wait(turn.at[wg])), (lambda: plgpu.barrier_arrive(turn.at[following]))
+
+    def overlapped(
+        self, where, done, wg, q, q_used, logits, state, *, k_smem, v_smem, k_here, v_here, k_free, v_free, turn, **_
+    ):
         """Q K of step t and P V of step t - 1 are in flight together; the softmax of t waits for the first of them only."""
         tile = self.call.tiles
         acc, top, total = state
-        next_wg = lax.rem(wg + 1, tile.warpgroups)
+        take, pass_on = self.turns(wg, turn)
+        slot_of = lambda step: lax.rem(done + step, tile.stages)  # noqa: E731
 
-        def take():
-            if tile.turns:
-                plgpu.barrier_wait(turn.at[wg])
+        def keys_of(step):
+            # A wait between the softmax and the wait for P V: ptxas would pull the latter before the softmax.
+            pl.when(step < where.steps)(lambda: plgpu.barrier_wait(k_here.at[slot_of(step)]))
 
-        def pass_on():
-            if tile.turns:
-                plgpu.barrier_arrive(turn.at[next_wg])
-
-        if tile.turns:
-            pl.when(wg == tile.warpgroups - 1)(pass_on)
-        first = lax.rem(where.steps, 1)
+        first = slot_of(0)
         plgpu.barrier_wait(k_here.at[first])
         take()
 
@@ -340,17 +516,16 @@ class _Kernel:
 
         s = pl.run_scoped(only_qk, plgpu.ACC((ROWS, tile.block_kv), jnp.float32))
         plgpu.barrier_arrive(k_free.at[first])
-        p, _, top, total = self.softmax(logits(s, first), top, total)
+        p, _, top, total = self.softmax(logits(s, 0), top, total)
         p = p.astype(v_smem.dtype)
+        keys_of(1)
 
         def step(t, carry):
             acc, p, top, total = carry
-            slot, before = lax.rem(t, tile.stages), lax.rem(t - 1, tile.stages)
+            slot, before = slot_of(t), slot_of(t - 1)
 
             def products(refs):
                 s_ref, acc_ref, alpha_ref, next_ref, top_ref, total_ref = refs
-                plgpu.barrier_wait(k_here.at[slot])
-                take()
                 plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
                 plgpu.barrier_wait(v_here.at[before])
                 plgpu.wgmma(acc_ref, p, v_smem.at[before])
@@ -360,9 +535,11 @@ class _Kernel:
                 plgpu.barrier_arrive(k_free.at[slot])
                 new, alpha, top_ref[...], total_ref[...] = self.softmax(logits(s, t), top_ref[...], total_ref[...])
                 next_ref[...], alpha_ref[...] = lax.optimization_barrier((new, alpha))
+                keys_of(t + 1)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(v_free.at[before])
 
+            take()  # before the zeros: without a wait between, ptxas has the first wgmma ignore its accumulator instead
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, tile.block_kv), jnp.float32), plgpu.Layout.WGMMA)
             _, acc, alpha, new, top, total = pl.run_state(products)(
                 (plgpu.ACC.init(zeros), plgpu.ACC.init(acc), top, zeros, top, total)
@@ -372,22 +549,45 @@ class _Kernel:
             return acc, new.astype(p.dtype), top, total
 
         acc, p, top, total = lax.fori_loop(1, where.steps, step, (acc, p, top, total))
-        slot = lax.rem(where.steps - 1, tile.stages)
+        q_used()
+        slot = slot_of(where.steps - 1)
         plgpu.barrier_wait(v_here.at[slot])
         acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(v_free.at[slot])
         return acc, top, total
 
-    def plain(self, where, wg, q, logits, state, *, k_smem, v_smem, k_here, v_here, k_free, v_free, turn, **scratch):
+    def plain(
+        self,
+        where,
+        done,
+        wg,
+        q,
+        q_used,
+        logits,
+        state,
+        *,
+        k_smem,
+        v_smem,
+        k_here,
+        v_here,
+        k_free,
+        v_free,
+        turn,
+        **scratch,
+    ):
         """One product after the other; the warpgroups' turns alone keep the tensor cores busy."""
         tile = self.call.tiles
+        take, pass_on = self.turns(wg, turn)
 
         def step(t, carry):
             acc, top, total = carry
-            slot = lax.rem(t, tile.stages)
+            slot = lax.rem(done + t, tile.stages)
             plgpu.barrier_wait(k_here.at[slot])
+            take()
 
             def qk(s_ref):
                 plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
+                pass_on()
                 return s_ref[...]
 
             s = pl.run_scoped(qk, plgpu.ACC((ROWS, tile.block_kv), jnp.float32))
@@ -396,7 +596,7 @@ class _Kernel:
             acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
             p = p.astype(v_smem.dtype)
             plgpu.barrier_wait(v_here.at[slot])
-            if self.call.registers:
+            if tile.registers:
                 acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
             else:
                 p_smem = scratch["p_smem"].at[wg]
@@ -411,7 +611,9 @@ class _Kernel:
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, top, total
 
-        return lax.fori_loop(0, where.steps, step, state)
+        state = lax.fori_loop(0, where.steps, step, state)
+        q_used()
+        return state
 
     def logits(self, where, row, mine, ids, s, step):
         """Products of one step -> masked logits in units that `softmax` scales by `rate`."""
@@ -469,7 +671,7 @@ class _Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class _Where:
-    """Which tile a block of threads computes, and the blocks of keys that it meets: the band, last first, then sinks."""
+    """A tile, and the blocks of keys that it meets: the band, last first, then sinks."""
 
     b: jax.Array
     head: jax.Array
@@ -477,49 +679,42 @@ class _Where:
     row: jax.Array  # first query
     stop: jax.Array  # end of the band
     band: jax.Array  # blocks in it
-    sinks: jax.Array  # blocks before it that hold sinks
+    sinks: jax.Array | None  # blocks before it that hold sinks; None where the mask has no sinks
     sink_stop: jax.Array
     whole: tuple | None  # blocks without a mask by segments
 
     @property
     def steps(self):
-        return jnp.maximum(self.band + self.sinks, 1)
+        return jnp.maximum(self.band if self.sinks is None else self.band + self.sinks, 1)
 
     def block(self, step):
-        at = jnp.where(step < self.band, self.stop - 1 - step, self.sink_stop - 1 - (step - self.band))
+        at = self.stop - 1 - step
+        if self.sinks is not None:
+            at = jnp.where(step < self.band, at, self.sink_stop - 1 - (step - self.band))
         return jnp.maximum(at, 0)
 
     @classmethod
-    def of(cls, kernel: _Kernel, ids):
-        mask, tile = kernel.call.mask, kernel.call.tiles
-        size, rows = tile.block_kv, ROWS * tile.warpgroups
-        index = lax.axis_index("tile")
-        inside = lax.rem(index, kernel.sharing * kernel.row_tiles)
-        head = lax.div(index, kernel.sharing * kernel.row_tiles) * kernel.sharing + lax.rem(inside, kernel.sharing)
-        tile_at = lax.div(inside, kernel.sharing)
-        if mask.causal:  # the most work first: the last tiles to start are short
-            tile_at = kernel.row_tiles - 1 - tile_at
-        b, head = lax.div(head, kernel.heads), lax.rem(head, kernel.heads)
-        row = tile_at * rows
-        start, stop = jnp.int32(0), jnp.int32(kernel.blocks)
-        if mask.causal:
-            stop = jnp.minimum(stop, lax.div(row + rows + size - 1, size))
-        if mask.window is not None:
-            start = lax.div(jnp.maximum(row - mask.window + 1, 0), size)
-        whole, low = None, jnp.int32(0)
-        sink_stop = jnp.minimum(jnp.int32(pl.cdiv(mask.sinks, size)), start)
+    def of(cls, kernel: _Kernel, tile, ids):
+        call, heads = kernel.call, kernel.heads
+        head, tile_at = lax.div(tile, kernel.row_tiles), lax.rem(tile, kernel.row_tiles)
+        b, head = lax.div(head, heads), lax.rem(head, heads)
+        row = tile_at * (ROWS * call.tiles.warpgroups)
+        # Plus a zero that is traced: lowering wants no Python numbers where it expects values.
+        start, stop, sinks = (tile * 0 + x for x in _band(call.mask, call.tiles, row, kernel.blocks))
+        sink_stop, whole = sinks, None
         if ids is not None:
             low, high, first, last = (ids[2][b, tile_at, i] for i in range(4))
             start, stop, whole = jnp.maximum(start, low), jnp.minimum(stop, high), (first, last)
             sink_stop = jnp.minimum(sink_stop, high)
+            sinks = jnp.maximum(sink_stop - low, 0)
         return cls(
             b=b,
             head=head,
-            kv_head=lax.div(head, kernel.heads // kernel.kv_heads),
+            kv_head=lax.div(head, heads // kernel.kv_heads),
             row=row,
             stop=stop,
             band=jnp.maximum(stop - start, 0),
-            sinks=jnp.maximum(sink_stop - low, 0) if mask.window is not None and mask.sinks else jnp.int32(0),
+            sinks=sinks if call.mask.window is not None and call.mask.sinks else None,
             sink_stop=sink_stop,
             whole=whole,
         )
