@@ -8,17 +8,20 @@ shared memory, so that one softmax runs beside the other warpgroup's products:
     left    S0 = Q K0'   m0 = max(m1, S0)   O_l += P0 V0_l    P0 *= 2^(m0 - m1)    O_l += P1 V1_l
     right   S1 = Q K1'   m1 = max(m0, S1)   O_r += P1 V1_r                         O_r += P0 V0_r
 
-Keys and values are the same tile in shared memory, read once. Source of the schedule ("seesaw"): FlashMLA, "A Deep-Dive
-Into the New Flash MLA Kernel", 2025; of the online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867.
+Keys and values are the same tile in shared memory, read once. Programs of the same cached tokens (128 heads are two blocks
+of 64 rows) form a cluster, whose copies each read half of a block from L2 and deliver it to both. Source of the schedule
+("seesaw"): FlashMLA, "A Deep-Dive Into the New Flash MLA Kernel", 2025; of the online softmax: Milakov and Gimelshein
+2018, arXiv:1805.02867.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,11 +32,14 @@ from optx.pallas.attention.reference import Mask
 from optx.tensor import is_qtensor
 
 ROWS = 64  # rows of a program: the M of a Hopper matmul
-BLOCK = 64  # cached tokens a block
 CORES = 132  # multiprocessors of an H100 or H200
+SMEM = 226 * 1024  # bytes a program may plan with, barriers apart
+PAGES = (16, 32, 64, 128)
+QUERIES = 8  # most tokens a row of `paged_decode`
 FLOOR = -1e30  # running maximum before the first key: finite, so that masked logits give 2^-inf = 0 and never NaN
-FAR = 2**31 - 1  # position of a slot that holds nothing
 LOG2E = math.log2(math.e)
+WGMMA = plgpu.Layout.WGMMA
+BY_ROW, BY_TOKEN = WGMMA.reduce(1), WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,16 +49,26 @@ class Tiles:
     tokens: int  # query tokens a program
     heads: int  # heads a program; tokens * heads <= ROWS
     splits: int  # programs that share the cached tokens of a row
+    block: int = 64  # cached tokens a step of one warpgroup: 64, or 32 where latents are wide
+    cluster: bool = False  # two blocks of heads share their copies
+    registers: bool = True  # weights as the left side of products from registers; False: what the interpreter can run
 
 
-def tiles(*, heads: int, queries: int, items: int, pages: int, page_size: int) -> Tiles:
-    """Tiles from abstract shapes. queries: most tokens a row; items: blocks of query tokens if each had one token."""
+def tiles(*, heads: int, rank: int, width: int, queries: int, items: int, pages: int, page_size: int) -> Tiles:
+    """Tiles from abstract shapes. queries: most tokens a row; items: query tokens of the call."""
     block = max(n for n in range(8, min(heads, ROWS) + 1, 8) if heads % n == 0)
-    tokens = min(queries, ROWS // heads) if block == heads else 1
+    tokens = max(1, min(queries, ROWS // heads)) if block == heads else 1
     programs = -(-items // tokens) * (heads // block)
-    pairs = -(-pages * page_size // (2 * BLOCK))
+    wide = 64 if _bytes(rank, width, 64) <= SMEM else 32
+    pairs = -(-pages * page_size // (2 * wide))
     splits = max(1, min(CORES // programs, pairs // 2, 64)) if programs <= CORES // 2 else 1
-    return Tiles(tokens=tokens, heads=block, splits=splits)
+    return Tiles(tokens=tokens, heads=block, splits=splits, block=wide, cluster=heads // block % 2 == 0)
+
+
+def _bytes(rank: int, width: int, block: int) -> int:
+    """Shared memory of a program."""
+    weights = 2 * ROWS * block * (1 if width - rank >= block else 2)
+    return 2 * width * (ROWS + 2 * block) + weights + 4 * 4 * ROWS + 2 * 4 * 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +81,6 @@ class _Plan:
     page: int
     tiles: Tiles
     items: int
-    queries: int  # most query tokens a row
     mask: Mask
     scale: float
     softcap: float | None
@@ -73,9 +88,29 @@ class _Plan:
     sinks: bool  # a logit a head
 
     @property
+    def unit(self) -> int:
+        """Columns of a swizzled tile in shared memory."""
+        return 64 if self.rank % 64 == self.width % 64 == 0 and self.rank > 64 == self.tiles.block else 32
+
+    @property
     def cut(self) -> int:
         """Columns [0, cut) of the values belong to warpgroup 0."""
-        return -(-self.rank // 128) * 64
+        return -(-self.rank // (2 * self.unit)) * self.unit
+
+    @property
+    def halves(self):
+        """(side, first column, end) of what is copied at a time: a copy's place in shared memory must be contiguous."""
+        return ("l", 0, self.cut), ("r", self.cut, self.width)
+
+    @property
+    def parts(self):
+        """The same of queries; the place of the first two takes the output's halves."""
+        rope = [("e", self.rank, self.width)] if self.width > self.rank else []
+        return [("l", 0, self.cut), ("r", self.cut, self.rank), *rope]
+
+    @property
+    def windowed(self) -> bool:
+        return self.mask.window is not None
 
     @property
     def head_blocks(self) -> int:
@@ -86,43 +121,44 @@ class _Plan:
         return self.items * self.tiles.splits * self.head_blocks
 
     @property
+    def piece(self) -> int:
+        """Tokens a copy."""
+        return min(self.page, self.tiles.block)
+
+    @property
     def copies(self) -> int:
         """Copies a block: pages of it."""
-        return max(1, BLOCK // self.page)
+        return self.tiles.block // self.piece
+
+    @property
+    def crosses_in_block(self) -> bool:
+        """Once a block's logits are known, the place of its rope numbers is free: there the weights cross."""
+        return self.width - self.rank >= self.tiles.block
+
+    def arrivals(self, side: str) -> int:
+        """Copies that fill one half of a block; the right one brings positions and scales along."""
+        return self.copies * (1 if side == "l" else 1 + self.windowed + self.scaled)
 
 
-def _kernel(plan: _Plan, *refs):
-    names = ["q", "pool", "positions", "table", "lengths", "items", "asked"]
-    names += ["logit_scale"] * plan.scaled + ["sink"] * plan.sinks + ["out", "lse"]
-    names += ["q_smem", "kv", "p1", "stats", "at"] + ["p0"] * (plan.width == plan.rank)
-    names += [
-        "full_l",
-        "full_r",
-        "free_l",
-        "free_r",
-        "m0_ready",
-        "p0_ready",
-        "p1_ready",
-        "sums",
-        "q_full",
-        "tail_l",
-        "tail_r",
-    ]
-    r = dict(zip(names, refs, strict=True))
-    # Once the first block's logits are known, the place of its rope numbers is free: there the weights cross.
-    own_p0 = r.get("p0")
-    r["p0"] = lambda: r["kv"].at[0, :, pl.ds(plan.rank, BLOCK)] if own_p0 is None else own_p0
+# --- The kernel ------------------------------------------------------------------------------------------------------
 
+
+def _kernel(plan: _Plan, *refs, **scratch):
+    names = ["q", "pool", "table", "lengths", "items", "limits"]
+    names += ["asked", "positions"] * plan.windowed + ["logit_scale"] * plan.scaled + ["sink"] * plan.sinks
+    r = dict(zip([*names, "out", "lse"], refs, strict=True), **scratch)
     index = lax.axis_index("program")
-    head_block = lax.rem(index, plan.head_blocks)
-    split = lax.rem(lax.div(index, plan.head_blocks), plan.tiles.splits)
-    item = lax.div(index, plan.head_blocks * plan.tiles.splits)
-    row, token, count, newer = (r["items"][item, i] for i in range(4))
+    if plan.tiles.cluster:
+        index = 2 * index + lax.axis_index("pair")
+    head_block = lax.rem(index, jnp.int32(plan.head_blocks))
+    rest = lax.div(index, jnp.int32(plan.head_blocks))
+    split, item = lax.rem(rest, jnp.int32(plan.tiles.splits)), lax.div(rest, jnp.int32(plan.tiles.splits))
+    row, token, count, end, low = (r["items"][item, i] for i in range(5))
 
     @pl.when(count > 0)
     def _():
         length = r["lengths"][row]
-        blocks = _Blocks.of(plan, length, count, newer, split)
+        blocks = _Blocks.of(plan, length, end, low, split)
         where = {"row": row, "token": token, "count": count, "head_block": head_block, "program": index}
         wg = lax.axis_index("wg")
         pl.when(wg == 0)(lambda: _consume(plan, r, blocks, where, left=True))
@@ -134,204 +170,235 @@ def _kernel(plan: _Plan, *refs):
 class _Blocks:
     """Which blocks a program reads: the first `head` ones (attention sinks), then those from `first` on."""
 
+    size: int
     head: int
-    first: jax.Array
+    first: jax.Array | None
     start: jax.Array  # first pair of this split
     pairs: jax.Array
-    end: jax.Array  # slots past it are seen by none of the rows
-    whole: jax.Array  # blocks that end at or before this slot need no mask
+    plain: jax.Array  # of these pairs, how many at the front need no mask
 
     @classmethod
-    def of(cls, plan, length, count, newer, split):
-        """newer: tokens of the row after this program's; -1: unknown (rows whose queries are fewer than their places)."""
-        exact = newer >= 0
-        end = length - jnp.where(exact, newer, 0) if plan.mask.causal else length
-        span = jnp.where(exact, count, plan.queries)
-        head, first, whole = 0, jnp.int32(0), end
-        if plan.mask.causal:
-            whole = jnp.maximum(length - jnp.where(exact, newer, 0) - span, 0)
-        if plan.mask.window is not None:
-            # Positions are distinct, so only the last window + span - 1 slots can lie inside a window.
-            head = -(-plan.mask.sinks // BLOCK)
-            oldest = jnp.maximum(end - min(plan.mask.window, 2**30) - span + 1, 0) if plan.mask.causal else jnp.int32(0)
-            first = jnp.maximum(lax.div(oldest, jnp.int32(BLOCK)), head)
-            whole = jnp.int32(0)
-        last = lax.div(end + (BLOCK - 1), jnp.int32(BLOCK))
-        total = jnp.minimum(head, last) + jnp.maximum(last - first, 0)
+    def of(cls, plan, length, end, low, split):
+        """end: slots past it are seen by none of the rows; low: slot of the oldest query."""
+        size, splits = plan.tiles.block, plan.tiles.splits
+        end = jnp.minimum(end, length)
+        head, first = 0, None
+        if plan.windowed:
+            # Positions ascend and are distinct, so a window holds no slot older than its number of slots.
+            head = -(-plan.mask.sinks // size)
+            oldest = jnp.maximum(low - (min(plan.mask.window, 2**30) - 1), 0)
+            first = jnp.maximum(lax.div(oldest, jnp.int32(size)), head)
+        last = lax.div(end + (size - 1), jnp.int32(size))
+        total = jnp.minimum(head, last) + jnp.maximum(last - first, 0) if plan.windowed else last
         pairs = lax.div(total + 1, jnp.int32(2))
-        share = lax.div(pairs + (plan.tiles.splits - 1), jnp.int32(plan.tiles.splits))
+        share = lax.div(pairs + (splits - 1), jnp.int32(splits))
         start = split * share
-        return cls(
-            head=head,
-            first=first,
-            start=start,
-            pairs=jnp.clip(pairs - start, 0, share),
-            end=end,
-            whole=whole,
-        )
+        mine = jnp.clip(pairs - start, 0, share)
+        plain = jnp.int32(0)
+        if not plan.windowed:
+            whole = jnp.minimum(low + 1, length) if plan.mask.causal else length
+            plain = jnp.clip(lax.div(whole, jnp.int32(2 * size)) - start, 0, mine)
+        return cls(size=size, head=head, first=first, start=start, pairs=mine, plain=plain)
 
     def at(self, pair, slot: int):
-        """Block of the row's listing that `slot` of the program's pair holds."""
+        """First cached token of the block that `slot` of the program's pair holds."""
         block = 2 * (self.start + pair) + slot
-        return block if not self.head else jnp.where(block < self.head, block, block - self.head + self.first)
+        if self.first is not None:
+            block = jnp.where(block < self.head, block, block - self.head + self.first)
+        return block * self.size
 
 
 def _produce(plan, r, blocks, where, length):
     """The copying warpgroup: pages into shared memory, by halves of columns, as soon as both uses of a half are over."""
     plgpu.set_max_registers(40, action="decrease")
-    kv, cut, page = r["kv"], plan.cut, plan.page
+    page, piece, size = plan.page, plan.piece, plan.tiles.block
     rows = plan.tiles.tokens * plan.tiles.heads
     first_row = where["token"] * plan.heads + where["head_block"] * plan.tiles.heads
-    plgpu.copy_gmem_to_smem(r["q"].at[pl.ds(first_row, rows)], r["q_smem"].at[pl.ds(0, rows)], r["q_full"])
+    for side, low, high in plan.parts:
+        source = r["q"].at[pl.ds(first_row, rows), pl.ds(low, high - low)]
+        plgpu.copy_gmem_to_smem(source, r["q_" + side].at[pl.ds(0, rows)], r["q_full"])
     last_page = jnp.maximum(lax.div(length - 1, jnp.int32(page)), 0)
-    halves = {"l": (0, cut), "r": (cut, plan.width)}
+    both = {"collective_axes": "pair"} if plan.tiles.cluster else {}
 
-    def copy(side, slot, listed, inner, barrier):
-        low, high = halves[side]
+    def copy(half, slot, listed, inner, barrier):
+        side, low, high = half
         for i, at in enumerate(listed):
-            size = min(page, BLOCK)
             token = at * page + inner
-            dst = pl.ds(i * size, size)
-            columns = pl.ds(low, high - low)
-            plgpu.copy_gmem_to_smem(r["pool"].at[pl.ds(token, size), columns], kv.at[slot, dst, columns], barrier)
-            if side == "r":
-                plgpu.copy_gmem_to_smem(r["positions"].at[pl.ds(token, size)], r["at"].at[slot, dst], barrier)
-                if plan.scaled:
-                    scale = r["stats"].at[2 + slot, dst]
-                    plgpu.copy_gmem_to_smem(r["logit_scale"].at[pl.ds(token, size)], scale, barrier)
+            source = r["pool"].at[pl.ds(token, piece), pl.ds(low, high - low)]
+            plgpu.copy_gmem_to_smem(source, r["kv_" + side].at[slot, pl.ds(i * piece, piece)], barrier, **both)
+            if side == "r" and plan.windowed:
+                plgpu.copy_gmem_to_smem(
+                    r["positions"].at[pl.ds(token, piece)], r["at"].at[slot, i, pl.ds(0, piece)], barrier
+                )
+            if side == "r" and plan.scaled:
+                plgpu.copy_gmem_to_smem(
+                    r["logit_scale"].at[pl.ds(token, piece)], r["scales"].at[slot, i, pl.ds(0, piece)], barrier
+                )
 
-    def clear(side, slot, valid):
+    def clear(half, slot, valid):
         """Zeros where nothing is stored: NaN there would survive a weight of 0."""
-        low, high = halves[side]
-        line = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
-        for column in range(low, high, 64):
-            ref = kv.at[slot, :, pl.ds(column, 64)]
-            held = plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
-            keep = lax.broadcast_in_dim(line, held.shape, [0]) < valid
-            ref[...] = jnp.where(keep, held, jnp.zeros_like(held))
+        side, low, high = half
+        for column in range(0, high - low, plan.unit):
+            ref = r["kv_" + side].at[slot, :, pl.ds(column, plan.unit)]
+            held = plgpu.load(ref, layout=WGMMA, optimized=False)
+            line = plgpu.broadcasted_iota(jnp.int32, held.shape, 0, layout=WGMMA)
+            ref[...] = jnp.where(line < valid, held, jnp.zeros_like(held))
 
-    def load(side, slot, pair, listed, inner, valid):
+    def load(half, slot, pair, listed, inner, valid):
+        side = half[0]
         full, free = r["full_" + side].at[slot], r["free_" + side].at[slot]
         pl.when(pair > 0)(lambda: plgpu.barrier_wait(free))
 
-        @pl.when(valid >= BLOCK)
+        @pl.when(valid >= size)
         def _():
-            copy(side, slot, listed, inner, full)
+            copy(half, slot, listed, inner, full)
 
-        @pl.when(valid < BLOCK)
+        @pl.when(valid < size)
         def _():
             @pl.when(valid > 0)
             def _():
-                copy(side, slot, listed, inner, r["tail_" + side])
+                copy(half, slot, listed, inner, r["tail_" + side])
                 plgpu.barrier_wait(r["tail_" + side])
 
-            clear(side, slot, valid)
+            clear(half, slot, valid)
             plgpu.commit_smem()
-            for _ in range(_arrivals(plan, side)):
+            for _ in range(plan.arrivals(side)):
                 plgpu.barrier_arrive(full)
 
     @pl.loop(0, blocks.pairs)
     def _(pair):
         found = []
         for slot in range(2):
-            token = blocks.at(pair, slot) * BLOCK
+            token = blocks.at(pair, slot)
             at = lax.div(token, jnp.int32(page))
             listed = [r["table"][where["row"], jnp.minimum(at + i, last_page)] for i in range(plan.copies)]
-            found.append((listed, lax.rem(token, jnp.int32(page)) if page > BLOCK else 0, length - token))
+            found.append((listed, lax.rem(token, jnp.int32(page)) if page > size else 0, length - token))
         # In the order in which the consumers let go of them.
-        for side, slot in (("l", 0), ("r", 0), ("r", 1), ("l", 1)):
-            load(side, slot, pair, *found[slot])
+        left, right = plan.halves
+        for half, slot in ((left, 0), (right, 1), (right, 0), (left, 1)):
+            load(half, slot, pair, *found[slot])
 
-
-def _arrivals(plan: _Plan, side: str) -> int:
-    """Copies that fill one half of a block; the right one brings positions and scales along."""
-    return plan.copies * (1 if side == "l" else 2 + plan.scaled)
+    @pl.when(blocks.pairs > 0)
+    def _():  # a program must not leave while its neighbour may still arrive at its barriers
+        for side, _, _ in plan.halves:
+            for slot in range(2):
+                plgpu.barrier_wait(r["free_" + side].at[slot])
 
 
 def _consume(plan, r, blocks, where, *, left: bool):
     """A computing warpgroup: logits of its block of each pair, and its half of the output's columns."""
     plgpu.set_max_registers(232, action="increase")
-    kv, cut, own = r["kv"], plan.cut, 0 if left else 1
-    columns = pl.ds(0, cut) if left else pl.ds(cut, plan.rank - cut)
-    wide = cut if left else plan.rank - cut
-    line = plgpu.Layout.WGMMA.reduce(1)
-    dtype = kv.dtype
-    over = lambda x, size: lax.broadcast_in_dim(x, (ROWS, size), [0])  # noqa: E731
-    asked = _asked(plan, r, where)
+    own, size = (0 if left else 1), plan.tiles.block
+    wide = plan.cut if left else plan.rank - plan.cut
+    dtype, registers = r["p1"].dtype, plan.tiles.registers
+    over = lambda x, n: lax.broadcast_in_dim(x, (ROWS, n), [0])  # noqa: E731
+    across = lambda x: lax.broadcast_in_dim(x, (ROWS, size), [1])  # noqa: E731
+    limit, asked = _by_row(plan, r, where, "limits"), _by_row(plan, r, where, "asked") if plan.windowed else None
 
-    def logits(block):
-        """float32[ROWS, BLOCK] in units of log 2, masked."""
+    def p0():
+        if plan.crosses_in_block:
+            return r["kv_r"].at[0, :, pl.ds(plan.rank - plan.cut, size)]
+        return r["p0"]
+
+    def values(slot):
+        return r["kv_l"].at[slot] if left else r["kv_r"].at[slot, :, pl.ds(0, wide)]
+
+    def vector(ref):
+        """The numbers of a block's tokens, [block]."""
+        parts = [
+            plgpu.load(ref.at[own, i, pl.ds(0, plan.piece)], layout=BY_TOKEN, optimized=False)
+            for i in range(plan.copies)
+        ]
+        return parts[0] if plan.copies == 1 else jnp.concatenate(parts)
+
+    def logits(pair, masked: bool):
+        """float32[ROWS, block] in units of log 2, masked."""
 
         def product(acc):
-            halves = [("full_l", 0, cut), ("full_r", cut, plan.width)]
-            for name, low, high in halves if left else halves[::-1]:
-                plgpu.barrier_wait(r[name].at[own])
-                part = pl.ds(low, high - low)
-                plgpu.wgmma(acc, r["q_smem"].at[:, part], kv.at[own, :, part].transpose((1, 0)))
+            for side in "lr" if left else "rl":
+                plgpu.barrier_wait(r["full_" + side].at[own])
+                for part, low, high in plan.parts:
+                    if (side == "l") == (part == "l"):
+                        columns = pl.ds(low - (0 if part == "l" else plan.cut), high - low)
+                        plgpu.wgmma(acc, r["q_" + part], r["kv_" + side].at[own, :, columns].T)
             return acc[...]
 
-        s = pl.run_scoped(product, plgpu.ACC((ROWS, BLOCK), jnp.float32))
+        s = pl.run_scoped(product, plgpu.ACC((ROWS, size), jnp.float32))
         if plan.scaled:
-            by_token = plgpu.load(r["stats"].at[2 + own], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-            s = s * lax.broadcast_in_dim(by_token, s.shape, [1])
+            s = s * across(vector(r["scales"]))
         if plan.softcap is None:
             s = s * (plan.scale * LOG2E)
         else:  # c tanh(x / c) = c - 2c / (1 + e^(2x / c)); the chip's own tanh is good to 11 bits only
             s = jnp.exp2(s * (2 * LOG2E * plan.scale / plan.softcap))
             s = (plan.softcap * LOG2E) - (2 * plan.softcap * LOG2E) / (1 + s)
-        return lax.cond(block * BLOCK + BLOCK > blocks.whole, lambda s: masked(s, block), lambda s: s, s)
-
-    def masked(s, block):
-        slots = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=plgpu.Layout.WGMMA.reduce(0))
-        at = plgpu.load(r["at"].at[own], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        at = jnp.where(slots + block * BLOCK < blocks.end, at, FAR)
-        key, query = lax.broadcast_in_dim(at, s.shape, [1]), over(asked, BLOCK)
-        seen = key <= query if plan.mask.causal else key < FAR
-        if plan.mask.window is not None:
+        if not masked:
+            return s
+        slots = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 1, layout=WGMMA) + blocks.at(pair, own)
+        seen = slots < over(limit, size)
+        if plan.windowed:
+            key, query = across(vector(r["at"])), over(asked, size)
             near = key > query - plan.mask.window
             seen = seen & (near | (key < plan.mask.sinks) if plan.mask.sinks else near)
         return jnp.where(seen, s, -jnp.inf)
 
     def multiply(acc, body):
-        return pl.run_state(body)(plgpu.ACC.init(acc))
+        """acc after `body`, which issues products into a reference to it."""
+        if registers:
+            return pl.run_state(body)(plgpu.ACC.init(acc))
 
-    def step_left(pair, carry):
+        def scope(ref):
+            body(ref)
+            return ref[...]
+
+        return acc + pl.run_scoped(scope, plgpu.ACC(acc.shape, jnp.float32))
+
+    def stat(i):
+        return plgpu.load(r["stats"].at[i], layout=BY_ROW, optimized=False)
+
+    def step_left(pair, carry, *, masked):
         acc, m, total = carry
-        s = logits(blocks.at(pair, 0))
+        s = logits(pair, masked)
         m0 = jnp.maximum(m, jnp.max(s, axis=1))
         r["stats"][0] = m0
         plgpu.barrier_arrive(r["m0_ready"])
         decay = jnp.exp2(m - m0)
-        p = jnp.exp2(s - over(m0, BLOCK))
+        p = jnp.exp2(s - over(m0, size))
         total = total * decay + jnp.sum(p, axis=1)
         p16 = p.astype(dtype)
         acc = acc * over(decay, wide)
+        if not registers:
+            p0()[...] = p16
+            plgpu.commit_smem()
+            acc = multiply(acc, lambda acc: plgpu.wgmma(acc, p0(), values(0)))
 
         def first(acc):
-            plgpu.wgmma(acc, p16, kv.at[0, :, columns])
+            if registers:
+                plgpu.wgmma(acc, p16, values(0))
             plgpu.barrier_wait(r["p1_ready"])
-            m1 = plgpu.load(r["stats"].at[1], layout=line, optimized=False)
-            r["p0"]()[...] = (p * over(jnp.exp2(m0 - m1), BLOCK)).astype(dtype)
+            p0()[...] = (p * over(jnp.exp2(m0 - stat(1)), size)).astype(dtype)
             plgpu.commit_smem()
             plgpu.barrier_arrive(r["p0_ready"])
 
-        acc = multiply(acc, first)
+        if registers:
+            acc = multiply(acc, first)
+        else:
+            first(None)
         plgpu.barrier_arrive(r["free_l"].at[0])
-        m1 = plgpu.load(r["stats"].at[1], layout=line, optimized=False)
+        m1 = stat(1)
         decay = jnp.exp2(m0 - m1)
         acc = acc * over(decay, wide)
         plgpu.barrier_wait(r["full_l"].at[1])
-        acc = multiply(acc, lambda acc: plgpu.wgmma(acc, r["p1"], kv.at[1, :, columns]))
+        acc = multiply(acc, lambda acc: plgpu.wgmma(acc, r["p1"], values(1)))
         plgpu.barrier_arrive(r["free_l"].at[1])
         return acc, m1, total * decay
 
-    def step_right(pair, carry):
+    def step_right(pair, carry, *, masked):
         acc, m, total = carry
-        s = logits(blocks.at(pair, 1))
+        s = logits(pair, masked)
         top = jnp.max(s, axis=1)
         plgpu.barrier_wait(r["m0_ready"])
-        m1 = jnp.maximum(plgpu.load(r["stats"].at[0], layout=line, optimized=False), top)
-        p = jnp.exp2(s - over(m1, BLOCK))
+        m1 = jnp.maximum(stat(0), top)
+        p = jnp.exp2(s - over(m1, size))
         p16 = p.astype(dtype)
         r["p1"][...] = p16
         r["stats"][1] = m1
@@ -342,121 +409,405 @@ def _consume(plan, r, blocks, where, *, left: bool):
         acc = acc * over(decay, wide)
         plgpu.barrier_wait(r["full_r"].at[0])
 
-        def both(acc):
-            plgpu.wgmma(acc, p16, kv.at[1, :, columns])
+        def products(acc):
+            plgpu.wgmma(acc, p16 if registers else r["p1"], values(1))
             plgpu.barrier_wait(r["p0_ready"])
-            plgpu.wgmma(acc, r["p0"](), kv.at[0, :, columns])
+            plgpu.wgmma(acc, p0(), values(0))
             plgpu.wgmma_wait(1)
             plgpu.barrier_arrive(r["free_r"].at[1])
 
-        acc = multiply(acc, both)
+        acc = multiply(acc, products)
         plgpu.barrier_arrive(r["free_r"].at[0])
         return acc, m1, total
 
     plgpu.barrier_wait(r["q_full"])
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, wide), jnp.float32), plgpu.Layout.WGMMA)
-    m = plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), line)
-    total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), line)
-    carry = lax.fori_loop(0, blocks.pairs, step_left if left else step_right, (acc, m, total))
-    _finish(plan, r, where, asked, carry, left=left)
+    carry = (
+        plgpu.layout_cast(jnp.zeros((ROWS, wide), jnp.float32), WGMMA),
+        plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), BY_ROW),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW),
+    )
+    step = step_left if left else step_right
+    if not plan.windowed:
+        carry = lax.fori_loop(0, blocks.plain, functools.partial(step, masked=False), carry)
+    carry = lax.fori_loop(blocks.plain, blocks.pairs, functools.partial(step, masked=True), carry)
+    _finish(plan, r, where, limit > 0, carry, left=left)
 
 
-def _asked(plan, r, where):
-    """int32[ROWS]: position of each row's query, -1 where there is none."""
-    line = plgpu.Layout.WGMMA.reduce(1)
-    rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=line)
-    asked = plgpu.layout_cast(jnp.full((ROWS,), 0, jnp.int32), line) + r["asked"][where["token"]]
+def _by_row(plan, r, where, name: str):
+    """int32[ROWS] of a number a query token; 0 where a row has none."""
+    rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW)
+    out = plgpu.layout_cast(jnp.full((ROWS,), r[name][where["token"]], jnp.int32), BY_ROW)
     for i in range(1, plan.tiles.tokens):
         here = where["count"] > i
-        position = jnp.where(here, r["asked"][where["token"] + jnp.where(here, i, 0)], -1)
-        asked = jnp.where(rows >= i * plan.tiles.heads, position, asked)
-    return asked
+        value = jnp.where(here, r[name][where["token"] + jnp.where(here, i, 0)], 0)
+        out = jnp.where(rows >= i * plan.tiles.heads, value, out)
+    return out
 
 
-def _finish(plan, r, where, asked, carry, *, left: bool):
+def _finish(plan, r, where, real, carry, *, left: bool):
     """Normalises and stores one half of the columns; warpgroup 0 stores the log of the sum as well."""
     acc, m, total = carry
-    line = plgpu.Layout.WGMMA.reduce(1)
     low, high = (0, plan.cut) if left else (plan.cut, plan.rank)
+    columns = pl.ds(low, high - low)
     # Each has summed the weights of its own blocks. Rows 0 and 2 are free: their last readers have passed a later barrier.
     r["stats"][0 if left else 2] = total
     plgpu.barrier_arrive(r["sums"])
     plgpu.barrier_wait(r["sums"])
-    total = total + plgpu.load(r["stats"].at[2 if left else 0], layout=line, optimized=False)
-    total = jnp.where(asked >= 0, total, 0.0)
-    factor = 1 / jnp.where(total > 0, total, 1.0)
+    total = total + plgpu.load(r["stats"].at[2 if left else 0], layout=BY_ROW, optimized=False)
+    total = jnp.where(real, total, 0.0)
+    m = jnp.where(total > 0, m, FLOOR)
     if plan.sinks:
-        sink = plgpu.load(r["sink"].at[where["head_block"]], layout=line, optimized=False)
-        m = jnp.where(total > 0, m, FLOOR)
+        sink = plgpu.load(r["sink"].at[where["head_block"]], layout=BY_ROW, optimized=False)
         top = jnp.maximum(m, sink)
-        total = total * jnp.exp2(m - top)
-        whole = total + jnp.exp2(sink - top)
-        factor = jnp.exp2(m - top) / whole
-        m, total = top, whole
-    factor = jnp.where(asked >= 0, factor, 0.0)
+        decay = jnp.exp2(m - top)
+        m, total = top, total * decay + jnp.exp2(sink - top)
+        acc = acc * lax.broadcast_in_dim(jnp.where(real, decay, 0.0), acc.shape, [0])
+    factor = jnp.where(real, 1 / jnp.where(total > 0, total, 1.0), 0.0)
     out = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
     lse = jnp.where(total > 0, (m + jnp.log2(jnp.where(total > 0, total, 1.0))) / LOG2E, -jnp.inf)
-    columns = pl.ds(low, high - low)
     if plan.tiles.splits > 1:
         r["out"].at[where["program"], :, columns][...] = out
         if left:
             r["lse"].at[where["program"]][...] = lse
-        return
-    # Both warpgroups have read the queries for the last time: their place takes the output.
-    r["q_smem"].at[:, columns][...] = out.astype(r["q_smem"].dtype)
-    if left:
-        r["stats"][1] = lse
-    plgpu.commit_smem()
-    heads = plan.tiles.heads
-    for i in range(plan.tiles.tokens):
-        to = pl.ds((where["token"] + i) * plan.heads + where["head_block"] * heads, heads)
-        here = None if plan.tiles.tokens == 1 else where["count"] > i
-        at = pl.ds(i * heads, heads)
-        plgpu.copy_smem_to_gmem(r["q_smem"].at[at, columns], r["out"].at[to, columns], here)
+    else:
+        # Both warpgroups have read the queries for the last time: their place takes the output.
+        place = r["q_l"] if left else r["q_r"]
+        place[...] = out.astype(place.dtype)
         if left:
-            plgpu.copy_smem_to_gmem(r["stats"].at[1, at], r["lse"].at[to], here)
-    plgpu.wait_smem_to_gmem(0)
+            r["stats"][1] = lse
+        plgpu.commit_smem()
+        heads = plan.tiles.heads
+
+        def store(i):
+            to = pl.ds((where["token"] + i) * plan.heads + where["head_block"] * heads, heads)
+            at = pl.ds(i * heads, heads)
+            plgpu.copy_smem_to_gmem(place.at[at], r["out"].at[to, columns])
+            if left:
+                plgpu.copy_smem_to_gmem(r["stats"].at[1, at], r["lse"].at[to])
+
+        store(0)
+        for i in range(1, plan.tiles.tokens):
+            pl.when(where["count"] > i)(functools.partial(store, i))
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _scratch(plan: _Plan, dtype):
-    tile = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    weights = plgpu.SMEM((ROWS, BLOCK), dtype, transforms=tile)
-    return [
-        plgpu.SMEM((ROWS, plan.width), dtype, transforms=tile),
-        plgpu.SMEM((2, BLOCK, plan.width), dtype, transforms=tile),
-        weights,
-        plgpu.SMEM((4, BLOCK), jnp.float32),
-        plgpu.SMEM((2, BLOCK), jnp.int32),
-        *([weights] if plan.width == plan.rank else []),
-        plgpu.Barrier(num_barriers=2, num_arrivals=_arrivals(plan, "l")),
-        plgpu.Barrier(num_barriers=2, num_arrivals=_arrivals(plan, "r")),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(),
-        plgpu.Barrier(),
-        plgpu.Barrier(),
-        plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(),
-        plgpu.Barrier(num_arrivals=_arrivals(plan, "l")),
-        plgpu.Barrier(num_arrivals=_arrivals(plan, "r")),
-    ]
+    size = plan.tiles.block
+    tile = (plgpu.TilingTransform((8, plan.unit)), plgpu.SwizzleTransform(2 * plan.unit))
+    weights = plgpu.SMEM((ROWS, size), dtype, transforms=tile)
+    lined = lambda dtype: plgpu.SMEM((2, plan.copies, max(plan.piece, 32)), dtype)  # noqa: E731 - 128-byte aligned
+    found = {
+        "p1": weights,
+        "stats": plgpu.SMEM((3, ROWS), jnp.float32),
+    }
+    if not plan.crosses_in_block:
+        found["p0"] = weights
+    if plan.windowed:
+        found["at"] = lined(jnp.int32)
+    if plan.scaled:
+        found["scales"] = lined(jnp.float32)
+    for part, low, high in plan.parts:
+        found["q_" + part] = plgpu.SMEM((ROWS, high - low), dtype, transforms=tile)
+    for side, low, high in plan.halves:
+        found["kv_" + side] = plgpu.SMEM((2, size, high - low), dtype, transforms=tile)
+        found["full_" + side] = plgpu.Barrier(num_barriers=2, num_arrivals=plan.arrivals(side))
+        found["tail_" + side] = plgpu.Barrier(num_arrivals=plan.arrivals(side))
+        if plan.tiles.cluster:
+            found["free_" + side] = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=2)
+        else:
+            found["free_" + side] = plgpu.Barrier(num_barriers=2)
+    found |= {name: plgpu.Barrier() for name in ("m0_ready", "p0_ready", "p1_ready")}
+    found["sums"] = plgpu.Barrier(num_arrivals=2)
+    found["q_full"] = plgpu.Barrier(num_arrivals=len(plan.parts))
+    return found
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(plan: _Plan, q, pool, positions, table, lengths, items, asked, *extra):
-    """q [T * N, H], pool [slots, H], positions int32[slots] -> out [T * N, R], lse float32[T * N], or the splits' parts."""
+def _attend(plan: _Plan, q, pool, table, lengths, items, limits, *extra):
+    """q [T * N, H], pool [slots, H] -> out [T * N, R], lse float32[T * N], or the parts of splits."""
     if plan.tiles.splits > 1:
         shapes = ((plan.programs, ROWS, plan.rank), jnp.float32), ((plan.programs, ROWS), jnp.float32)
     else:
         shapes = ((q.shape[0], plan.rank), q.dtype), ((q.shape[0],), jnp.float32)
+    cluster = {"cluster": (2,), "cluster_names": ("pair",)} if plan.tiles.cluster else {}
     kernel = plgpu.kernel(
         functools.partial(_kernel, plan),
         out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         scratch_types=_scratch(plan, q.dtype),
-        grid=(plan.programs,),
+        grid=(plan.programs // (2 if plan.tiles.cluster else 1),),
         grid_names=("program",),
         num_threads=3,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        kernel_name="mla",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        **cluster,
     )
-    return kernel(q, pool, positions, table, lengths, items, asked, *extra)
+    return kernel(q, pool, table, lengths, items, limits, *extra)
+
+
+# --- Around it -------------------------------------------------------------------------------------------------------
+
+
+def _merge(plan: _Plan, out, lse, sink):
+    """Parts of splits -> out float32[items, rows, N / heads, heads, R] by token and head, lse alike; sink logits join."""
+    t = plan.tiles
+    by = (plan.items, t.splits, plan.head_blocks, ROWS)
+    out, lse = out.reshape(*by, plan.rank), lse.reshape(by)
+    top = jnp.max(lse, axis=1)
+    if sink is not None:
+        row = jnp.arange(ROWS) % t.heads
+        sink = sink.astype(jnp.float32).reshape(plan.head_blocks, t.heads)[:, row]
+        top = jnp.maximum(top, sink)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weight = jnp.exp(lse - top[:, None])
+    total = jnp.sum(weight, axis=1)
+    if sink is not None:
+        total = total + jnp.exp(sink - top)
+    weight = weight / jnp.where(total > 0, total, 1.0)[:, None]
+    out = jnp.sum(out * weight[..., None], axis=1)
+    lse = jnp.log(total) + top
+
+    def by_token(x):
+        """[items, head blocks, ROWS, ...] -> [items, tokens, N, ...]"""
+        x = x[:, :, : t.tokens * t.heads].reshape(plan.items, plan.head_blocks, t.tokens, t.heads, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 1).reshape(plan.items, t.tokens, plan.heads, *x.shape[4:])
+
+    return by_token(out), by_token(lse)
+
+
+def _call(plan: _Plan, q, pool, table, lengths, items, limits, asked, positions, sink, logit_scale):
+    """-> (out, lse) by flat row [T * N], or, of splits, by item and token."""
+    tokens = q.shape[0] // plan.heads
+    inner = dataclasses.replace(plan, sinks=plan.sinks and plan.tiles.splits == 1)
+    extra = []
+    if plan.windowed:
+        extra += [asked, positions.reshape(-1)]
+    if plan.scaled:
+        extra.append(logit_scale.astype(jnp.float32).reshape(-1))
+    if inner.sinks:
+        row = jnp.arange(ROWS) % plan.tiles.heads
+        extra.append(sink.astype(jnp.float32).reshape(plan.head_blocks, -1)[:, row] * LOG2E)
+    flat = pool.reshape(-1, plan.width)
+    out, lse = _attend(inner, q, flat, table, lengths, items, limits, *extra)
+    if plan.tiles.splits > 1:
+        out, lse = _merge(plan, out, lse, sink)
+        return out.astype(q.dtype), lse
+    return out.reshape(tokens, plan.heads, plan.rank), lse.reshape(tokens, plan.heads)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(plan: _Plan, q, pool, positions, table, lengths, q_positions, sink, logit_scale):
+    b, queries, n, h = q.shape
+    size = plan.tiles.tokens
+    each = -(-queries // size)
+    lengths = jnp.minimum(lengths[0], table.shape[2] * plan.page).astype(jnp.int32)
+    real = q_positions >= 0
+    # A row's queries are its newest slots.
+    later = jnp.sum(real[:, None, :] & jnp.tri(queries, k=-1, dtype=bool).T, axis=2)
+    slot = lengths[:, None] - 1 - later
+    limit = jnp.where(real, slot + 1 if plan.mask.causal else lengths[:, None], 0)
+    pad = ((0, 0), (0, each * size - queries))
+    blocked = lambda x, value: jnp.pad(x, pad, constant_values=value).reshape(b, each, size)  # noqa: E731
+    token = jnp.arange(b)[:, None] * queries + jnp.arange(each) * size
+    count = jnp.broadcast_to(jnp.minimum(queries - jnp.arange(each) * size, size), (b, each))
+    end = jnp.max(blocked(limit, 0), axis=2)
+    low = jnp.maximum(jnp.min(blocked(jnp.where(real, slot, 2**30), 2**30), axis=2), 0)
+    row = jnp.broadcast_to(jnp.arange(b)[:, None], (b, each))
+    items = jnp.stack([row, token, count, end, low], axis=-1).reshape(-1, 5).astype(jnp.int32)
+    args = (table[0], lengths, items, limit.reshape(-1).astype(jnp.int32), q_positions.reshape(-1), positions)
+    out, lse = _call(plan, q.reshape(-1, h), pool, *args, sink, logit_scale)
+    if plan.tiles.splits > 1:
+        out, lse = (x.reshape(b, each * size, *x.shape[2:])[:, :queries] for x in (out, lse))
+    return out.reshape(b, queries, n, plan.rank), lse.reshape(b, queries, n)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ragged(plan: _Plan, q, pool, ragged: Ragged, positions, table, lengths, sink, logit_scale):
+    tokens, n, h = q.shape
+    size, batch = plan.tiles.tokens, ragged.batch
+    lengths = jnp.minimum(lengths[0], table.shape[2] * plan.page).astype(jnp.int32)
+    count = -(-ragged.counts // size)  # items a row
+    stop = jnp.cumsum(count)
+    index = jnp.arange(plan.items, dtype=jnp.int32)
+    row = jnp.sum(index[:, None] >= stop[None, :], axis=1, dtype=jnp.int32)
+    real = row < batch
+    row = jnp.minimum(row, batch - 1)
+    offset = (index - (stop - count)[row]) * size
+    number = jnp.where(real, jnp.clip(ragged.counts[row] - offset, 0, size), 0)
+    low = jnp.maximum(lengths[row] - ragged.counts[row] + offset, 0)
+    end = low + number if plan.mask.causal else lengths[row]
+    items = jnp.stack([row, ragged.starts[row] + offset, number, end, low], axis=-1).astype(jnp.int32)
+    mine = jnp.minimum(ragged.rows, batch - 1)
+    within = jnp.arange(tokens, dtype=jnp.int32) - ragged.starts[mine]
+    limit = lengths[mine] - ragged.counts[mine] + within + 1 if plan.mask.causal else lengths[mine]
+    limit = jnp.where(ragged.rows < batch, limit, 0).astype(jnp.int32)
+    args = (table[0], lengths, items, limit, ragged.positions, positions)
+    out, lse = _call(plan, q.reshape(-1, h), pool, *args, sink, logit_scale)
+    if plan.tiles.splits > 1:
+        within = jnp.clip(within, 0, ragged.longest - 1)
+        item = jnp.clip((stop - count)[mine] + within // size, 0, plan.items - 1)
+        out, lse = (x[item, within % size] for x in (out, lse))
+    return out, lse
+
+
+def paged_decode(
+    q,
+    k_pool,
+    v_pool=None,
+    *,
+    positions,
+    table,
+    lengths,
+    q_positions,
+    mask: Mask = Mask(),
+    scale=None,
+    softcap=None,
+    sink_logits=None,
+    logit_scale=None,
+    value_dim=None,
+    want_scores=False,
+    tiles: Tiles | None = None,
+):
+    """Attention of Q = 1 .. 8 new tokens a row over its cached latents, their own included.
+
+    q [B, Q, N, R + Hr]; k_pool [pages + 1, 1, P, R + Hr] in q's dtype, v_pool None, value_dim R; positions
+    int32[pages + 1, P]; table int32[1, B, pages]; lengths int32[1, B]; q_positions int32[B, Q], -1 where there is no query:
+    a row's queries are its newest slots; logit_scale [pages + 1, 1, P]; sink_logits [N].
+    -> (out [B, Q, N, R], lse float32[B, Q, N], None).
+    Raises: LoweringError for what the kernel does not take.
+    """
+    op = "paged_decode"
+    if q.ndim != 4 or not 1 <= q.shape[1] <= QUERIES:
+        _refuse(op, "q", f"{q.dtype}{list(q.shape)}", f"[B, 1 to {QUERIES}, N, R + Hr]")
+    b, queries = q.shape[:2]
+    _check(op, q, k_pool, v_pool, table, lengths, b, sink_logits, logit_scale, value_dim, want_scores)
+    if q_positions.shape != (b, queries):
+        _refuse(op, "q_positions", list(q_positions.shape), [b, queries])
+    site = (q, k_pool, table, mask, scale, softcap, sink_logits, logit_scale, value_dim)
+    plan = _plan(*site, queries, b * queries, tiles)
+    plan = dataclasses.replace(plan, items=b * -(-queries // plan.tiles.tokens))
+    return (*_decode(plan, q, k_pool, positions, table, lengths, q_positions, sink_logits, logit_scale), None)
+
+
+def ragged_paged_attention(
+    q,
+    k_pool,
+    v_pool=None,
+    *,
+    ragged: Ragged,
+    positions,
+    table,
+    lengths,
+    mask: Mask = Mask(),
+    scale=None,
+    softcap=None,
+    sink_logits=None,
+    logit_scale=None,
+    value_dim=None,
+    want_scores=False,
+    tiles: Tiles | None = None,
+):
+    """`paged_decode` for T ragged tokens q [T, N, R + Hr], prefill chunks and decodes mixed, causal inside a chunk.
+
+    -> (out [T, N, R], lse float32[T, N], None); what padding tokens get is unspecified.
+    Raises: LoweringError for what the kernel does not take.
+    """
+    op = "ragged_paged_attention"
+    if q.ndim != 3:
+        _refuse(op, "q", f"{q.dtype}{list(q.shape)}", "[T, N, R + Hr]")
+    _check(op, q, k_pool, v_pool, table, lengths, ragged.batch, sink_logits, logit_scale, value_dim, want_scores)
+    tokens, batch = q.shape[0], ragged.batch
+    site = (q, k_pool, table, mask, scale, softcap, sink_logits, logit_scale, value_dim)
+    plan = _plan(*site, ragged.longest, tokens, tiles)
+    size = plan.tiles.tokens
+    plan = dataclasses.replace(plan, items=min(tokens, (tokens + batch * (size - 1)) // size))
+    return (*_ragged(plan, q, k_pool, ragged, positions, table, lengths, sink_logits, logit_scale), None)
+
+
+def _refuse(op: str, argument: str, got, allowed):
+    raise LoweringError(f"{op} (mla, mosaic_gpu/sm90): {argument} {got}; allowed: {allowed}")
+
+
+def _dims(width: int, rank: int) -> str | None:
+    """None, or why latents of these sizes are refused."""
+    if rank % 32 or width % 32 or not 64 <= rank <= 512 or width < rank:
+        return f"latents of {rank} + {width - rank} numbers; allowed: multiples of 32, rank 64 to 512"
+    if _bytes(rank, width, 32) > SMEM:
+        return f"latents of {rank} + {width - rank} numbers; at most 704 in all"
+    return None
+
+
+def _check(op, q, pool, v_pool, table, lengths, batch, sink_logits, logit_scale, value_dim, want_scores):
+    if v_pool is not None:
+        _refuse(op, "v_pool", "given", "None: values are the first value_dim numbers of the keys")
+    if want_scores:
+        _refuse(op, "want_scores", True, "False")
+    if is_qtensor(pool):
+        _refuse(op, "k_pool", f"packed as {pool.format}", "a dense pool")
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or pool.dtype != q.dtype:
+        _refuse(op, "dtypes", f"q {q.dtype}, k_pool {pool.dtype}", "both bfloat16 or both float16")
+    heads, width = q.shape[-2:]
+    if pool.ndim != 4 or pool.shape[1] != 1 or pool.shape[3] != width or pool.shape[2] not in PAGES:
+        _refuse(op, "k_pool", list(pool.shape), f"[pages + 1, 1, {PAGES}, {width}]")
+    if value_dim is None or not isinstance(value_dim, int):
+        _refuse(op, "value_dim", value_dim, "the rank of the latents")
+    if _dims(width, value_dim):
+        _refuse(op, "q and value_dim", *_dims(width, value_dim).split("; "))
+    if heads % 8:
+        _refuse(op, "heads", heads, "multiples of 8")
+    if table.ndim != 3 or table.shape[:2] != (1, batch):
+        _refuse(op, "table", list(table.shape), f"[1, {batch}, pages]")
+    if lengths.shape != (1, batch):
+        _refuse(op, "lengths", list(lengths.shape), [1, batch])
+    if sink_logits is not None and sink_logits.shape != (heads,):
+        _refuse(op, "sink_logits", list(sink_logits.shape), [heads])
+    if logit_scale is not None and logit_scale.shape != pool.shape[:3]:
+        _refuse(op, "logit_scale", list(logit_scale.shape), list(pool.shape[:3]))
+
+
+_tiles = tiles
+
+
+def _plan(q, pool, table, mask, scale, softcap, sink_logits, logit_scale, rank, queries, tokens, chosen) -> _Plan:
+    heads, width = q.shape[-2:]
+    page, pages = pool.shape[2], table.shape[2]
+    sizes = {"heads": heads, "rank": rank, "width": width, "queries": queries, "items": tokens}
+    return _Plan(
+        heads=heads,
+        width=width,
+        rank=rank,
+        page=page,
+        tiles=chosen or _tiles(**sizes, pages=pages, page_size=page),
+        items=tokens,
+        mask=mask,
+        scale=float(1 / math.sqrt(width) if scale is None else scale),
+        softcap=None if softcap is None else float(softcap),
+        scaled=logit_scale is not None,
+        sinks=sink_logits is not None,
+    )
+
+
+def supports(args: Mapping[str, Any], target: Any) -> str | None:
+    """None, or why these kernels do not take the call site."""
+    if (getattr(target, "platform", None), getattr(target, "arch", None)) != ("gpu", "sm90"):
+        return "needs a Hopper GPU (sm90)"
+    cache = args["cache"]
+    if cache is None or cache.kind != "latent":
+        return f"reads MLA latents, not {'no' if cache is None else f'a {cache.kind}'} cache"
+    if cache.format is not None:
+        return f"reads latents without a format, not {cache.format}"
+    if cache.dtype not in ("bfloat16", "float16"):
+        return f"latents of {cache.dtype}; allowed: bfloat16, float16"
+    if args.get("value_dim") is None:
+        return "needs value_dim, the rank of the latents"
+    if args["kv_heads"] != 1:
+        return f"one latent head, not {args['kv_heads']}"
+    if args["heads"] % 8:
+        return f"{args['heads']} heads; allowed: multiples of 8"
+    page = args.get("page_size")
+    if page is not None and page not in PAGES:
+        return f"page size {page}; allowed: 16, 32, 64, 128"
+    if args.get("want_scores"):
+        return "does not return scores"
+    return _dims(args["head_dim"], args["value_dim"])
