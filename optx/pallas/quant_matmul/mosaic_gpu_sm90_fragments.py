@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from optx.formats import Float8, Format, Int
+from optx.formats import Float4, Float8, Format, Int
 from optx.tensor import QTensor, leaf_bytes
 
 BLOCK = 64  # outputs, and contracted numbers, of one block of fragments
@@ -26,11 +26,13 @@ class Fragments:
 
     data int32[F / 64, D / 64 * bits / 2, 256]: 64 x 64 blocks, the D of one block of outputs side by side;
     scale [F / 64, groups, 64], zero bfloat16[F / 64, groups, 64] or None: outputs 16 w + 8 h + g at 16 w + 2 g + h.
+    outer float32[F / 64, 1, 64]: the scale of a whole output beside those of its blocks (nvfp4), or None.
     """
 
     data: jax.Array
     scale: jax.Array
     zero: jax.Array | None = None
+    outer: jax.Array | None = None
     format: Format = dataclasses.field(metadata={"static": True})
     length: int = dataclasses.field(metadata={"static": True})  # D
     dtype: jnp.dtype = dataclasses.field(default=jnp.dtype("bfloat16"), metadata={"static": True})
@@ -49,11 +51,11 @@ class Fragments:
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf_bytes(p) for p in (self.data, self.scale, self.zero) if p is not None)
+        return sum(leaf_bytes(p) for p in (self.data, self.scale, self.zero, self.outer) if p is not None)
 
     @property
     def bits(self) -> int:
-        return self.format.width if isinstance(self.format, Int) else 8
+        return bits(self.format)
 
     @property
     def groups(self) -> int:
@@ -68,9 +70,13 @@ class Fragments:
             data = data.astype(jnp.int8) if self.format.symmetric else data ^ jnp.uint8(128)
         if zero is not None:
             zero = (_restore_rows(zero).astype(jnp.float32) + _offset(self.bits)).astype(jnp.uint8)
+        scale = _restore_rows(self.scale)
+        if self.outer is not None:
+            outer = jax.lax.bitcast_convert_type(_restore_rows(self.outer)[:, 0], jnp.uint8)
+            scale = jnp.concatenate([scale, outer], axis=-1)
         return QTensor(
             data=data,
-            scale=_restore_rows(self.scale),
+            scale=scale,
             zero=zero,
             format=self.format,
             length=self.length,
@@ -84,28 +90,42 @@ class Fragments:
 
 @jax.jit
 def relayout(w: QTensor) -> Fragments:
-    """The same weight as `Fragments`. w: what `supports` of the kernel takes (int4, int8 or fp8 e4m3, [D, F] in 64s)."""
-    bits = w.format.width if isinstance(w.format, Int) else 8
-    data, zero = w.data, w.zero
+    """The same weight as `Fragments`. w: what `supports` of the kernel takes ([D, F] in 64s, 4 or 8 bits)."""
+    width = bits(w.format)
+    data, scale, zero, outer = w.data, w.scale, w.zero, None
+    if isinstance(w.format, Float8):  # the kernel reads the codes of NaN as numbers: a scale tells of them
+        bad = jnp.any(jnp.isnan(data.reshape(*scale.shape, -1)), axis=-1)
+        scale = jnp.where(bad, jnp.nan, scale)
     if isinstance(w.format, Float8) or data.dtype == jnp.int8:
         data = jax.lax.bitcast_convert_type(data, jnp.uint8)
-    elif bits == 8:
+    elif width == 8:
         data = data ^ jnp.uint8(128)  # the kernel reads bytes as signed
     if zero is not None:
-        zero = _arrange_rows((zero.astype(jnp.float32) - _offset(bits)).astype(jnp.bfloat16))
+        zero = _arrange_rows((zero.astype(jnp.float32) - _offset(width)).astype(jnp.bfloat16))
+    if isinstance(w.format, Float4) and w.format.kind == "nv":
+        blocks = w.length // w.format.group
+        outer = jax.lax.bitcast_convert_type(scale[:, blocks:], jnp.float32)[:, None]
+        scale = scale[:, :blocks]
+        outer = _arrange_rows(jnp.where(jnp.any((scale & 127) == 127, axis=1, keepdims=True), jnp.nan, outer))
     return Fragments(
-        data=_arrange(data, bits, w.length),
-        scale=_arrange_rows(w.scale),
+        data=_arrange(data, width, w.length),
+        scale=_arrange_rows(scale),
         zero=zero,
+        outer=outer,
         format=w.format,
         length=w.length,
         dtype=w.dtype,
     )
 
 
-def _offset(bits: int) -> int:
+def bits(format_: Format) -> int:
+    """Bits of a code of a format that the kernel takes."""
+    return {Int: getattr(format_, "width", None), Float8: 8, Float4: 4}[type(format_)]
+
+
+def _offset(width: int) -> int:
     """What the kernel takes from a code before the zero point is subtracted: a widened int4 is 128 + code."""
-    return -128 if bits == 4 else 128
+    return -128 if width == 4 else 128
 
 
 # Axes of the arrangements below: T, K blocks of outputs and of contracted numbers; w h g the output 16 w + 8 h + g in
@@ -113,10 +133,10 @@ def _offset(bits: int) -> int:
 _SHAPE = (4, 2, 8)  # w h g
 
 
-def _arrange(data, bits, length):
+def _arrange(data, width, length):
     """uint8[F, packed] -> int32[F / 64, D / 64 * bits / 2, 256]."""
     outputs, inputs = data.shape[0] // BLOCK, length // BLOCK
-    if bits == 4:
+    if width == 4:
         nibbles = jnp.stack([data & 15, data >> 4], axis=-1).reshape(outputs, *_SHAPE, inputs, 4, 2, 4, 2)
         low, high = nibbles[:, :, 0], nibbles[:, :, 1]  # T w g K s j c e
         data = jnp.transpose(low | (high << 4), (0, 3, 1, 2, 6, 4, 7, 5))  # T K w g c s [e j]: byte j + 2 e of word s
@@ -127,11 +147,11 @@ def _arrange(data, bits, length):
     return words.reshape(outputs, -1, WORDS)
 
 
-def _restore(words, bits, length):
+def _restore(words, width, length):
     """int32[F / 64, D / 64 * bits / 2, 256] -> uint8[F, packed]."""
     outputs, inputs = words.shape[0], length // BLOCK
     data = jax.lax.bitcast_convert_type(words, jnp.uint8)
-    if bits == 4:
+    if width == 4:
         data = data.reshape(outputs, inputs, 4, 8, 4, 4, 2, 2)  # T K w g c s e j
         data = jnp.transpose(data, (0, 2, 3, 1, 5, 7, 4, 6))  # T w g K s j c e
         nibbles = jnp.stack([data & 15, data >> 4], axis=2).reshape(outputs * BLOCK, length)

@@ -1,0 +1,84 @@
+"""Cases and benchmark shapes of `quant_matmul` with 16-bit activations: every packed format, one row to a prefill."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optx import formats, tensor
+from optx.bench.cases import Case, Shape
+from optx.tensor import QTensor
+
+OP = "quant_matmul"
+
+
+def call(rng, m, d, f, stored, *, lead=()):
+    """x [*lead, m, d] with a row of zeros, w [d, f] whose outputs differ in size."""
+    x = rng.standard_normal((*lead, m, d), np.float32) * np.exp(rng.standard_normal((*lead, m, 1), np.float32))
+    x[..., -1, :] = 0 if m > 1 else x[..., -1, :]
+    w = rng.standard_normal((d, f), np.float32) * np.exp(rng.standard_normal(f, np.float32)) / d**0.5
+    return (jnp.asarray(x, jnp.bfloat16), tensor.quantize(jnp.asarray(w, jnp.bfloat16), stored)), {}
+
+
+def site(d: int, f: int, stored) -> dict:
+    return {"weight": tensor.quantize(jax.ShapeDtypeStruct((d, f), jnp.bfloat16), stored), "dtype": jnp.bfloat16}
+
+
+def case(stored: str, m, d, f, *, small=False, **kwargs) -> Case:
+    format_ = formats.parse(stored)
+    make = functools.partial(call, m=m, d=d, f=f, stored=format_, **kwargs)
+    return Case(op=OP, name=f"{stored}_{m}x{d}x{f}", make=make, site=site(d, f, format_), small=small)
+
+
+GROUPED = [f"int{width}_g{group}{zero}" for width in (4, 8) for group in (32, 64, 128) for zero in ("", "_asym")]
+CHANNEL = ["int4", "int4_asym", "int8", "int8_asym", "fp8_e4m3"]
+
+CASES = (
+    case("int4_g128", 5, 256, 128, small=True),
+    case("int4_g32_asym", 9, 128, 192, small=True),
+    case("int8", 16, 128, 128, small=True),
+    case("int8_g64_asym", 3, 128, 64, small=True),
+    case("fp8_e4m3", 2, 128, 64, small=True),
+    case("mxfp4", 8, 128, 64, small=True),
+    case("nvfp4", 8, 128, 64, small=True),
+    *(case(stored, 16, 1024, 448) for stored in (*GROUPED, *CHANNEL, "fp8_e4m3_g128", "mxfp4", "nvfp4")),
+    *(case("int4_g128", m, 512, 1088) for m in (1, 2, 7, 8, 13, 32, 33, 64, 65, 128, 200, 256, 300, 1001)),
+    *(case(stored, m, 320, 320) for m in (1, 70, 300) for stored in ("int4_g64_asym", "int8", "fp8_e4m3", "nvfp4")),
+    *(case(stored, m, 4096, f) for m in (1, 16, 64) for f in (1024, 4096, 6144) for stored in ("int4_g128", "int8")),
+    case("int4_g128_asym", 3, 12288, 4096),
+    case("int4_g128", 4, 4096, 151936),
+    case("int4_g128", 6, 512, 448, lead=(2, 3)),
+    case("int4_g128", 2048, 4096, 6144),
+    case("int8", 700, 1024, 12352),
+    case("fp8_e4m3_g128", 700, 1024, 12352),
+    case("mxfp4", 700, 1024, 12352),
+)
+
+
+def xla(x, w: QTensor):
+    """The reference left to XLA: dequantized and multiplied."""
+    return tensor.matmul(x, w)
+
+
+def shape(stored: str, m, d=4096, f=24576) -> Shape:
+    format_ = formats.parse(stored)
+    packed = site(d, f, format_)["weight"].nbytes
+    return Shape(
+        op=OP,
+        name=f"{stored}_{m}x{d}x{f}",
+        make=functools.partial(call, m=m, d=d, f=f, stored=format_),
+        site=site(d, f, format_),
+        bytes=packed + 2 * m * (d + f),
+        flops=2 * m * d * f,
+        copies=4,
+        peers={"xla": xla},
+    )
+
+
+SHAPES = (
+    *(shape("int4_g128", m) for m in (1, 16, 64, 256, 4096)),
+    *(shape(stored, 16) for stored in ("int8", "fp8_e4m3", "mxfp4", "nvfp4")),
+    shape("int4_g128", 16, f=4096),
+    shape("int4_g128", 16, d=12288, f=4096),
+)

@@ -1,0 +1,616 @@
+"""quant_matmul on Hopper, 16-bit activations: out^T = w x^T, the weights being the 64-row operand, from registers.
+
+A decode of few rows then costs few columns of the matrix units, and a weight is read and widened once for up to 256 rows.
+One producer warpgroup keeps the copy engine busy through a ring of shared memory; each other warpgroup owns a strip of 64
+outputs. Codes lie in the order of the fragments (see `Fragments`), so that a thread reads its own with 16-byte loads and
+widens two at a time with bit operations (Kim et al. 2022, arXiv:2211.10017, for the constants).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as fragmented
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from optx import formats_fp4 as fp4
+from optx import tensor
+from optx.errors import LoweringError
+from optx.formats import Float4, Float8, Format, Int
+from optx.pallas.quant_matmul.mosaic_gpu_sm90_fragments import BLOCK, WORDS, Fragments, relayout
+from optx.tensor import QTensor
+
+SMS = 132  # of H100 SXM and H200; on a part with fewer some blocks wait their turn
+SHARED = 227 << 10  # bytes that a block may have
+REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 40)}  # by consumers: of each, of the producer
+PART = 64  # rows of a tile that leave together
+BAND = 16  # row tiles that pass over the outputs together: x then stays in the L2 cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Sizes of a work item: `rows` rows of x by `strips` times 64 outputs."""
+
+    rows: int  # columns of the matrix units: 8, 16, 32, 64, 128, 256
+    strips: int  # of 64 outputs, each a warpgroup's
+    blocks: int  # of 64 contracted numbers in a step
+    stages: int  # steps in flight
+    share: int = 1  # warpgroups of a strip, which take its steps in turn
+    split: int = 1  # thread blocks of a cluster, which share out the contracted axis
+    grid: int = SMS  # persistent thread blocks
+    registers: bool = True  # False: widened by plain operations through shared memory, what the interpreter can run
+
+    @property
+    def parts(self) -> int:
+        """Partial sums of an output."""
+        return self.share * self.split
+
+    @property
+    def consumers(self) -> int:
+        return self.strips * self.share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the kernel is specialised on beside shapes."""
+
+    tiles: Tiles
+    kind: str  # int4, int8, fp8, mx, nv
+    bits: int
+    group: int  # contracted numbers of one scale; all of them: scaled after the sum
+    depth: int  # D
+    zero: bool
+
+    @property
+    def grouped(self) -> bool:
+        return self.group < self.depth
+
+    @property
+    def scaled(self) -> bool:
+        """Whether an output has a factor of its own."""
+        return not self.grouped or self.kind == "nv"
+
+    @property
+    def step(self) -> int:
+        return BLOCK * self.tiles.blocks
+
+    @property
+    def words(self) -> int:
+        """Rows of 256 words that a step of one strip takes."""
+        return self.tiles.blocks * self.bits // 2
+
+    @property
+    def scales(self) -> int:
+        """Scales of an output in a step."""
+        return max(1, self.step // self.group)
+
+
+def plan_for(w: Fragments, tiles: Tiles) -> Plan:
+    kind = {Int: f"int{w.bits}", Float8: "fp8", Float4: getattr(w.format, "kind", "")}[type(w.format)]
+    return Plan(
+        tiles=tiles, kind=kind, bits=w.bits, group=w.length // w.groups, depth=w.length, zero=w.zero is not None
+    )
+
+
+def tiles_for(rows: int, w: Fragments) -> Tiles:
+    """Rows of x and the weight (abstract will do) -> sizes.
+
+    The strips of a thread block and the blocks of a cluster are chosen so that the busiest SM has the least to do; a step
+    holds some 16 KB of codes while rows are few.
+    """
+    d, f = w.shape
+    outputs = -(-f // BLOCK)
+    wide = next((n for n in (8, 16, 32, 64, 128) if rows <= n), 128 if rows <= 256 else 256)
+    row_tiles = -(-rows // wide)
+    most = {8: 4, 16: 4, 32: 4, 64: 2, 128: 2, 256: 1}[wide] if w.bits == 4 else 2 if wide <= 64 else 1
+    group = d // w.groups
+    fits = lambda n: d % (BLOCK * n) == 0 and (group % (BLOCK * n) == 0 or (BLOCK * n) % group == 0)  # noqa: E731
+    blocks = next(n for n in (4, 2, 1) if n <= most and fits(n))
+    steps = d // (BLOCK * blocks)
+
+    def load(choice) -> float:
+        strips, split = choice
+        turns = -(-(-(-outputs // strips) * row_tiles) // (SMS // split))
+        if split > 1 and (turns > 1 or (split - 1) * strips * wide > 192 or steps % split or steps // split < 4):
+            return math.inf  # partial sums are taken once, in 48 KB
+        return turns * strips / split
+
+    choices = [(2, 1)] if wide == 256 else [(n, split) for split in (1, 2, 4) for n in (3, 2, 1)]
+    strips, split = min(choices, key=load)
+    share = 2 if strips == 1 and wide <= 64 and row_tiles * outputs * split <= SMS else 1
+    tiles = Tiles(rows=wide, strips=strips, blocks=blocks, stages=1, share=share, split=split)
+    stages = min(
+        12,
+        (SHARED - shared(plan_for(w, tiles), w, 0))
+        // (shared(plan_for(w, tiles), w, 1) - shared(plan_for(w, tiles), w, 0)),
+    )
+    return dataclasses.replace(tiles, stages=stages // share * share)
+
+
+def shared(plan: Plan, w: Fragments, stages: int) -> int:
+    """Bytes of shared memory that the kernel takes."""
+    tiles = plan.tiles
+    scale = plan.grouped * plan.scales * BLOCK * jnp.dtype(w.scale.dtype).itemsize
+    stage = tiles.rows * plan.step * 2 + tiles.strips * (plan.words * WORDS * 4 + scale + plan.zero * plan.scales * 128)
+    out = 2 * min(tiles.rows, PART) * BLOCK * 2
+    return stages * stage + tiles.strips * (out + (tiles.parts - 1) * BLOCK * tiles.rows * 4) + 8192
+
+
+# Codes to bfloat16. A register holds two numbers; those with 7 bits of mantissa count in steps of 1 from 128 = 0x4300 on,
+# so a code becomes a number by an "or" and a subtraction.
+
+
+def _const(x):
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, x - (1 << 32) if x >= 1 << 31 else x))
+
+
+def _and(a, mask):
+    return arith.andi(a, _const(mask))
+
+
+def _or(a, bits):
+    return arith.ori(a, _const(bits))
+
+
+def _shift(a, count):
+    return a if count == 0 else arith.shrui(a, _const(count)) if count > 0 else arith.shli(a, _const(-count))
+
+
+def _pair(op, a, b):
+    return utils.inline_ptx(f"{op}.rn.bf16x2 $0, $1, $2;", a, b, result_types=a.type)
+
+
+def _int4(word, h, j):
+    """128 + code in both halves."""
+    return _or(_and(_shift(word, 8 * j + 4 * h), 0x000F000F), 0x43004300)
+
+
+def _int8(word, h):
+    """The signed byte h of both halves: the low 7 bits from 128 on, less 128 or (bit 7 set) 256."""
+    code = _or(_and(_shift(word, 8 * h), 0x00FF00FF), 0x43004300)
+    return _pair("sub", _and(code, 0xFF7FFF7F), _and(code, 0xFF80FF80))
+
+
+def _fp8(word, h):
+    """e4m3 byte h of both halves as a bfloat16 with its exponent bits, which is 2^-120 of the number; times 2^120."""
+    word = _shift(word, 8 * (h - 1))
+    bits = arith.ori(_and(word, 0x80008000), _and(_shift(word, 4), 0x07F007F0))
+    return _pair("mul", bits, _const(0x7B807B80))
+
+
+def _fp4(word, h, j):
+    """e2m1 nibbles of both halves as bfloat16 with their exponent bits, 2^-126 of the number; times 2^126."""
+    at = 8 * j + 4 * h
+    bits = arith.ori(_and(_shift(word, at - 12), 0x80008000), _and(_shift(word, at - 6), 0x01C001C0))
+    return _pair("mul", bits, _const(0x7E807E80))
+
+
+def _thread():
+    """(thread of the warpgroup, the first of its two outputs in a row of scales)."""
+    thread = _and(utils.thread_idx(), 127)
+    return thread, arith.addi(_shift(_shift(thread, 5), -4), _shift(_shift(_and(thread, 31), 2), -1))
+
+
+def _address(ref, offset):
+    """Pointer `offset` bytes (i32) into a ref of contiguous shared or global memory."""
+    return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
+
+
+def _load(ref, offset, element, count):
+    vec = ir.VectorType.get((count,), element)
+    size = count * utils.bytewidth(element)
+    return llvm.load(vec, _address(ref, offset), alignment=size)
+
+
+def _two(ref, row, column):
+    """Numbers column, column + 1 of row `row` (static) of a ref [rows, 64] -> two float32."""
+    element = ir.MemRefType(ref.type).element_type
+    width = utils.bytewidth(element)
+    at = arith.addi(arith.muli(column, _const(width)), _const(row * BLOCK * width))
+    loaded = _load(ref, at, element, 2)
+    f32 = ir.F32Type.get()
+    return loaded if element == f32 else arith.extf(ir.VectorType.get((2,), f32), loaded)
+
+
+def _factors(scale, row, column, kind):
+    """The scales of two outputs -> two words, each a bfloat16 twice."""
+    if kind not in ("mx", "nv"):
+        return _splats(_two(scale, row, column))
+    i16, i32 = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32)
+    both = llvm.load(i16, _address(scale, arith.addi(column, _const(row * BLOCK))), alignment=2)
+    both = arith.extui(i32, both)
+    words = [utils.prmt(both, both, _const(selector)) for selector in (0x2020, 0x2121)]  # a byte in both halves
+    if kind == "mx":
+        return [_shift(word, -7) for word in words]
+    return [_pair("mul", _shift(word, -4), _const(0x7B807B80)) for word in words]
+
+
+def _splats(two):
+    """Two float32 -> two words, each a bfloat16 twice."""
+    i32 = ir.IntegerType.get_signless(32)
+    narrow = arith.truncf(ir.VectorType.get((2,), ir.BF16Type.get()), two)
+    word = utils.bitcast(narrow, i32)
+    return utils.prmt(word, word, _const(0x1010)), utils.prmt(word, word, _const(0x3232))
+
+
+def _widen(words, scale, zero, *, block: int, plan: Plan):
+    """Codes of block `block` of a step -> bfloat16[64, 64] as the first operand of `wgmma`.
+
+    words: ref int32[rows, 256]; scale, zero: refs [scales of the step, 64], zero or None; scales of groups are multiplied in.
+    """
+    kind, refs = plan.kind, [r for r in (words, scale if plan.grouped else None, zero) if r is not None]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),) * len(refs),
+        return_type=plgpu.ShapeDtypeStruct((BLOCK, BLOCK), jnp.bfloat16, plgpu.Layout.WGMMA),
+    )
+    def widen(_, words, *rows):
+        rows = list(rows)
+        scale = rows.pop(0) if plan.grouped else None
+        zero = rows.pop(0) if rows else None
+        thread, first = _thread()
+        i32, two = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
+
+        def load(part):  # 16 bytes a thread
+            at = arith.addi(_shift(thread, -4), _const((block * plan.bits // 4 + part) * 2048))
+            loaded = _load(words, at, i32, 4)
+            return [vector.extract(loaded, [], [i]) for i in range(4)]
+
+        mine = load(0) if plan.bits == 4 else load(0) + load(1)
+        registers = np.empty(fragmented.WGMMA_LAYOUT.registers_shape((BLOCK, BLOCK)), dtype=object)
+        factors, offsets = {}, {}
+        for s in range(4):
+            which = (block * BLOCK + 16 * s) // plan.group if plan.group < plan.step else 0
+            if scale is not None and which not in factors:
+                factors[which] = _factors(scale, which, first, kind)
+            if zero is not None and which not in offsets:
+                offsets[which] = _splats(_two(zero, which, first))
+            for h in range(2):
+                for j in range(2):
+                    if kind == "int4":
+                        value = _int4(mine[s], h, j)
+                        value = _pair("sub", value, offsets[which][h] if zero is not None else _const(0x43084308))
+                    elif kind == "int8":
+                        value = _int8(mine[2 * s + j], h)
+                        value = _pair("sub", value, offsets[which][h]) if zero is not None else value
+                    elif kind == "fp8":
+                        value = _fp8(mine[2 * s + j], h)
+                    else:
+                        value = _fp4(mine[s], h, j)
+                    if scale is not None:
+                        value = _pair("mul", value, factors[which][h])
+                    registers[0, 2 * s + j, 0, 0, h, 0, 0, 0, 0] = utils.bitcast(value, two)
+        return fragmented.FragmentedArray(_registers=registers, _layout=fragmented.WGMMA_LAYOUT, _is_signed=None)
+
+    return widen(*refs)
+
+
+def _store(acc, scale, smem, *, scaled: bool):
+    """acc float32[64, rows] (times scale[0, outputs]) -> smem bfloat16[rows, 64], rows of 128 bytes, swizzled."""
+
+    to = plgpu.RefType((plgpu.SwizzleTransform(128),))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), to), return_type=())
+    def store(_, acc, scale, smem):
+        thread, first = _thread()
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        pair, half = ir.VectorType.get((2,), f32), ir.VectorType.get((2,), ir.BF16Type.get())
+        factors = _two(scale, 0, first) if scaled else None
+        lane, warp = _and(thread, 31), _shift(thread, 5)
+        row, h, tile = _and(lane, 7), _and(_shift(lane, 3), 1), _shift(lane, 4)
+        chunk = arith.xori(arith.addi(_shift(warp, -1), h), row)
+        base = llvm.ptrtoint(i32, utils.memref_ptr(smem))
+        tiles = acc.shape[1] // 8
+        at = arith.addi(base, arith.addi(_shift(row, -7), _shift(chunk, -4)))
+        at = arith.addi(at, _shift(tile, -10)) if tiles > 1 else at
+
+        def word(h, tile):
+            value = acc.registers[0, tile, 0, 0, h, 0, 0, 0, 0]
+            if scaled:
+                value = arith.mulf(value, vector.broadcast(pair, vector.extract(factors, [], [h])))
+            return utils.bitcast(arith.truncf(half, value), i32)
+
+        each = min(tiles, 2)
+        for t in range(0, tiles, each):
+            words = [word(h, t + n) for n in range(each) for h in range(2)]
+            names = ", ".join(f"${1 + i}" for i in range(len(words)))
+            to = arith.addi(at, _const(t * 1024)) if t else at
+            ptx = f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [$0], {{{names}}};"
+            utils.inline_ptx(ptx, to, *words, has_side_effects=True)
+        return ()
+
+    store(acc, scale, smem)
+
+
+def _place(item, rows: int, columns: int):
+    """-> (row tile, column tile) of an item: BAND row tiles pass over the columns together."""
+    if rows <= BAND:
+        return lax.rem(item, rows), lax.div(item, rows)
+    band = lax.div(item, BAND * columns)
+    here = item - band * (BAND * columns)
+    height = jnp.minimum(BAND, rows - band * BAND)
+    column = lax.div(here, height)
+    return band * BAND + here - column * height, column
+
+
+def _body(*refs, plan: Plan):
+    tiles, refs = plan.tiles, list(refs)
+    x, codes, scale = refs[:3]
+    zero = refs[3] if plan.zero else None
+    outer = refs[3 + plan.zero] if plan.kind == "nv" else scale  # what outputs are multiplied by
+    out, x_smem, w_smem, s_smem, z_smem, a_smem, p_smem, out_smem, full, empty, done = refs[-11:]
+    wg, block = lax.axis_index("wg"), lax.axis_index("block")
+    rank = lax.axis_index("part") if tiles.parts > 1 else 0
+    strips_in_all = codes.shape[0]
+    row_tiles, column_tiles = -(-out.shape[0] // tiles.rows), -(-strips_in_all // tiles.strips)
+    items, steps = row_tiles * column_tiles, plan.depth // plan.step // tiles.split
+    stride = tiles.grid // tiles.split
+    mine = lax.div(items - block + (stride - 1), stride)
+    consumer, producer = REGISTERS[tiles.consumers]
+
+    def each_item(body):
+        def turn(i, _):
+            body(i * steps, *_place(block + i * stride, row_tiles, column_tiles))
+
+        lax.fori_loop(0, mine, turn, None)
+
+    @pl.when(wg == tiles.consumers)
+    def _():
+        plgpu.set_max_registers(producer, action="decrease")
+
+        def produce(first, row, column):
+            strips = pl.ds(column * tiles.strips, tiles.strips)
+
+            def load(k, _):
+                slot = lax.rem(first + k, tiles.stages)
+
+                @pl.when(first + k >= tiles.stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                k += rank * steps
+                copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
+                copy(codes.at[strips, pl.ds(k * plan.words, plan.words)], w_smem)
+                copy(x.at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(k * plan.step, plan.step)], x_smem)
+                group = lax.div(k * plan.step, plan.group)
+                if plan.grouped:
+                    copy(scale.at[strips, pl.ds(group, plan.scales)], s_smem)
+                if plan.zero:
+                    copy(zero.at[strips, pl.ds(group, plan.scales)], z_smem)
+
+            lax.fori_loop(0, steps, load, None)
+
+        each_item(produce)
+
+        def drain(step, _):  # every arrival is awaited: barriers end in a known phase
+            plgpu.barrier_wait(empty.at[lax.rem(step, tiles.stages)])
+
+        lax.fori_loop(jnp.maximum(mine * steps - tiles.stages, 0), mine * steps, drain, None)
+
+    @pl.when(wg < tiles.consumers)
+    def _():
+        if tiles.registers:
+            plgpu.set_max_registers(consumer, action="increase")
+        lane, turn = lax.rem(wg, tiles.strips), lax.div(wg, tiles.strips)
+
+        def consume(first, row, column):
+            strip = column * tiles.strips + lane
+
+            def accumulate(acc):
+                def multiply(i, _):
+                    slot = lax.rem(first + i * tiles.share + turn, tiles.stages)
+                    plgpu.barrier_wait(full.at[slot])
+                    words = w_smem.at[slot, lane]
+                    scales = s_smem.at[slot, lane] if plan.grouped else None
+                    zeros = z_smem.at[slot, lane] if plan.zero else None
+                    for b in range(tiles.blocks):
+                        columns = x_smem.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T
+                        if tiles.registers:
+                            a = _widen(words, scales, zeros, block=b, plan=plan)
+                        else:
+                            plgpu.wgmma_wait(0)
+                            a_smem[wg] = _widen_plainly(words, scales, zeros, block=b, plan=plan)
+                            plgpu.commit_smem()
+                            a = a_smem.at[wg]
+                        plgpu.wgmma(acc, a, columns)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(empty.at[slot])
+
+                lax.fori_loop(0, lax.div(steps - turn + tiles.share - 1, tiles.share), multiply, None)
+                return acc[...]
+
+            acc = pl.run_scoped(accumulate, plgpu.ACC((BLOCK, tiles.rows)))
+            if tiles.parts == 1:
+                store(acc, strip, row)
+                return
+            part = rank * tiles.share + turn
+
+            @pl.when(part > 0)
+            def _():
+                to = p_smem.at[part - 1, lane]
+                plgpu.async_store_smem(acc, to, done.at[lane], cluster_idx=0, cluster_dim="part", optimized=False)
+
+            @pl.when(part == 0)
+            def _():
+                plgpu.barrier_wait(done.at[lane])
+                total = acc
+                for i in range(tiles.parts - 1):
+                    total = total + plgpu.load(p_smem.at[i, lane], layout=plgpu.Layout.WGMMA, optimized=False)
+                store(total, strip, row)
+
+        def store(acc, strip, row):
+            size = min(tiles.rows, PART)
+            for i in range(tiles.rows // size):
+                slot = out_smem.at[lane, i % 2]
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                rows = acc[:, i * size : (i + 1) * size]
+                factors = outer.at[jnp.minimum(strip, strips_in_all - 1)]
+                if tiles.registers:
+                    _store(rows, factors, slot, scaled=plan.scaled)
+                else:
+                    rows = rows * _restored(factors[0]).astype(jnp.float32)[:, None] if plan.scaled else rows
+                    slot[...] = rows.astype(out.dtype).T
+                plgpu.commit_smem()
+
+                @pl.when(strip < strips_in_all)
+                def _(slot=slot, i=i):
+                    to = pl.ds(row * tiles.rows + i * size, size)
+                    plgpu.copy_smem_to_gmem(slot, out.at[to, pl.ds(strip * BLOCK, BLOCK)])
+
+        each_item(consume)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _restored(row):
+    """A row of 64 scales in the order of outputs."""
+    return row.reshape(4, 8, 2).transpose(0, 2, 1).reshape(BLOCK)
+
+
+def _widen_plainly(words, scale, zero, *, block: int, plan: Plan):
+    """`_widen` without registers, for the interpreter."""
+    rows = plan.bits // 2
+    codes = words[block * rows : (block + 1) * rows]
+    thread = codes.reshape(*((4, 8, 4, 4) if plan.bits == 4 else (2, 4, 8, 4, 4)))  # [u] w g c word
+    shift = lambda n: thread >> n  # noqa: E731
+    if plan.bits == 4:  # word s; byte j + 2 e; nibble h
+        parts = [[[shift(8 * j + 16 * e + 4 * h) & 15 for e in range(2)] for j in range(2)] for h in range(2)]
+        value = jnp.stack([jnp.stack([jnp.stack(p) for p in q]) for q in parts])  # h j e w g c s
+        value = value.transpose(3, 0, 4, 6, 1, 5, 2).reshape(BLOCK, BLOCK)  # w h g, s j c e
+        value = value.astype(jnp.float32) + 128 if plan.kind == "int4" else fp4.values(value)
+    else:  # word v j; byte h + 2 e
+        parts = [[(shift(16 * e + 8 * h) & 255) for e in range(2)] for h in range(2)]
+        value = jnp.stack([jnp.stack(p) for p in parts]).reshape(2, 2, 2, 4, 8, 4, 2, 2)  # h e u w g c v j
+        value = value.transpose(3, 0, 4, 2, 6, 7, 5, 1).reshape(BLOCK, BLOCK)  # w h g, u v j c e
+        if plan.kind == "fp8":
+            sign, low = jnp.where(value >= 128, -1.0, 1.0), value & 127
+            normal = lax.bitcast_convert_type((low << 20) + (120 << 23), jnp.float32)
+            value = sign * jnp.where(low < 8, low.astype(jnp.float32) * 2.0**-9, normal)
+        else:
+            value = jnp.where(value >= 128, value - 256, value).astype(jnp.float32)
+    groups = [(block * BLOCK + 16 * s) // plan.group if plan.group < plan.step else 0 for s in range(4)]
+    columns = lambda ref: jnp.stack([_restored(ref[g]) for g in groups], 1)[:, :, None]  # noqa: E731
+    value = value.reshape(BLOCK, 4, 16)
+    if zero is not None:
+        value = value - columns(zero).astype(jnp.float32)
+    elif plan.kind == "int4":
+        value = value - 136
+    if plan.grouped:
+        factors = columns(scale)
+        if plan.kind == "mx":
+            factors = fp4.mx_factor(factors)
+        elif plan.kind == "nv":
+            factors = lax.bitcast_convert_type(factors, jnp.float8_e4m3fn)
+        value = value * factors.astype(jnp.float32)
+    return value.reshape(BLOCK, BLOCK).astype(jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "tiles"))
+def _call(x, w: Fragments, *, rows: int, tiles: Tiles):
+    """x [rows or more, D] -> [rows, F]."""
+    plan = plan_for(w, tiles)
+    swizzle = plgpu.SwizzleTransform(128)
+    tiled = (plgpu.TilingTransform((8, BLOCK)), swizzle)
+    part = min(tiles.rows, PART)
+    narrow = min(tiles.rows, 32)
+    partial = (plgpu.TilingTransform((8, narrow)), plgpu.SwizzleTransform(4 * narrow))
+    cluster = {"cluster": (tiles.split,), "cluster_names": ("part",)} if tiles.parts > 1 else {}
+    kernel = plgpu.kernel(
+        functools.partial(_body, plan=plan),
+        out_type=jax.ShapeDtypeStruct((rows, w.shape[1]), x.dtype),
+        grid=(tiles.grid // tiles.split,),
+        grid_names=("block",),
+        **cluster,
+        num_threads=tiles.consumers + 1,
+        thread_name="wg",
+        scratch_types=(
+            plgpu.SMEM((tiles.stages, tiles.rows, plan.step), x.dtype, transforms=tiled),
+            plgpu.SMEM((tiles.stages, tiles.strips, plan.words, WORDS), jnp.int32),
+            plgpu.SMEM((tiles.stages if plan.grouped else 1, tiles.strips, plan.scales, BLOCK), w.scale.dtype),
+            plgpu.SMEM((tiles.stages if plan.zero else 1, tiles.strips, plan.scales, BLOCK), jnp.bfloat16),
+            plgpu.SMEM((tiles.consumers, 8 if tiles.registers else BLOCK, BLOCK), x.dtype, transforms=tiled),
+            plgpu.SMEM(
+                (tiles.parts - 1, tiles.strips, BLOCK, tiles.rows) if tiles.parts > 1 else (1, 1, 8, narrow),
+                jnp.float32,
+                transforms=partial,
+            ),
+            plgpu.SMEM((tiles.strips, 2, part, BLOCK), x.dtype, transforms=(swizzle,)),
+            plgpu.Barrier(num_arrivals=2 + plan.grouped + plan.zero, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=tiles.strips, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=max(tiles.parts - 1, 1), num_barriers=tiles.strips),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=tiles.registers
+        ),
+        kernel_name="quant_matmul",
+    )
+    return kernel(x, *(part for part in (w.data, w.scale, w.zero, w.outer) if part is not None))
+
+
+def quant_matmul(
+    x: jax.Array, w: QTensor | Fragments, activations: Format | None = None, *, tiles: Tiles | None = None
+):
+    """bfloat16 x [..., D], w [D, F] -> [..., F]. A `QTensor` is re-laid on the way; lower a model with `relayout`.
+
+    Raises: LoweringError for what `supports` declines.
+    """
+    reason = _declines(w, x.dtype)
+    if reason:
+        raise LoweringError(f"quant_matmul: {reason}")
+    if x.shape[-1] != w.shape[0]:
+        raise LoweringError(f"quant_matmul: x {list(x.shape)} meets w {list(w.shape)}; allowed: x [..., {w.shape[0]}]")
+    if activations is not None:
+        x = tensor.quantize(x, activations, axis=-1).dequantize()
+    w = w if isinstance(w, Fragments) else relayout(w)
+    d, f = w.shape
+    lead, rows = x.shape[:-1], math.prod(x.shape[:-1])
+    if rows == 0:
+        return jnp.zeros((*lead, f), x.dtype)
+    tiles = tiles or tiles_for(rows, w)
+    whole = 8 if tiles.registers else tiles.rows
+    x = x.reshape(rows, d)
+    if rows > 8 or not tiles.registers:  # the copy engine clips rows, but past 8 it takes them by eights
+        x = jnp.pad(x, ((0, -rows % whole), (0, 0)))
+    return _call(x, w, rows=rows, tiles=tiles).reshape(*lead, f)
+
+
+def supports(args, target) -> str | None:
+    """args: weight (QTensor or Fragments, abstract will do); dtype of x if it is known."""
+    if (target.platform, target.arch) != ("gpu", "sm90"):
+        return f"is for gpu sm90, not {target.platform} {target.arch}"
+    return _declines(args["weight"], args.get("dtype", jnp.bfloat16))
+
+
+def _declines(w, dtype) -> str | None:
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"x is {jnp.dtype(dtype)}; allowed: bfloat16"
+    if isinstance(w, Fragments):
+        return None
+    if not isinstance(w, QTensor):
+        return f"w is {type(w).__name__}; allowed: QTensor, Fragments"
+    f = w.format
+    taken = (
+        (isinstance(f, Int) and f.width in (4, 8))
+        or (isinstance(f, Float8) and f.kind == "e4m3")
+        or isinstance(f, Float4)
+    )
+    if not taken:
+        return f"w is {f}; allowed: int4, int8, fp8_e4m3, mxfp4, nvfp4"
+    if w.ndim != 2 or w.axis != -2:
+        return f"w {list(w.shape)} is packed along axis {w.axis}; allowed: a matrix [D, F] packed along D"
+    if any(size % BLOCK for size in w.shape):
+        return f"w is {list(w.shape)}; allowed: D and F in multiples of {BLOCK}"
+    group = getattr(f, "group", None) or w.length
+    if group != w.length and BLOCK % group and group % BLOCK:
+        return f"w has groups of {group}; allowed: 16, 32, or a multiple of {BLOCK}"
+    if group < 16:
+        return f"w has groups of {group}; allowed: 16, 32, or a multiple of {BLOCK}"
+    return None
