@@ -3,10 +3,12 @@
 The tiles of all (row, kv head) units form one list that is cut into equal parts, one a warpgroup ("stream-K"), so ragged
 lengths and small batches keep every SM busy. A part that covers several units, or a piece of one, leaves a partial
 result (weighted values, maximum, sum) for each; a second kernel merges them in a fixed order. Query heads of a kv head and
-query tokens are the 64 rows of the matrix instructions. Packed codes become 16-bit codes in shared memory; scales and zero
-points act on logits and probabilities: q.(k - z)s = s(q.k - z sum(q)), and sum_j w_j z_j leaves the output, w = p s.
+query tokens are the 16 rows of mma.m16n8k16, whose operands a warp makes in registers from what lies in the pages: codes
+become 16-bit numbers there. Scales and zero points act on logits and probabilities: q.(k - z)s = s(q.k - z sum(q)), and
+sum_j w_j z_j leaves the output, w = p s.
 
-The split follows Stream-K (Osama et al. 2023, arXiv:2301.03598); the online softmax FlashDecoding (Dao et al. 2023).
+The split follows Stream-K (Osama et al. 2023, arXiv:2301.03598); the online softmax FlashAttention-2 (Dao 2023,
+arXiv:2307.08691); the bit tricks of the codes Kim et al. 2022, arXiv:2211.10017.
 """
 
 import dataclasses
@@ -15,38 +17,40 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array as fragmented
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from optx.errors import LoweringError
 from optx.formats import Float8, Int
-from optx.pallas.attention.reference import Mask
-from optx.tensor import QTensor, is_qtensor
+from optx.pallas.attention.reference import Mask, gather_pages
+from optx.tensor import is_qtensor
 
 OP = "paged_decode"
-ROWS = 64  # rows of the matrix instruction: query heads of a kv head x query tokens
-SMS = 132
-SMEM = 220 * 1024  # bytes a block may plan with; barriers and reductions take the rest of 227 KB
+TILE = 16  # rows of the matrix instruction: query heads of a kv head x query tokens
+ROWS = 64  # at most, of a warpgroup: more read the pages again
+SMS = 132  # of H100 SXM and H200; on a part with fewer some blocks wait their turn
+SHARED = 224 * 1024  # bytes of the 227 KB of a block that tiles may take
+SHARE = 4 * 4 * 128  # numbers that the warps of a warpgroup exchange at a time
 LOG2E = math.log2(math.e)
 HEAD_DIMS, PAGES, GROUPS, QUERIES = (64, 128, 256), (16, 32, 64, 128), 16, 8
 BF16 = jnp.dtype("bfloat16")
-WGMMA = plgpu.Layout.WGMMA
-BY_ROW, BY_TOKEN = WGMMA.reduce(1), WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """tokens a step, steps in flight, warpgroups an SM (each with its own steps in flight)."""
+    """How the list of tiles is worked on."""
 
-    tokens: int = 64
-    stages: int = 4
-    wgs: int = 1
+    tokens: int = 64  # a step; 64 or 128
+    stages: int = 4  # steps in flight, at least 2
+    wgs: int = 2  # warpgroups an SM, each with its own steps in flight
     sms: int = SMS
-    registers: bool = (
-        True  # products read their left side from registers; False: all through shared memory (interpreter)
-    )
+    registers: bool = True  # False: plain array operations, what the interpreter can run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,8 @@ class Plan:
     groups: int  # 1, or kv_heads where heads keep different pages
     format: str  # dense, int8, int4, fp8
     zero: bool
+    small: tuple[str, ...]  # numbers a token, in the order of their copies
+    small_dtypes: tuple[str, ...]
     dtype: str  # of queries, output and dense pools
     mask: Mask
     scale: float
@@ -85,8 +91,8 @@ class Plan:
 
     @property
     def kept(self) -> int:
-        """Rows of a block that leave the kernel: 16 rows are the fewest that the merge handles."""
-        return min(ROWS, -(-self.rows // 16) * 16)
+        """Rows of a block."""
+        return min(ROWS, self.rows)
 
     @property
     def units(self) -> int:
@@ -97,23 +103,23 @@ class Plan:
         return self.tiles.sms * self.tiles.wgs
 
     @property
-    def packed(self) -> bool:
-        return self.format != "dense"
-
-    @property
-    def bytes_wide(self) -> int:
+    def wide(self) -> int:
         """Entries of a stored token along its last axis."""
         return self.head_dim // 2 if self.format == "int4" else self.head_dim
 
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.format == "dense" else 1
 
-def tiles(head_dim: int, format: str = "dense") -> Tiles:
-    """Steps in flight and warpgroups by head dim and format, so that SMEM is filled."""
-    if format == "dense":
-        return Tiles(stages={64: 12, 128: 6, 256: 2}[head_dim], wgs=1)
-    wgs = 1 if head_dim == 256 else 2
-    step = 2 * 64 * head_dim // (2 if format == "int4" else 1) + 1024
-    fixed = wgs * (3 * 64 * head_dim * 2 + 8192)
-    return Tiles(stages=min(8, (SMEM - fixed) // (wgs * step)), wgs=wgs)
+    def small_dtype(self, name: str) -> str:
+        return self.small_dtypes[self.small.index(name)]
+
+
+def tiles(head_dim: int, format: str = "dense", small: int = 0) -> Tiles:
+    """As many steps in flight as SMEM holds. small: bytes of scales, zero points and positions of a step."""
+    wgs = 1 if head_dim == 256 and format == "dense" else 3 if format == "int4" else 2
+    step = 2 * 64 * head_dim * {"dense": 4, "int4": 1}.get(format, 2) // 2 + small
+    return Tiles(stages=min(8, (SHARED // wgs - 4 * SHARE - 1024) // step), wgs=wgs)
 
 
 def _format(fmt) -> str | None:
@@ -144,9 +150,7 @@ def supports(args, target) -> str | None:
     page = args.get("page_size")
     if page is not None and page not in PAGES:
         return f"page size {page}; allowed: 16, 32, 64, 128"
-    if args.get("want_scores"):
-        return "does not return scores"
-    return "takes no logit scale" if args.get("logit_scale") else None
+    return None
 
 
 def paged_decode(
@@ -171,25 +175,22 @@ def paged_decode(
 
     q [B, Q, N, H]; pools [pages + 1, K, P, H], dense or QTensor (int8, int4, fp8 e4m3); positions int32[pages + 1, P];
     table int32[G, B, pages]; lengths int32[G, B]; q_positions int32[B, Q], -1 where there is no query: a row's queries are
-    its newest slots. -> (out [B, Q, N, H], lse float32[B, Q, N], None).
+    its newest slots; logit_scale [pages, K, P]. -> (out [B, Q, N, H], lse float32[B, Q, N], scores float32[B, S, K] or None).
+    Scores cost one more pass over the keys, by XLA.
     Raises: LoweringError for what the kernel does not take.
     """
-    _check(q, k_pool, v_pool, table, logit_scale, value_dim, want_scores)
-    plan = _plan(q, k_pool, table, mask, scale, softcap, sink_logits is not None, tiles)
-    return (*_run(plan, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits), None)
+    _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale, value_dim)
+    plan = _plan(q, k_pool, v_pool, table, mask, scale, softcap, sink_logits is not None, logit_scale, tiles)
+    return _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale)
 
 
 def _refuse(argument: str, got, allowed: str):
     raise LoweringError(f"{OP}: {argument} {got}; allowed: {allowed}")
 
 
-def _check(q, k_pool, v_pool, table, logit_scale, value_dim, want_scores):
+def _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale, value_dim):
     if v_pool is None or value_dim is not None:
         _refuse("v_pool", "None (latents)", "a pool of values of the keys' head dim")
-    if want_scores:
-        _refuse("want_scores", True, "False")
-    if logit_scale is not None:
-        _refuse("logit_scale", "given", "None")
     b, queries, n, h = q.shape
     pages, kv_heads, page = k_pool.shape[:3]
     if k_pool.shape != v_pool.shape or k_pool.shape[3] != h:
@@ -202,8 +203,25 @@ def _check(q, k_pool, v_pool, table, logit_scale, value_dim, want_scores):
         _refuse("query tokens", queries, f"1 to {QUERIES}")
     if n % kv_heads or n // kv_heads > GROUPS:
         _refuse("query heads", f"{n} for {kv_heads} kv heads", f"1 to {GROUPS} a kv head")
-    if table.shape[0] not in (1, kv_heads) or table.shape[1] != b:
+    if table.ndim != 3 or table.shape[0] not in (1, kv_heads) or table.shape[1] != b:
         _refuse("table", table.shape, f"[1 or {kv_heads}, {b}, pages]")
+    wanted = {
+        "positions": (positions, (pages, page)),
+        "lengths": (lengths, table.shape[:2]),
+        "q_positions": (q_positions, (b, queries)),
+    }
+    for name, (x, shape) in wanted.items():
+        if x.shape != shape:
+            _refuse(name, x.shape, str(shape))
+    for name, x in (("table", table), *((name, x) for name, (x, _) in wanted.items())):
+        if x.dtype != jnp.int32:
+            _refuse(f"dtype of {name}", x.dtype, "int32")
+    if sink_logits is not None and sink_logits.shape != (n,):
+        _refuse("sink_logits", sink_logits.shape, f"({n},)")
+    if logit_scale is not None and (
+        logit_scale.shape[1:] != (kv_heads, page) or logit_scale.dtype not in (jnp.float32, jnp.float16, BF16)
+    ):
+        _refuse("logit_scale", f"{logit_scale.dtype}{logit_scale.shape}", f"floating [pages, {kv_heads}, {page}]")
     if is_qtensor(k_pool) != is_qtensor(v_pool) or (is_qtensor(k_pool) and k_pool.format != v_pool.format):
         _refuse("formats of keys and values", f"{k_pool.dtype} and {v_pool.dtype}", "the same for both")
     if is_qtensor(k_pool):
@@ -215,38 +233,50 @@ def _check(q, k_pool, v_pool, table, logit_scale, value_dim, want_scores):
         _refuse("dtypes", f"q {q.dtype}, pools {k_pool.dtype}, {v_pool.dtype}", "all bfloat16 or all float16")
 
 
-def _plan(q, k_pool, table, mask, scale, softcap, sinks, chosen) -> Plan:
+def _plan(q, k_pool, v_pool, table, mask, scale, softcap, sinks, logit_scale, chosen) -> Plan:
     b, queries, n, h = q.shape
     fmt = _format(k_pool.format) if is_qtensor(k_pool) else "dense"
+    small = {}
+    for part in ("scale", "zero") if is_qtensor(k_pool) else ():
+        small |= {f"{x}_{part}": getattr(pool, part) for x, pool in (("k", k_pool), ("v", v_pool))}
+    small = {name: str(x.dtype) for name, x in (small | {"logit_scale": logit_scale}).items() if x is not None}
+    if mask.window is not None:
+        small["position"] = "int32"
+    page = k_pool.shape[2]
+    pieces = max(1, 64 // page)
+    size = sum(pieces * max(128, min(page, 64) * jnp.dtype(x).itemsize) for x in small.values())
     return Plan(
         batch=b,
         queries=queries,
         heads=n,
         kv_heads=k_pool.shape[1],
         head_dim=h,
-        page=k_pool.shape[2],
+        page=page,
         width=table.shape[2],
         groups=table.shape[0],
         format=fmt,
         zero=is_qtensor(k_pool) and k_pool.format.has_zero,
+        small=tuple(small),
+        small_dtypes=tuple(small.values()),
         dtype=str(q.dtype),
         mask=mask,
         scale=float(1 / math.sqrt(h) if scale is None else scale),
         softcap=None if softcap is None else float(softcap),
         sinks=sinks,
-        tiles=chosen or tiles(h, fmt),
+        tiles=chosen or tiles(h, fmt, size),
     )
 
 
 def _span(plan: Plan, length):
     """Of a row with `length` slots: (tiles that hold sinks, first tile of the window, tiles in all)."""
-    t = plan.tiles.tokens
-    last = (length + (t - 1)) // t
+    t = jnp.int32(plan.tiles.tokens)
+    last = lax.div(length + (t - 1), t)
     if plan.mask.window is None:
         zero = length * 0
         return zero, zero, last
-    first = jnp.maximum(length - (plan.mask.window + plan.queries - 1), 0) // t
-    sinks = jnp.minimum(first, -(-plan.mask.sinks // t))
+    # Positions may have holes but no two slots share one: the window holds at most as many slots.
+    first = lax.div(jnp.maximum(length - (plan.mask.window + plan.queries - 1), 0), t)
+    sinks = jnp.minimum(first, -(-plan.mask.sinks // plan.tiles.tokens))
     return sinks, first, sinks + last - first
 
 
@@ -270,84 +300,65 @@ def _shares(plan: Plan, offsets):
     worker = jnp.arange(plan.workers, dtype=jnp.int32)
     start = worker * share + jnp.minimum(worker, rest)
     stop = start + share + (worker < rest)
-    first = jnp.sum(offsets[None, 1:] <= start[:, None], axis=1)
+    first = jnp.minimum(jnp.sum(offsets[None, 1:] <= start[:, None], axis=1), plan.units - 1)
     last = jnp.sum(offsets[None, :-1] < stop[:, None], axis=1)
     return jnp.stack([start, stop, first, last], axis=1).astype(jnp.int32).reshape(-1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(plan: Plan, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits):
-    b, k, g, h = plan.batch, plan.kv_heads, plan.group, plan.head_dim
-    rows = jnp.moveaxis(q.reshape(b, plan.queries, k, g, h), 1, 2).reshape(b, k, plan.rows, h)
-    if plan.format == "int4":
-        rows = jnp.concatenate([rows[..., 0::2], rows[..., 1::2]], axis=-1)
-    pad = plan.blocks * plan.kept - plan.rows
-    if pad:
-        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, pad), (0, 0)))
-    rows = rows.reshape(plan.units, plan.kept, h)
-    lengths = jnp.minimum(lengths, plan.width * plan.page).astype(jnp.int32)
-    offsets = _offsets(plan, lengths)
-    aux = [q_positions.reshape(-1), table.reshape(-1), lengths.reshape(-1), offsets, _shares(plan, offsets)]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale):
+    held = jnp.minimum(lengths, plan.width * plan.page)
+    offsets = _offsets(plan, held)
+    aux = [q_positions.reshape(-1), table.reshape(-1), held.reshape(-1), offsets, _shares(plan, offsets)]
     if plan.mask.window is not None:
         aux.append(positions)
-    if plan.packed:
+    if is_qtensor(k_pool):
         flat = lambda x: x.reshape(x.shape[:-1])  # noqa: E731
         pools = [k_pool.data, v_pool.data, flat(k_pool.scale), flat(v_pool.scale)]
         pools += [flat(k_pool.zero), flat(v_pool.zero)] if plan.zero else []
-        if plan.format == "int8" and plan.zero:
-            pools[:2] = [lax.bitcast_convert_type(x, jnp.int8) for x in pools[:2]]
     else:
         pools = [k_pool, v_pool]
-    parts, marks = _attend(plan, rows, pools, aux)
+    pools += [] if logit_scale is None else [logit_scale]
+    parts, marks = _attend(plan, q, pools, aux)
     out, lse = _merge(plan, parts, marks, offsets, sink_logits)
-    if plan.format == "int4":
-        out = jnp.stack([out[..., : h // 2], out[..., h // 2 :]], axis=-1).reshape(out.shape)
-    out = out.reshape(b, k, plan.blocks * plan.kept, h)[:, :, : plan.rows].reshape(b, k, plan.queries, g, h)
-    lse = lse.reshape(b, k, plan.blocks * plan.kept)[:, :, : plan.rows].reshape(b, k, plan.queries, g)
-    return (
-        jnp.moveaxis(out, 1, 2).reshape(b, plan.queries, plan.heads, h),
-        jnp.moveaxis(lse, 1, 2).reshape(b, plan.queries, plan.heads),
-    )
+    scores = None
+    if want_scores:
+        scores = _scores(plan, q, k_pool, positions, table, held, q_positions, lse, logit_scale)
+    return out, lse, scores
 
 
-def _tiling(width: int, bits: int):
-    """SMEM layout of rows of `width` numbers: tiles of 8 rows, swizzled by their bytes."""
-    swizzle = min(128, width * bits // 8)
-    return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
+# --- Attention over pages ---------------------------------------------------------------------------------------------
 
 
-def _attend(plan: Plan, rows, pools, aux):
-    """-> partial values float32[workers + units, kept, H], (maximum, sum) float32[workers + units, 2, 64]."""
-    t, h, wide = plan.tiles, plan.head_dim, plan.bytes_wide
-    slots, windowed = t.wgs * t.stages, plan.mask.window is not None
-    per = max(1, t.tokens // plan.page)  # pages a step
-    piece = min(t.tokens, plan.page)
-    small = [pools[i] for i in range(2, len(pools))] + ([aux[5]] if windowed else [])
-    dtype = jnp.dtype(plan.dtype)
+def _tiling(width: int, itemsize: int):
+    """SMEM layout of rows of `width` entries: tiles of 8 rows, swizzled by their bytes."""
+    swizzle = min(128, width * itemsize)
+    return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+
+
+def _attend(plan: Plan, q, pools, aux):
+    """-> values of each part float32[parts, kept, H], their (maximum, sum) float32[parts, 2, kept]; logits in powers of 2."""
+    t, wide = plan.tiles, plan.wide
+    slots = t.wgs * t.stages
+    per, piece = max(1, t.tokens // plan.page), min(t.tokens, plan.page)  # pages a step, slots of each
+    small = list(pools[2:]) + ([aux[-1]] if plan.mask.window is not None else [])
     stored = pools[0].dtype
-    half = _tiling(min(h, wide) if plan.packed else h, 16)
+    layout = _tiling(wide, stored.itemsize)
     scratch = {
-        "q_s": plgpu.SMEM((t.wgs, ROWS, h), dtype, transforms=half),
-        "o_s": plgpu.SMEM((t.wgs, ROWS, 32), jnp.float32),
-        "m_s": plgpu.SMEM((t.wgs, 2, ROWS), jnp.float32),
-        "k_s": plgpu.SMEM((slots, t.tokens, wide), stored, transforms=_tiling(wide, 8 * stored.itemsize)),
-        "v_s": plgpu.SMEM((slots, t.tokens, wide), stored, transforms=_tiling(wide, 8 * stored.itemsize)),
-        # A copy's target must be 128-byte aligned: a page's scales lie apart.
+        "k_s": plgpu.SMEM((slots, t.tokens, wide), stored, transforms=layout),
+        "v_s": plgpu.SMEM((slots, t.tokens, wide), stored, transforms=layout),
+        # A copy's target must be 128-byte aligned: the numbers of a page lie apart.
         "small_s": [plgpu.SMEM((slots, per, max(piece, 128 // x.dtype.itemsize)), x.dtype) for x in small],
         "full": plgpu.Barrier(num_arrivals=per * (2 + len(small)), num_barriers=slots),
-        "q_full": plgpu.Barrier(num_barriers=t.wgs),
+        "sum_s": plgpu.SMEM((t.wgs, SHARE), jnp.float32),
+        "top_s": plgpu.SMEM((t.wgs, 4 * 2 * TILE), jnp.float32),
     }
-    if plan.packed:
-        scratch["wide_s"] = plgpu.SMEM((t.wgs * 2, t.tokens, h), dtype, transforms=half)
-    if not t.registers:
-        scratch["p_s"] = plgpu.SMEM((t.wgs, ROWS, t.tokens), dtype, transforms=_tiling(t.tokens, 16))
-    segments = plan.workers + plan.units
-    body = functools.partial(_attend_body, plan, len(pools), len(aux), per, piece)
+    parts = plan.workers + plan.units
     return plgpu.kernel(
-        body,
+        functools.partial(_attend_body, plan, len(pools), len(aux), per, piece),
         out_type=(
-            jax.ShapeDtypeStruct((segments, plan.kept, h), jnp.float32),
-            jax.ShapeDtypeStruct((segments, 2, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((parts, plan.kept, plan.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((parts, 2, plan.kept), jnp.float32),
         ),
         grid=(t.sms,),
         grid_names=("sm",),
@@ -356,46 +367,52 @@ def _attend(plan: Plan, rows, pools, aux):
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_decode",
-    )(rows, *pools, *aux)
+    )(q, *pools, *aux)
 
 
-def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, q_s, o_s, m_s, k_s, v_s, small_s, full, q_full,
-                 wide_s=None, p_s=None):  # fmt: skip
+def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, small_s, full, sum_s, top_s):
     pools, (qpos_g, table_g, lengths_g, offsets_g, shares_g, *position_g), (parts_g, marks_g) = (
         refs[:pool_count],
         refs[pool_count : pool_count + aux_count],
         refs[pool_count + aux_count :],
     )
-    t, h, mask, dtype = plan.tiles, plan.head_dim, plan.mask, jnp.dtype(plan.dtype)
-    tokens, windowed = t.tokens, mask.window is not None
+    t = plan.tiles
     wg = lax.axis_index("wg")
     worker = lax.axis_index("sm") * t.wgs + wg
     start, stop, first_unit, last_unit = (shares_g[worker * 4 + i] for i in range(4))
-    q_me, o_me, m_me = q_s.at[wg], o_s.at[wg], m_s.at[wg]
+    step = _Warps(plan, per, piece) if t.registers else _Plain(plan, per, piece)
 
-    def locate(unit):
-        """Row, kv head, block of rows and index into [G, B] of a unit."""
-        head = unit // plan.blocks
-        row, head = head // plan.kv_heads, head % plan.kv_heads
+    def enter(unit):
+        """Place of a unit in the list of tiles: (unit, its first tile, its end, kv head, index into [G, B], slots)."""
+        row, head, _ = _locate(plan, unit)
         listed = head * plan.batch + row if plan.groups > 1 else row
-        return row, head, unit % plan.blocks, listed
+        return unit, offsets_g[unit], offsets_g[unit + 1], head, listed, lengths_g[listed]
 
     def first_token(tile, length):
         sinks, first, _ = _span(plan, length)
-        return (tile if not windowed else jnp.where(tile < sinks, tile, first + tile - sinks)) * tokens
+        return (tile if plan.mask.window is None else jnp.where(tile < sinks, tile, first + tile - sinks)) * t.tokens
 
     def slot_of(i):
-        return wg * t.stages + (i - start) % t.stages
+        return wg * t.stages + lax.rem(i - start, jnp.int32(t.stages))
 
-    def fetch(i, unit):
-        """Starts the copies of tile i; returns its unit, `unit` or later."""
-        unit = lax.while_loop(lambda u: offsets_g[u + 1] <= i, lambda u: u + 1, unit)
-        _, head, _, listed = locate(unit)
-        length = lengths_g[listed]
-        token, slot = first_token(i - offsets_g[unit], length), slot_of(i)
-        last = (length - 1) // plan.page
-        pages = [table_g[listed * plan.width + jnp.minimum(token // plan.page + j, last)] for j in range(per)]
-        inside = pl.ds(pl.multiple_of(token % plan.page, piece), piece) if plan.page > piece else slice(None)
+    def find(i, place):
+        """Place and pages of tile i of the list, from the place of an earlier one. Read a step before they are used."""
+        place = lax.while_loop(lambda p: p[2] <= i, lambda p: enter(p[0] + 1), place)
+        _, begin, _, _, listed, length = place
+        token = first_token(i - begin, length)
+        last = lax.div(length - 1, jnp.int32(plan.page))
+        first = lax.div(token, jnp.int32(plan.page))
+        return place, tuple(table_g[listed * plan.width + jnp.minimum(first + j, last)] for j in range(per))
+
+    def fetch(i, found):
+        """Starts the copies of tile i; returns what `find` says of the next."""
+        place, pages = found
+        _, begin, _, head, _, length = place
+        slot = slot_of(i)
+        inside = slice(None)
+        if plan.page > piece:
+            token = first_token(i - begin, length)
+            inside = pl.ds(pl.multiple_of(lax.rem(token, jnp.int32(plan.page)), piece), piece)
         for j, page in enumerate(pages):
             at = pl.ds(j * piece, piece)
             plgpu.copy_gmem_to_smem(pools[0].at[page, head, inside], k_s.at[slot, at], full.at[slot])
@@ -404,245 +421,825 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, q_s, o_s, 
                 plgpu.copy_gmem_to_smem(ref.at[page, head, inside], to.at[slot, j, pl.ds(0, piece)], full.at[slot])
             for ref in position_g:
                 plgpu.copy_gmem_to_smem(ref.at[page, inside], small_s[-1].at[slot, j, pl.ds(0, piece)], full.at[slot])
-        return unit
+        return lax.cond(i + 1 < stop, lambda: find(i + 1, place), lambda: found)
 
-    def vector(ref, slot):
-        """The numbers of a step's tokens, [tokens]."""
-        parts = [plgpu.load(ref.at[slot, j, pl.ds(0, piece)], layout=BY_TOKEN, optimized=False) for j in range(per)]
-        return parts[0] if per == 1 else jnp.concatenate(parts)
+    def ahead(i, found):
+        return lax.cond(i < stop, lambda: fetch(i, found), lambda: found)
 
-    def wide(x, shape, axis):
-        return lax.broadcast_in_dim(x, shape, (axis,))
+    place = enter(first_unit)
+    found = lax.cond(start < stop, lambda: find(start, place), lambda: (place, (jnp.int32(0),) * per))
+    found = lax.fori_loop(start, start + (t.stages - 1), ahead, found)
 
-    def product(a, b, shape):
-        def scope(acc):
-            plgpu.wgmma(acc, a, b)
-            return acc[...]
-
-        return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
-
-    fetched = lax.fori_loop(
-        0, t.stages, lambda i, u: lax.cond(start + i < stop, lambda: fetch(start + i, u), lambda: u), first_unit
-    )
-
-    def unit_loop(unit, fetched):
-        offset = offsets_g[unit]
-        begin, end = jnp.maximum(offset, start), jnp.minimum(offsets_g[unit + 1], stop)
-        row, _, block, listed = locate(unit)
-        length = lengths_g[listed]
-
-        @pl.when(begin < end)
-        def _():
-            plgpu.copy_gmem_to_smem(q_g.at[unit], q_me.at[pl.ds(0, plan.kept)], q_full.at[wg])
-            plgpu.barrier_wait(q_full.at[wg])
-
-        limit, position, asked = _queries(plan, qpos_g, row, block, length)
-        q_r = q_me[...] if t.registers or plan.packed else None
-        left = plgpu.layout_cast(q_r, WGMMA) if t.registers else q_me
-        q_sum = None
-        if plan.zero:
-            q_sum = jnp.sum(plgpu.layout_cast(q_r, WGMMA).astype(jnp.float32), axis=1)
+    def unit_loop(unit, found):
+        row, head, block = _locate(plan, unit)
+        _, offset, end, _, _, length = enter(unit)
+        begin, end = jnp.maximum(offset, start), jnp.minimum(end, stop)
+        asked = step.ask(q_g, qpos_g, row, head, block, length)
 
         def tile_loop(i, carry):
-            fetched, top, total, zeros, out = carry
+            found, state = carry
             slot = slot_of(i)
-            token = first_token(i - offset, length)
             plgpu.barrier_wait(full.at[slot])
-            if plan.packed:
-                keys, values = wide_s.at[wg * 2], wide_s.at[wg * 2 + 1]
-                _unpack(plan, k_s.at[slot], keys)
-                _unpack(plan, v_s.at[slot], values, length - token)
-                plgpu.commit_smem()
-            else:
-                keys, values = k_s.at[slot], v_s.at[slot]
+            plgpu.commit_smem()  # all warps have read the tile before: its room is free
+            found = ahead(i + (t.stages - 1), found)
+            small = [ref.at[slot] for ref in small_s]
+            token = first_token(i - offset, length)
+            return found, step.tile(k_s.at[slot], v_s.at[slot], small, asked, state, token, length)
 
-                @pl.when(token + tokens > length)
-                def _():  # what lies past the length may be NaN, and 0 * NaN is NaN
-                    at = plgpu.broadcasted_iota(jnp.int32, (tokens, h), 0, layout=WGMMA)
-                    v = plgpu.load(values, layout=WGMMA)
-                    values[...] = jnp.where(at < length - token, v, jnp.zeros_like(v))
-                    plgpu.commit_smem()
-
-            shape = (ROWS, tokens)
-            s = product(left, keys.T, shape)
-            columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
-            if plan.packed:
-                scales = [vector(ref, slot).astype(jnp.float32) for ref in small_s[: 4 if plan.zero else 2]]
-                shift = 128.0 if plan.format == "int8" else 8.0
-                if plan.zero:
-                    s = s - wide(q_sum, shape, 0) * wide(scales[2] - shift, shape, 1)
-                s = s * wide(scales[0], shape, 1)
-            if plan.softcap is not None:
-                # c tanh(x / c) = c - 2 c / (1 + exp(2 x / c))
-                s = jnp.exp2(s * (2 * LOG2E * plan.scale / plan.softcap))
-                s = plan.softcap * LOG2E - (2 * plan.softcap * LOG2E) / (1 + s)
-            else:
-                s = s * (plan.scale * LOG2E)
-            seen = columns + token < wide(limit, shape, 0)
-            if windowed:
-                at = wide(vector(small_s[-1], slot), shape, 1)
-                asking = wide(position, shape, 0)
-                near = at > asking - mask.window
-                seen = seen & ((near | (at < mask.sinks)) if mask.sinks else near)
-            s = jnp.where(seen, s, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(s, axis=1))
-            base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-            alpha = jnp.exp2(top - base)
-            p = jnp.exp2(s - wide(base, shape, 0))
-            total = total * alpha + jnp.sum(p, axis=1)
-            if plan.packed:
-                # past the length a scale may be NaN
-                p = jnp.where(seen, p * wide(scales[1], shape, 1), 0.0)
-            p = p.astype(dtype)
-            if plan.zero:
-                away = jnp.where(seen, p.astype(jnp.float32) * wide(scales[3] - shift, shape, 1), 0.0)
-                zeros = zeros * alpha + jnp.sum(away, axis=1)
-            out = out * wide(alpha, out.shape, 0)
-            if t.registers:
-                out = pl.run_state(lambda acc: plgpu.wgmma(acc, p, values))(plgpu.ACC.init(out))
-            else:
-                p_s.at[wg][...] = p
-                plgpu.commit_smem()
-                out = out + product(p_s.at[wg], values, out.shape)
-            plgpu.commit_smem()  # all four warps have read the step: it may be overwritten
-            ahead = i + t.stages
-            fetched = lax.cond(ahead < stop, lambda: fetch(ahead, fetched), lambda: fetched)
-            return fetched, new_top, total, zeros, out
-
-        full_of = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), BY_ROW)  # noqa: E731
-        none = plgpu.layout_cast(jnp.zeros((ROWS, h), jnp.float32), WGMMA)
-        fetched, top, total, zeros, out = lax.fori_loop(
-            begin, end, tile_loop, (fetched, full_of(-jnp.inf), full_of(0.0), full_of(0.0), none)
-        )
-        if plan.zero:
-            out = out - wide(zeros, out.shape, 0)
+        found, state = lax.fori_loop(begin, end, tile_loop, (found, step.empty()))
 
         @pl.when(begin < end)
         def _():
-            segment = worker + unit
-            m_me.at[0][...] = top
-            m_me.at[1][...] = total
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(m_me, marks_g.at[segment])
-            for at in range(0, h, 32):
-                o_me[...] = out[:, at : at + 32]
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_me.at[pl.ds(0, plan.kept)], parts_g.at[segment, :, pl.ds(at, 32)])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.commit_smem()
+            step.finish(state, sum_s.at[wg], top_s.at[wg], parts_g, marks_g, worker + unit)
 
-        return fetched
+        return found
 
-    lax.fori_loop(first_unit, last_unit, unit_loop, fetched)
-    plgpu.wait_smem_to_gmem(0)
+    lax.fori_loop(first_unit, last_unit, unit_loop, found)
 
 
-def _queries(plan, qpos_g, row, block, length):
-    """By row of the block: slots that it sees at most [64], and its position where there is a window."""
-    at = [qpos_g[row * plan.queries + i] for i in range(plan.queries)]
-    query = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW)
-    query = (query + block * ROWS) // plan.group if plan.queries > 1 else query
-    limits = []
-    for i, mine in enumerate(at):
-        later = sum(((other > mine).astype(jnp.int32) for j, other in enumerate(at) if j != i), jnp.int32(0))
-        limits.append(jnp.where(mine >= 0, length - (later if plan.mask.causal else 0), 0))
-
-    def spread(values):
-        out = plgpu.layout_cast(jnp.full((ROWS,), values[0], jnp.int32), BY_ROW)
-        for i in range(1, plan.queries):
-            out = jnp.where(query == i, values[i], out)
-        return out
-
-    return spread(limits), spread(at) if plan.mask.window is not None else None, None
+def _locate(plan, unit):
+    """Row, kv head and block of query rows of a unit."""
+    head = lax.div(unit, jnp.int32(plan.blocks))
+    kv_heads = jnp.int32(plan.kv_heads)
+    return lax.div(head, kv_heads), lax.rem(head, kv_heads), lax.rem(unit, jnp.int32(plan.blocks))
 
 
-def _unpack(plan, codes, to, real=None):
-    """Codes of a step [tokens, wide] in SMEM -> the same as 16-bit numbers [tokens, H]; rows from `real` on as zeros."""
-    dtype = jnp.dtype(plan.dtype)
-    x = plgpu.load(codes, layout=WGMMA, optimized=False)
-    if plan.format == "int4":
-        low, high = _nibbles(plan, x)
-        to.at[:, pl.ds(0, plan.bytes_wide)][...] = low
-        to.at[:, pl.ds(plan.bytes_wide, plan.bytes_wide)][...] = high
-        return
-    if plan.format == "int8":
-        if plan.zero:
-            x = x ^ jnp.int8(-128)
-        to[...] = x.astype(dtype)
-        return
-    x = x.astype(jnp.float16).astype(jnp.float32)
-    if real is not None:  # only fp8 has codes that are not a number
-        x = jnp.where(plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=WGMMA) < real, x, 0.0)
-    to[...] = x.astype(dtype)
+class _Plain:
+    """One tile by plain array operations: what the warps compute, for the interpreter."""
+
+    def __init__(self, plan, per, piece):
+        self.plan, self.per, self.piece = plan, per, piece
+
+    def empty(self):
+        kept = self.plan.kept
+        zeros = jnp.zeros((kept, 1), jnp.float32)
+        return zeros - jnp.inf, zeros, jnp.zeros((kept, self.plan.head_dim), jnp.float32)
+
+    def ask(self, q_g, qpos_g, row, head, block, length):
+        plan = self.plan
+        q, limits, positions = [], [], []
+        at = [qpos_g[row * plan.queries + i] for i in range(plan.queries)]
+        for i, mine in enumerate(at):
+            later = sum(jnp.int32(other > mine) for other in at)
+            limit = jnp.where(mine >= 0, length - (later if plan.mask.causal else 0), 0)
+            for g in range(plan.group):
+                q.append(q_g[row, i, head * plan.group + g])
+                limits.append(limit)
+                positions.append(mine)
+        pad = plan.blocks * plan.kept - len(q)
+        stacked = [jnp.stack(x + x[-1:] * pad) for x in (q, limits, positions)]
+        return [lax.dynamic_slice_in_dim(x, block * plan.kept, plan.kept) for x in stacked]
+
+    def codes(self, ref):
+        x = ref[...]
+        if self.plan.format == "int4":
+            x = jnp.stack([x & 15, x >> 4], axis=-1).reshape(x.shape[0], -1).astype(jnp.int32)
+            return (x if self.plan.zero else x - 8).astype(jnp.float32)
+        return x.astype(jnp.int32).astype(jnp.float32) if self.plan.format == "int8" else x.astype(jnp.float32)
+
+    def row(self, ref):
+        return jnp.concatenate([ref[j, : self.piece] for j in range(self.per)]).astype(jnp.float32)[None]
+
+    def tile(self, k_s, v_s, small, asked, state, token, length):
+        plan = self.plan
+        (q, limits, positions), (top, total, out) = asked, state
+        at = token + jnp.arange(plan.tiles.tokens)
+        small = dict(zip(plan.small, small, strict=True))
+        k, v = self.codes(k_s), self.codes(v_s)
+        k, v = (
+            x if (f"{n}_zero") not in small else x - self.row(small[f"{n}_zero"]).T for n, x in (("k", k), ("v", v))
+        )
+        v = jnp.where(at[:, None] < length, v, 0)
+        logits = jnp.dot(q.astype(jnp.float32), k.T) * plan.scale
+        for name in ("k_scale", "logit_scale"):
+            logits = logits * self.row(small[name]) if name in small else logits
+        if plan.softcap is not None:
+            logits = plan.softcap * jnp.tanh(logits / plan.softcap)
+        seen = at[None] < limits[:, None]
+        if plan.mask.window is not None:
+            key = self.row(small["position"])
+            seen = seen & ((key > positions[:, None] - plan.mask.window) | (key < plan.mask.sinks))
+        logits = jnp.where(seen, logits * LOG2E, -jnp.inf)
+        new = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
+        base = jnp.where(new == -jnp.inf, 0.0, new)
+        p, alpha = jnp.exp2(logits - base), jnp.exp2(top - base)
+        total = total * alpha + jnp.sum(p, axis=1, keepdims=True)
+        p = p if "v_scale" not in small else jnp.where(seen, p * self.row(small["v_scale"]), 0)
+        return new, total, out * alpha + jnp.dot(p.astype(plan.dtype).astype(jnp.float32), v)
+
+    def finish(self, state, sum_s, top_s, parts_g, marks_g, part):
+        top, total, out = state
+        parts_g[part] = out
+        marks_g[part, 0] = top[:, 0]
+        marks_g[part, 1] = total[:, 0]
 
 
-def _nibbles(plan, x):
-    """uint8[tokens, H / 2] -> (even, odd) numbers as code - 8."""
-    dtype = jnp.dtype(plan.dtype)
-    even, odd = (x & 15).astype(jnp.int32) - 8, (x >> 4).astype(jnp.int32) - 8
-    return even.astype(jnp.float32).astype(dtype), odd.astype(jnp.float32).astype(dtype)
+# --- What a warp does -------------------------------------------------------------------------------------------------
+#
+# Written in the registers of a thread. Of a warp's 16 query rows by 8 tokens (or head dims) an accumulator of mma.m16n8k16
+# gives thread 4 g + c rows g, g + 8 and columns 2 c, 2 c + 1. Which numbers of the head dim a product of 16 takes, and in
+# which order the columns of the output come, is free: a thread reads contiguous bytes of a token, and the queries follow.
+
+PERMUTES = {"low": 0x5410, "high": 0x7632}  # halves of two words
+
+
+def _i32(x: int):
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, x - (1 << 32) if x >= 1 << 31 else x))
+
+
+def _f32(x: float):
+    return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), x))
+
+
+def _add(a, b):
+    return arith.addi(a, _i32(b) if isinstance(b, int) else b)
+
+
+def _times(a, b: int):
+    return a if b == 1 else arith.muli(a, _i32(b))
+
+
+def _right(a, count: int):
+    return arith.shrui(a, _i32(count)) if count else a
+
+
+def _and(a, mask: int):
+    return arith.andi(a, _i32(mask))
+
+
+def _or(a, b):
+    return arith.ori(a, _i32(b) if isinstance(b, int) else b)
+
+
+def _permute(a, b, selector: int):
+    """Bytes of the words a (0 to 3) and b (4 to 7), the lowest nibble of `selector` choosing the lowest byte."""
+    i32 = ir.IntegerType.get_signless(32)
+    return utils.inline_ptx(f"prmt.b32 $0, $1, $2, 0x{selector:04x};", a, b, result_types=i32)
+
+
+def _pair(op, a, b):
+    return utils.inline_ptx(f"{op}.rn.bf16x2 $0, $1, $2;", a, b, result_types=a.type)
+
+
+def _exp2(x):
+    return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=x.type)
+
+
+def _fma(a, b, c):
+    return utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, result_types=a.type)
+
+
+def _less(a, b):
+    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
+def _choose(condition, a, b):
+    return arith.select(condition, a, b)
+
+
+def _finite_base(top):
+    """The maximum, or 0 where nothing has been seen."""
+    return _choose(arith.cmpf(arith.CmpFPredicate.OEQ, top, _f32(-math.inf)), _f32(0.0), top)
+
+
+def _pointer(ref, offset):
+    """Pointer `offset` bytes (i32) into a ref of shared or global memory."""
+    return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
+
+
+def _load(ref, offset, element, count: int = 1):
+    """`count` contiguous numbers as a list."""
+    vec = ir.VectorType.get((count,), element)
+    loaded = llvm.load(vec, _pointer(ref, offset), alignment=count * utils.bytewidth(element))
+    return [vector.extract(loaded, [], [i]) for i in range(count)]
+
+
+def _store(ref, offset, values, when=None):
+    """Stores float32 numbers side by side where `when` holds."""
+    pointer = _pointer(ref, offset)
+    space = "global" if pointer.type.address_space in (0, 1) else "shared"
+    names = ", ".join(f"${i + 1}" for i in range(len(values)))
+    names = f"{{{names}}}" if len(values) > 1 else names
+    kind = f"v{len(values)}.f32" if len(values) > 1 else "f32"
+    utils.inline_ptx(f"st.{space}.{kind} [$0], {names};", pointer, *values, predicate=when, has_side_effects=True)
+
+
+def _array(registers, dtype):
+    """Values of a thread as an array of one number a thread and value."""
+    vec = ir.VectorType.get((1,), registers[0].type)
+    packed = np.array([vector.broadcast(vec, r) for r in registers], dtype=object)
+    layout = fragmented.WGStridedFragLayout((128 * len(registers),), 1)
+    signed = True if jnp.issubdtype(dtype, jnp.integer) else None
+    return fragmented.FragmentedArray(_registers=packed, _layout=layout, _is_signed=signed)
+
+
+def _values(array):
+    return [vector.extract(r, [], [0]) for r in array.registers]
+
+
+def _threadwise(count: int, dtype):
+    return plgpu.ShapeDtypeStruct((128 * count,), dtype, _threadwise_layout(count))
+
+
+def _threadwise_layout(count: int):
+    return plgpu.Layout.WG_STRIDED((128 * count,), vec_size=1)
+
+
+SCALAR = plgpu.Layout.WG_SPLAT()
+
+
+class _Warps:
+    """One tile by a warpgroup: warps share out the tokens, or (rows > 16) the query rows."""
+
+    def __init__(self, plan, per, piece):
+        self.plan, self.per, self.piece = plan, per, piece
+        tiles = -(-plan.kept // TILE)
+        self.row_warps = 1 if tiles == 1 else 2 if tiles == 2 else 4
+        self.token_warps = 4 // self.row_warps
+        self.mine = plan.tiles.tokens // self.token_warps  # tokens of a warp
+        self.itemsize = plan.itemsize
+        self.swizzle = min(128, plan.wide * self.itemsize)  # bytes of a row of an SMEM tile
+        self.columns = plan.wide * self.itemsize // self.swizzle
+        self.numbers = plan.head_dim // self.columns  # of a row of an SMEM tile
+        self.transforms = _tiling(plan.wide, self.itemsize)
+        self.outs = plan.head_dim // 8  # accumulators of the output
+        self.state = 4 * self.outs + 6  # and rows' maxima, sums, sums of zero points
+        self.asked = plan.head_dim // 4 + 6  # words of q; rows' limits, positions, sums of q
+        self.kind = "f16" if plan.dtype == "float16" else "bf16"
+
+    # Thread and places
+
+    def thread(self):
+        thread = _and(utils.thread_idx(), 127)
+        lane = _and(thread, 31)
+        self.warp, self.g, self.c = _right(thread, 5), _right(lane, 2), _and(lane, 3)
+        row_warp = arith.remui(self.warp, _i32(self.row_warps))
+        self.first_row = _times(row_warp, TILE)
+        self.token_warp = arith.divui(self.warp, _i32(self.row_warps))
+        self.first = _times(self.token_warp, self.mine)  # first token
+
+    def rows(self):
+        return [_add(self.first_row, _add(self.g, 8 * r)) for r in range(2)]
+
+    def swizzled(self, row, byte):
+        """Offset of byte `byte` of row `row` (0 to 7) in an SMEM tile of 8 rows."""
+        at = _add(_times(row, self.swizzle), byte)
+        mask = self.swizzle // 16 - 1
+        return arith.xori(at, arith.shli(_and(_right(at, 7), mask), _i32(4)))
+
+    def read(self, ref, base, row, share: int, part):
+        """Words of a thread's share of a token's row: bytes part * share on in each SMEM tile of the row.
+
+        base: offset (i32) of the 8 tokens."""
+        i32 = ir.IntegerType.get_signless(32)
+        words = []
+        size = min(share, 16)
+        for chunk in range(share // size):
+            at = _add(base, self.swizzled(row, _add(_times(part, share), chunk * size)))
+            for column in range(self.columns):
+                words.append((column, chunk, _load(ref, _add(at, column * 8 * self.swizzle), i32, size // 4)))
+        return [w for _, _, ws in sorted(words, key=lambda x: x[:2]) for w in ws]
+
+    def small_numbers(self, ref, dtype, j):
+        """Numbers of the thread's two tokens of tokens 8 j .. 8 j + 7, as float32 or i32."""
+        itemsize = jnp.dtype(dtype).itemsize
+        pitch = max(self.piece * itemsize, 128)
+        at = _add(self.first, 8 * j)
+        page = _right(at, self.piece.bit_length() - 1)
+        at = _add(_and(at, self.piece - 1), _times(self.c, 2))
+        element = utils.dtype_to_ir_type(jnp.dtype(dtype))
+        found = _load(ref, _add(_times(page, pitch), _times(at, itemsize)), element, 2)
+        f32 = ir.F32Type.get()
+        if jnp.dtype(dtype) == jnp.int32 or element == f32:
+            return found
+        if jnp.issubdtype(jnp.dtype(dtype), jnp.integer):
+            return [arith.uitofp(f32, x) for x in found]
+        return [arith.extf(f32, x) for x in found]
+
+    # Codes to 16-bit numbers
+
+    def bf16_of_bytes(self, word, high: bool):
+        """Bytes (0, 1), or (2, 3) where `high`, of a word -> two bfloat16."""
+        if self.plan.format == "int8":  # 128 + the low 7 bits, less 128 or, where bit 7 is set, 256
+            code = _permute(word, _i32(0x43434343), 0x4342 if high else 0x4140)
+            return _pair("sub", _and(code, 0xFF7FFF7F), _and(code, 0xFF80FF80))
+        # e4m3 shifted into place is 2^-120 of the number
+        code = _permute(word, word, 0x3727 if high else 0x1505)
+        bits = _or(_and(code, 0x80008000), _and(_right(code, 4), 0x07F007F0))
+        return _pair("mul", bits, _i32(0x7B807B80))
+
+    def bf16_of_nibbles(self, word):
+        """Lowest nibbles of both halves -> two bfloat16: code - 8."""
+        return _pair("sub", _or(_and(word, 0x000F000F), 0x43004300), _i32(0x43084308))
+
+    def signed(self, word):
+        """Asymmetric int8 as signed bytes."""
+        return arith.xori(word, _i32(0x80808080)) if self.plan.format == "int8" and self.plan.zero else word
+
+    def key_operands(self, words):
+        """Words of a token's share -> second operands, two a product of 16."""
+        if self.plan.format == "dense":
+            return words
+        if self.plan.format == "int4":
+            return [self.bf16_of_nibbles(_right(w, 4 * i)) for w in words for i in range(4)]
+        return [self.bf16_of_bytes(self.signed(w), high) for w in words for high in (False, True)]
+
+    def query_operands(self, words):
+        """Words (pairs) of a query's share in the order of `key_operands`."""
+        if self.plan.format != "int4":
+            return words
+        found = []
+        for i in range(0, len(words), 4):
+            for a in (0, 1):
+                found += [_permute(words[i + a], words[i + a + 2], s) for s in PERMUTES.values()]
+        return found
+
+    def value_operands(self, one, two):
+        """Words of two tokens' shares -> a word of both for each head dim."""
+        found = []
+        for a, b in zip(one, two, strict=True):
+            if self.plan.format == "dense":
+                found += [_permute(a, b, s) for s in PERMUTES.values()]
+            elif self.plan.format == "int4":
+                for byte in range(4):
+                    both = _permute(a, b, 0x4400 + 0x1111 * byte)
+                    found += [self.bf16_of_nibbles(both), self.bf16_of_nibbles(_right(both, 4))]
+            else:
+                a, b = self.signed(a), self.signed(b)
+                for selector in (0x5140, 0x7362):
+                    both = _permute(a, b, selector)
+                    found += [self.bf16_of_bytes(both, high) for high in (False, True)]
+        return found
+
+    def multiply(self, acc, a, b):
+        f32 = ir.F32Type.get()
+        ptx = f"mma.sync.aligned.m16n8k16.row.col.f32.{self.kind}.{self.kind}.f32 "
+        ptx += "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        return list(utils.inline_ptx(ptx, *a, *b, *acc, result_types=[f32] * 4))
+
+    def across(self, x, op):
+        """Reduction over the four threads of a row."""
+        for distance in (1, 2):
+            x = op(x, utils.shfl_bfly(x, distance))
+        return x
+
+    # The steps
+
+    def empty(self):
+        @plgpu.inline_mgpu(return_type=_threadwise(self.state, jnp.float32))
+        def make(_):
+            values = [_f32(0.0)] * (4 * self.outs) + [_f32(-math.inf)] * 2 + [_f32(0.0)] * 4
+            return _array(values, jnp.float32)
+
+        return make()
+
+    def ask(self, q_g, qpos_g, row, head, block, length):
+        """Of the thread's query rows: their share of q, how many slots they see, their position, the sum of q."""
+        plan = self.plan
+        refs = (plgpu.RefType(), plgpu.RefType())
+
+        @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * 4), return_type=_threadwise(self.asked, jnp.int32))
+        def make(_, q, qpos, *scalars):
+            row, head, block, length = (x.registers.item() for x in scalars)
+            self.thread()
+            i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+            words, limits, positions, sums = [], [], [], []
+            share = self.numbers // 4
+            for local in self.rows():
+                at = arith.minui(_add(local, _times(block, plan.kept)), _i32(plan.rows - 1))
+                query, member = arith.divui(at, _i32(plan.group)), arith.remui(at, _i32(plan.group))
+                at = _add(_times(_add(_times(row, plan.queries), query), plan.heads), _times(head, plan.group))
+                at = _add(_times(_add(at, member), self.columns), 0)
+                mine = []
+                for column in range(self.columns):
+                    byte = _times(_add(_times(_add(at, column), 4), self.c), 2 * share)
+                    for chunk in range(2 * share // 16):
+                        mine += _load(q, _add(byte, 16 * chunk), i32, 4)
+                words.append(self.query_operands(mine))
+                base = _times(row, plan.queries * 4)
+                asked = [_load(qpos, _add(base, 4 * i), i32)[0] for i in range(plan.queries)]
+                own = asked[0]
+                for i in range(1, plan.queries):
+                    own = _choose(arith.cmpi(arith.CmpIPredicate.eq, query, _i32(i)), asked[i], own)
+                limit = length
+                if plan.mask.causal:
+                    for other in asked if plan.queries > 1 else ():
+                        limit = arith.subi(limit, arith.extui(i32, _less(own, other)))
+                limits.append(_choose(_less(own, _i32(0)), _i32(0), limit))
+                positions.append(own)
+                total = _f32(0.0)
+                if plan.zero:
+                    for word in mine:
+                        for half in (arith.shli(word, _i32(16)), _and(word, 0xFFFF0000)):
+                            total = arith.addf(total, utils.bitcast(half, f32))
+                    total = self.across(total, arith.addf)
+                sums.append(utils.bitcast(total, i32))
+            return _array([*words[0], *words[1], *limits, *positions, *sums], jnp.int32)
+
+        return make(q_g, qpos_g, row, head, block, length)
+
+    def tile(self, k_s, v_s, small, asked, state, token, length):
+        plan = self.plan
+        ref = plgpu.RefType(self.transforms)
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                ref,
+                ref,
+                [plgpu.RefType()] * len(small),
+                _threadwise_layout(self.asked),
+                _threadwise_layout(self.state),
+                SCALAR,
+                SCALAR,
+            ),
+            return_type=_threadwise(self.state, jnp.float32),
+        )
+        def make(_, k, v, small, asked, state, token, length):
+            self.thread()
+            token, length = token.registers.item(), length.registers.item()
+            asked, state = _values(asked), _values(state)
+            count = plan.head_dim // 8
+            q = [asked[:count], asked[count : 2 * count]]
+            limits, positions, sums = (asked[2 * count + 2 * i : 2 * count + 2 * i + 2] for i in range(3))
+            outs = [state[4 * i : 4 * i + 4] for i in range(self.outs)]
+            top, total, zeros = (state[4 * self.outs + 2 * i : 4 * self.outs + 2 * i + 2] for i in range(3))
+            small = dict(zip(plan.small, small, strict=True))
+            numbers = {
+                name: [self.small_numbers(ref, plan.small_dtype(name), j) for j in range(self.mine // 8)]
+                for name, ref in small.items()
+            }
+            places = [
+                [_add(_add(token, self.first), _add(_times(self.c, 2), 8 * j + e)) for e in range(2)]
+                for j in range(self.mine // 8)
+            ]
+            logits = self.logits(k, q)
+            self.mask_(logits, numbers, places, limits, positions, [utils.bitcast(s, ir.F32Type.get()) for s in sums])
+            p, top, total, zeros, alpha = self.softmax(logits, numbers, places, length, top, total, zeros)
+            outs = [[arith.mulf(x, alpha[i // 2]) for i, x in enumerate(out)] for out in outs]
+            outs = self.values(v, p, outs, places, length)
+            return _array([x for out in outs for x in out] + top + total + zeros, jnp.float32)
+
+        return make(k_s, v_s, small, asked, state, token, length)
+
+    def group(self, j):
+        """Offset of tokens 8 j .. of the warp."""
+        pitch = self.columns * 8 * self.swizzle
+        return _add(_times(_right(self.first, 3), pitch), j * pitch)
+
+    def logits(self, k, q):
+        """q k^T: [tokens / 8][4] float32."""
+        found = []
+        for j in range(self.mine // 8):
+            b = self.key_operands(self.read(k, self.group(j), self.g, self.swizzle // 4, self.c))
+            chains = [[_f32(0.0)] * 4 for _ in range(2)]  # two products wait for nothing but each other's loads
+            for s in range(self.plan.head_dim // 16):
+                a = [q[0][2 * s], q[1][2 * s], q[0][2 * s + 1], q[1][2 * s + 1]]
+                chains[s % 2] = self.multiply(chains[s % 2], a, b[2 * s : 2 * s + 2])
+            found.append([arith.addf(x, y) for x, y in zip(*chains, strict=True)])
+        return found
+
+    def mask_(self, logits, numbers, places, limits, positions, sums):
+        """Scales logits (in powers of 2), and sets those that a row does not see to -inf, in place."""
+        plan = self.plan
+        shift = 128.0 if plan.format == "int8" else 8.0
+        for j, tile in enumerate(logits):
+            for e in range(2):
+                factor = _f32(plan.scale * LOG2E)
+                for name in ("k_scale", "logit_scale"):
+                    factor = arith.mulf(factor, numbers[name][j][e]) if name in numbers else factor
+                for r in range(2):
+                    x = tile[2 * r + e]
+                    if plan.zero:
+                        away = arith.subf(_f32(shift), numbers["k_zero"][j][e])
+                        x = _fma(sums[r], away, x)
+                    x = arith.mulf(x, factor)
+                    if plan.softcap is not None:  # c tanh(x / c) = c - 2 c / (1 + exp(2 x / c))
+                        cap = plan.softcap * LOG2E
+                        grown = arith.addf(_exp2(arith.mulf(x, _f32(2 / plan.softcap))), _f32(1.0))
+                        inverse = utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", grown, result_types=x.type)
+                        x = _fma(inverse, _f32(-2 * cap), _f32(cap))
+                    seen = _less(places[j][e], limits[r])
+                    if plan.mask.window is not None:
+                        key = numbers["position"][j][e]
+                        near = _less(_add(positions[r], -plan.mask.window), key)
+                        if plan.mask.sinks:
+                            near = arith.ori(near, _less(key, _i32(plan.mask.sinks)))
+                        seen = arith.andi(seen, near)
+                    tile[2 * r + e] = _choose(seen, x, _f32(-math.inf))
+
+    def softmax(self, logits, numbers, places, length, top, total, zeros):
+        """-> first operands of the product with values, and rows' (maximum, sum, zero points, decay)."""
+        plan = self.plan
+        f32 = ir.F32Type.get()
+        new, alpha, base = [], [], []
+        for r in range(2):
+            mine = [tile[2 * r + e] for tile in logits for e in range(2)]
+            high = functools.reduce(arith.maxnumf, mine)
+            new.append(arith.maxnumf(top[r], self.across(high, arith.maxnumf)))
+            base.append(_finite_base(new[r]))
+            alpha.append(_exp2(arith.subf(top[r], base[r])))
+        total = [arith.mulf(total[r], alpha[r]) for r in range(2)]
+        zeros = [arith.mulf(zeros[r], alpha[r]) if plan.zero else zeros[r] for r in range(2)]
+        words = []
+        for j, tile in enumerate(logits):
+            real = [_less(at, length) for at in places[j]]
+            for r in range(2):
+                p = [_exp2(arith.subf(tile[2 * r + e], base[r])) for e in range(2)]
+                total[r] = arith.addf(total[r], arith.addf(*p))
+                if "v_scale" in numbers:  # past the length a scale may be NaN
+                    scales = [_choose(real[e], numbers["v_scale"][j][e], _f32(0.0)) for e in range(2)]
+                    p = [arith.mulf(p[e], scales[e]) for e in range(2)]
+                ptx = f"cvt.rn.{self.kind}x2.f32 $0, $1, $2;"
+                word = utils.inline_ptx(ptx, p[1], p[0], result_types=ir.IntegerType.get_signless(32))
+                words.append(word)
+                if plan.zero:
+                    shift = 128.0 if plan.format == "int8" else 8.0
+                    kept = [arith.shli(word, _i32(16)), _and(word, 0xFFFF0000)]
+                    for e in range(2):
+                        away = arith.subf(numbers["v_zero"][j][e], _f32(shift))
+                        zeros[r] = _fma(utils.bitcast(kept[e], f32), away, zeros[r])
+        return words, new, total, zeros, alpha
+
+    def values(self, v, p, outs, places, length):
+        for s in range(self.mine // 16):
+            tokens = []
+            for j in (2 * s, 2 * s + 1):
+                for e in range(2):
+                    row = _add(_times(self.c, 2), e)
+                    words = self.read(v, self.group(j), row, self.swizzle // 8, self.g)
+                    if self.plan.format == "dense":  # past the length may lie NaN, and 0 * NaN is NaN
+                        mask = _choose(_less(places[j][e], length), _i32(0xFFFFFFFF), _i32(0))
+                        words = [arith.andi(w, mask) for w in words]
+                    tokens.append(words)
+            first, second = self.value_operands(*tokens[:2]), self.value_operands(*tokens[2:])
+            a = p[4 * s : 4 * s + 4]  # rows g and g + 8 of eight tokens, then of the next eight
+            outs = [self.multiply(out, a, b) for out, *b in zip(outs, first, second, strict=True)]
+        return outs
+
+    def finish(self, state, sum_s, top_s, parts_g, marks_g, part):
+        plan = self.plan
+
+        @plgpu.inline_mgpu(
+            arg_types=(_threadwise_layout(self.state), *(plgpu.RefType(),) * 4, SCALAR),
+            return_type=(),
+        )
+        def make(_, state, sum_s, top_s, parts, marks, part):
+            self.thread()
+            part, state, f32 = part.registers.item(), _values(state), ir.F32Type.get()
+            outs = [state[4 * i : 4 * i + 4] for i in range(self.outs)]
+            top, total, zeros = (state[4 * self.outs + 2 * i : 4 * self.outs + 2 * i + 2] for i in range(3))
+            total = [self.across(x, arith.addf) for x in total]
+            if plan.zero:
+                zeros = [self.across(x, arith.addf) for x in zeros]
+                outs = [[arith.subf(x, zeros[i // 2]) for i, x in enumerate(out)] for out in outs]
+            rows = self.rows()
+            kept = [_less(row, _i32(plan.kept)) for row in rows]
+            leads = arith.cmpi(arith.CmpIPredicate.eq, self.c, _i32(0))
+            if self.token_warps > 1:
+                top, total, factors = self.exchange(top_s, top, total, rows, leads)
+                outs = [[arith.mulf(x, factors[i // 2]) for i, x in enumerate(out)] for out in outs]
+                leads = arith.andi(leads, arith.cmpi(arith.CmpIPredicate.eq, self.token_warp, _i32(0)))
+            for r in range(2):
+                at = _add(_times(part, 2 * plan.kept * 4), _times(rows[r], 4))
+                when = arith.andi(leads, kept[r])
+                _store(marks, at, [top[r]], when)
+                _store(marks, _add(at, 4 * plan.kept), [total[r]], when)
+            base = _times(part, plan.kept * plan.head_dim * 4)
+            starts = [_add(base, _times(row, plan.head_dim * 4)) for row in rows]
+            share = self.numbers // 8
+
+            def store(i, values):
+                """Accumulator i of the output: numbers i % share of the shares of two threads' columns."""
+                for k, x in enumerate(values):
+                    r, e = divmod(k, 2)
+                    column = _add(_times(_add(_times(self.c, 2), e), share), 0)
+                    if isinstance(i, int):
+                        at = _add(column, i // share * self.numbers + i % share)
+                    else:
+                        at = _add(column, _add(_times(arith.divui(i, _i32(share)), self.numbers), 0))
+                        at = _add(at, arith.remui(i, _i32(share)))
+                    _store(parts, _add(starts[r], _times(at, 4)), [x], kept[r])
+
+            if self.token_warps == 1:
+                for i, out in enumerate(outs):
+                    store(i, out)
+                return ()
+            # The warps' outputs are added four accumulators at a time, each warp adding up its share of them.
+            lane = _add(_times(self.g, 4), self.c)
+            each = self.token_warps
+            for start in range(0, self.outs, each):
+                utils.warpgroup_barrier()
+                for i in range(each):
+                    at = _add(_times(_add(_times(self.warp, each), i), 512), _times(lane, 16))
+                    _store(sum_s, at, outs[start + i])
+                utils.warpgroup_barrier()
+                summed = None
+                for other in range(self.token_warps):
+                    source = _add(arith.remui(self.warp, _i32(self.row_warps)), other * self.row_warps)
+                    at = _add(_times(_add(_times(source, each), self.token_warp), 512), _times(lane, 16))
+                    loaded = _load(sum_s, at, f32, 4)
+                    summed = (
+                        loaded if summed is None else [arith.addf(a, b) for a, b in zip(summed, loaded, strict=True)]
+                    )
+                store(_add(self.token_warp, start), summed)
+            utils.warpgroup_barrier()
+            return ()
+
+        make(state, sum_s, top_s, parts_g, marks_g, part)
+
+    def exchange(self, top_s, top, total, rows, leads):
+        """Maximum and sum of rows over the warps that share out the tokens, and what a warp's values are multiplied by."""
+        f32 = ir.F32Type.get()
+        local = [_add(self.g, 8 * r) for r in range(2)]
+        here = [_add(_times(self.warp, 2 * TILE * 4), _times(row, 4)) for row in local]
+        for r in range(2):
+            _store(top_s, here[r], [top[r]], leads)
+            _store(top_s, _add(here[r], TILE * 4), [total[r]], leads)
+        utils.warpgroup_barrier()
+        tops, totals, factors = [], [], []
+        for r in range(2):
+            found = []
+            for other in range(self.token_warps):
+                warp = _add(arith.remui(self.warp, _i32(self.row_warps)), other * self.row_warps)
+                at = _add(_times(warp, 2 * TILE * 4), _times(local[r], 4))
+                found.append((_load(top_s, at, f32)[0], _load(top_s, _add(at, TILE * 4), f32)[0]))
+            high = functools.reduce(arith.maxnumf, [x for x, _ in found])
+            base = _finite_base(high)
+            summed = _f32(0.0)
+            for x, y in found:
+                summed = _fma(y, _exp2(arith.subf(x, base)), summed)
+            tops.append(high)
+            totals.append(summed)
+            factors.append(_exp2(arith.subf(top[r], base)))
+        return tops, totals, factors
+
+
+# --- The merge of parts -----------------------------------------------------------------------------------------------
 
 
 def _merge(plan: Plan, parts, marks, offsets, sink_logits):
-    """Partial results of each unit -> out [units, kept, H], lse float32[units, kept]."""
-    h, kept = plan.head_dim, plan.kept
-    args = [parts, marks, offsets]
-    if plan.sinks:
-        row = jnp.arange(plan.blocks * kept) % plan.group
-        sink = sink_logits.astype(jnp.float32).reshape(plan.kv_heads, plan.group)[:, row] * LOG2E
-        args.append(sink.reshape(plan.kv_heads * plan.blocks, kept))
-    layout = plgpu.Layout.MMA_ACC(jnp.float32, m_warps=1)
-    by_row = layout.reduce(1)
+    """Parts of each unit -> out [B, Q, N, H], lse float32[B, Q, N]."""
+    vectors = plan.kept * plan.head_dim // 4
+    args = [parts, marks, offsets] + ([sink_logits.astype(jnp.float32)] if plan.sinks else [])
 
     def body(parts_g, marks_g, offsets_g, *refs):
-        out_g, lse_g = refs[-2:]
-        unit, rows = lax.axis_index("unit"), pl.ds(lax.axis_index("rows") * 16, 16)
+        *sink_g, out_g, lse_g = refs
+        unit = lax.axis_index("unit")
         begin, end, total = offsets_g[unit], offsets_g[unit + 1], offsets_g[plan.units]
-        share, rest = total // plan.workers, total % plan.workers
+        share, rest = lax.div(total, jnp.int32(plan.workers)), lax.rem(total, jnp.int32(plan.workers))
 
         def worker(tile):
             long = rest * (share + 1)
-            return jnp.where(tile < long, tile // (share + 1), rest + (tile - long) // jnp.maximum(share, 1))
+            late = rest + lax.div(tile - long, jnp.maximum(share, 1))
+            return jnp.where(tile < long, lax.div(tile, share + 1), late)
 
         first = worker(begin)
         count = jnp.where(end > begin, worker(end - 1) - first + 1, 0)
+        merge = _merge_threads if plan.tiles.registers else _merge_plainly
+        merge(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, lax.axis_index("part"), first + unit, count)
 
-        def load(ref, layout):
-            return plgpu.load(ref, layout=layout, optimized=False)
-
-        def step(i, carry):
-            top, total, out = carry
-            segment = first + i + unit
-            m, l = load(marks_g.at[segment, 0, rows], by_row), load(marks_g.at[segment, 1, rows], by_row)
-            new = jnp.maximum(top, m)
-            base = jnp.where(new == -jnp.inf, 0.0, new)
-            a, b = jnp.exp2(top - base), jnp.exp2(m - base)
-            part = load(parts_g.at[segment, rows], layout)
-            out = out * lax.broadcast_in_dim(a, out.shape, (0,)) + part * lax.broadcast_in_dim(b, out.shape, (0,))
-            return new, total * a + l * b, out
-
-        if plan.sinks:
-            top = load(refs[0].at[unit % (plan.kv_heads * plan.blocks), rows], by_row)
-            total = plgpu.layout_cast(jnp.ones((16,), jnp.float32), by_row)
-        else:
-            top = plgpu.layout_cast(jnp.full((16,), -jnp.inf, jnp.float32), by_row)
-            total = plgpu.layout_cast(jnp.zeros((16,), jnp.float32), by_row)
-        none = plgpu.layout_cast(jnp.zeros((16, h), jnp.float32), layout)
-        top, total, out = lax.fori_loop(0, count, step, (top, total, none))
-        inverse = 1 / jnp.where(total > 0, total, 1.0)
-        out = out * lax.broadcast_in_dim(inverse, out.shape, (0,))
-        out_g.at[unit, rows][...] = out.astype(out_g.dtype)
-        lse_g.at[unit, rows][...] = (top + jnp.log2(total)) / LOG2E
-
+    shape = (plan.batch, plan.queries, plan.heads)
     return plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((plan.units, kept, h), jnp.dtype(plan.dtype)),
-            jax.ShapeDtypeStruct((plan.units, kept), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, plan.head_dim), jnp.dtype(plan.dtype)),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
         ),
-        grid=(plan.units, kept // 16),
-        grid_names=("unit", "rows"),
+        grid=(plan.units, -(-vectors // 128) if plan.tiles.registers else 1),
+        grid_names=("unit", "part"),
         num_threads=1,
         thread_name="wg",
         kernel_name="paged_decode_merge",
     )(*args)
+
+
+def _merge_plainly(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, _, first, count):
+    batch_row, head, block = _locate(plan, unit)
+
+    def step(i, carry):
+        top, total, out = carry
+        m, l = marks_g[first + i, 0], marks_g[first + i, 1]
+        new = jnp.maximum(top, m)
+        base = jnp.where(new == -jnp.inf, 0.0, new)
+        a, b = jnp.exp2(top - base), jnp.exp2(m - base)
+        return new, total * a + l * b, out * a[:, None] + parts_g[first + i] * b[:, None]
+
+    zeros = jnp.zeros((plan.kept,), jnp.float32)
+    empty = zeros - jnp.inf, zeros, jnp.zeros((plan.kept, plan.head_dim), jnp.float32)
+    tops, totals, outs = lax.fori_loop(0, count, step, empty)
+    for local in range(plan.kept):
+        row = block * plan.kept + local
+        query, member = lax.div(row, jnp.int32(plan.group)), lax.rem(row, jnp.int32(plan.group))
+        at = head * plan.group + member
+
+        @pl.when(row < plan.rows)
+        def _(local=local, query=query, at=at):
+            top, total, out = tops[local], totals[local], outs[local]
+            if plan.sinks:
+                sink = sink_g[0][at] * LOG2E
+                new = jnp.maximum(top, sink)
+                total, out = total * jnp.exp2(top - new) + jnp.exp2(sink - new), out * jnp.exp2(top - new)
+                top = new
+            out_g[batch_row, query, at] = (out / jnp.where(total > 0, total, 1)).astype(out_g.dtype)
+            lse_g[batch_row, query, at] = jnp.where(total > 0, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+
+
+def _merge_threads(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, part, first, count):
+    """A thread merges four numbers of a row. Loads of four parts are under way at a time."""
+    batch_row, head, block = _locate(plan, unit)
+    refs = (plgpu.RefType(),) * (4 + len(sink_g))
+
+    @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * 6), return_type=())
+    def merge(_, parts, marks, *rest):
+        sink = rest[0] if plan.sinks else None
+        out, lse = rest[len(sink_g) : len(sink_g) + 2]
+        row, head, block, part, first, count = (x.registers.item() for x in rest[-6:])
+        f32 = ir.F32Type.get()
+        thread = utils.thread_idx()
+        flat = _times(_add(_times(part, 128), thread), 4)
+        local, column = arith.divui(flat, _i32(plan.head_dim)), arith.remui(flat, _i32(plan.head_dim))
+        at = _add(_times(block, plan.kept), local)
+        real = arith.andi(_less(local, _i32(plan.kept)), _less(at, _i32(plan.rows)))
+        query, member = arith.divui(at, _i32(plan.group)), arith.remui(at, _i32(plan.group))
+        head = _add(_times(head, plan.group), member)
+        with utils.when(real):
+            unroll = 4
+            rounds = _right(_add(count, unroll - 1), 2)
+
+            def indices(i):
+                found = []
+                for k in range(unroll):
+                    at = _add(_times(i, unroll), k)
+                    inside = _less(at, count)
+                    found.append((_add(first, _choose(inside, at, _i32(0))), inside))
+                return found
+
+            def mark(index, which):
+                at = _add(_times(index, 2 * plan.kept), which * plan.kept)
+                return _load(marks, _times(_add(at, local), 4), f32)[0]
+
+            sink_value = None
+            if sink is not None:
+                sink_value = arith.mulf(_load(sink, _times(head, 4), f32)[0], _f32(LOG2E))
+
+            @utils.fori(rounds, [_f32(-math.inf) if sink is None else sink_value])
+            def highest(i, carry):
+                return [functools.reduce(arith.maxnumf, [mark(index, 0) for index, _ in indices(i)], carry[0])]
+
+            [top] = highest.results
+            base = _finite_base(top)
+            total = _f32(0.0) if sink is None else _exp2(arith.subf(sink_value, base))
+
+            @utils.fori(rounds, [total] + [_f32(0.0)] * 4)
+            def summed(i, carry):
+                total, *values = carry
+                loaded = []
+                for index, inside in indices(i):
+                    at = _add(_times(_add(_times(index, plan.kept), local), plan.head_dim), column)
+                    loaded.append((inside, mark(index, 0), mark(index, 1), _load(parts, _times(at, 4), f32, 4)))
+                for inside, m, l, numbers in loaded:
+                    weight = _choose(inside, _exp2(arith.subf(m, base)), _f32(0.0))
+                    total = _fma(weight, l, total)
+                    values = [_fma(weight, x, value) for x, value in zip(numbers, values, strict=True)]
+                return [total, *values]
+
+            total, *values = summed.results
+            some = arith.cmpf(arith.CmpFPredicate.OGT, total, _f32(0.0))
+            inverse = arith.divf(_f32(1.0), _choose(some, total, _f32(1.0)))
+            half = ir.F16Type.get() if plan.dtype == "float16" else ir.BF16Type.get()
+            values = [arith.truncf(half, arith.mulf(x, inverse)) for x in values]
+            place = _add(_times(_add(_times(row, plan.queries), query), plan.heads), head)
+            packed = utils.vector_concat([vector.broadcast(ir.VectorType.get((1,), half), x) for x in values])
+            at = _pointer(out, _times(_add(_times(place, plan.head_dim), column), 2))
+            llvm.store(packed, at, alignment=8)
+            log = utils.inline_ptx("lg2.approx.ftz.f32 $0, $1;", total, result_types=f32)
+            value = arith.mulf(arith.addf(top, log), _f32(1 / LOG2E))
+            value = _choose(some, value, _f32(-math.inf))
+            _store(lse, _times(place, 4), [value], arith.cmpi(arith.CmpIPredicate.eq, column, _i32(0)))
+        return ()
+
+    merge(parts_g, marks_g, *sink_g, out_g, lse_g, batch_row, head, block, part, first, count)
+
+
+# --- Attention mass ---------------------------------------------------------------------------------------------------
+
+
+def _scores(plan: Plan, q, k_pool, positions, table, lengths, q_positions, lse, logit_scale):
+    """Attention mass by slot float32[B, S, K] from the log-sums that attention returned: one more pass over the keys."""
+    k = gather_pages(k_pool, table).astype(jnp.float32)  # [B, S, K, H]
+    q = q.reshape(plan.batch, plan.queries, plan.kv_heads, plan.group, plan.head_dim)
+    logits = jnp.einsum("bqkgh,bskh->bkqgs", q.astype(jnp.float32), k) * plan.scale
+    if logit_scale is not None:
+        factors = gather_pages(logit_scale[..., None], table)[..., 0]
+        logits = logits * jnp.moveaxis(factors, 2, 1)[:, :, None, None]
+    if plan.softcap is not None:
+        logits = plan.softcap * jnp.tanh(logits / plan.softcap)
+    at = jnp.take(positions, table, axis=0, mode="clip").reshape(*table.shape[:2], -1)
+    asked = q_positions[None, :, :, None]
+    stored = jnp.arange(at.shape[-1]) < lengths[..., None]
+    seen = plan.mask(asked, at[:, :, None, :]) & (asked >= 0) & stored[:, :, None, :]  # [G, B, Q, S]
+    seen = jnp.moveaxis(seen, 0, 1)[:, :, :, None]
+    lse = jnp.moveaxis(lse.reshape(plan.batch, plan.queries, plan.kv_heads, plan.group), 1, 2)[..., None]
+    weights = jnp.where(seen, jnp.exp(logits - jnp.where(seen, lse, 0)), 0)
+    return jnp.moveaxis(jnp.sum(weights, axis=(2, 3)), 2, 1)

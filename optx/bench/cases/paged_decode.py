@@ -1,0 +1,301 @@
+"""Cases and benchmark shapes of `paged_decode`: up to 8 new tokens a row over paged keys and values."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optx.bench.cases import Case, Shape
+from optx.formats import Float8, Format, Int
+from optx.nn.attention import paged_spec
+from optx.pallas.attention import reference
+from optx.pallas.attention.reference import Mask
+from optx.tensor import QTensor, is_qtensor
+
+OP = "paged_decode"
+INT8, INT4, FP8 = Int(width=8), Int(width=4), Float8()
+INT8_ZERO, INT4_ZERO = Int(width=8, symmetric=False), Int(width=4, symmetric=False)
+
+
+def batch(
+    rng,
+    lengths,
+    *,
+    heads,
+    kv_heads,
+    head_dim,
+    page_size,
+    dtype="bfloat16",
+    format=None,
+    queries=1,
+    asked=None,
+    lists=1,
+    gaps=False,
+    sink_logits=False,
+    logit_scale=False,
+    **kwargs,
+):
+    """A call: rows of `lengths` cached slots, the newest `asked` of them (all `queries` when None) the queries' own.
+
+    lists: page lists (G), each of other lengths where more than one; gaps: positions with holes, as eviction leaves them.
+    Pages lie in random order. Whatever no row has written, the last page, and absent queries hold NaN.
+    """
+    size = len(lengths)
+    asked = np.minimum(lengths, queries) if asked is None else np.array(asked)
+    kept = np.array([[max(n - 7 * group, int(asked[b])) for b, n in enumerate(lengths)] for group in range(lists)])
+    pages = -(-kept // page_size)
+    total, taken = int(pages.sum()), 0
+    order = rng.permutation(total)
+    table = np.full((lists, size, max(int(pages.max()), 1)), total, np.int32)
+    positions = np.full((total + 1, page_size), -1, np.int32)
+    written = np.zeros((total + 1, kv_heads, page_size), bool)
+    q_positions = np.full((size, queries), -1, np.int32)
+    for row, length in enumerate(lengths):
+        new = int(asked[row])
+        old = np.cumsum(rng.integers(1, 4, size=length - new) if gaps else np.ones(length - new, int)) - 1
+        q_positions[row, :new] = (old[-1] if len(old) else -1) + 1 + np.arange(new)
+        for group in range(lists):
+            some = np.sort(rng.permutation(len(old))[: kept[group, row] - new])
+            at = np.concatenate([old[some], q_positions[row, :new]])
+            listed = order[taken : taken + pages[group, row]]
+            table[group, row, : len(listed)] = listed
+            taken += len(listed)
+            for i, page in enumerate(listed):
+                here = at[i * page_size : (i + 1) * page_size]
+                positions[page, : len(here)] = here
+                written[page, slice(None) if lists == 1 else group, : len(here)] = True
+    shape = (total + 1, kv_heads, page_size, head_dim)
+    pools = [_pool(rng.standard_normal(shape), written, format, dtype) for _ in "kv"]
+    q = rng.standard_normal((size, queries, heads, head_dim))
+    q[q_positions < 0] = np.nan
+    if sink_logits:
+        kwargs["sink_logits"] = jnp.asarray(rng.standard_normal(heads), jnp.float32)
+    if logit_scale:
+        factors = np.where(written, rng.uniform(0.5, 1.5, written.shape), np.nan)
+        kwargs["logit_scale"] = jnp.asarray(factors, jnp.float32)
+    return (jnp.asarray(q, dtype), *pools), {
+        "positions": jnp.asarray(positions),
+        "table": jnp.asarray(table),
+        "lengths": jnp.asarray(kept, jnp.int32),
+        "q_positions": jnp.asarray(q_positions),
+        **kwargs,
+    }
+
+
+def _pool(x, written, format: Format | None, dtype):
+    """x [pages, K, P, H] as it is stored; what is not `written` cannot be read without harm."""
+    mark = written[..., None]
+    if format is None:
+        return jnp.asarray(np.where(mark, x, np.nan), dtype)
+    parts = format.encode(jnp.asarray(x, jnp.float32))
+    data = parts.data
+    if isinstance(format, Float8):
+        data = jnp.where(mark, data.astype(jnp.float32), jnp.nan).astype(data.dtype)
+    scale = jnp.where(mark, parts.scale, jnp.nan)
+    kwargs = {"format": format, "length": x.shape[-1], "axis": -1, "dtype": jnp.dtype("float32")}
+    return QTensor(data=data, scale=scale, zero=parts.zero, **kwargs)
+
+
+def exact(args, kwargs):
+    """out, lse and scores of the reference in float32."""
+    q, *pools = args
+    pools = [x if is_qtensor(x) else x.astype(jnp.float32) for x in pools]
+    return reference.paged_attention(jnp.nan_to_num(q.astype(jnp.float32)), *pools, **kwargs)
+
+
+def results(output, kwargs):
+    """out and lse of the rows' queries, and the scores where they are asked for."""
+    real = np.asarray(kwargs["q_positions"]) >= 0
+    out, lse, scores = output
+    found = [out[real], lse, jnp.where(real[..., None, None], 0, out)]
+    return found if scores is None else [*found, scores]
+
+
+def site(heads, kv_heads, head_dim, page_size, dtype="bfloat16", format=None, mask=Mask(), **facts):  # noqa: B008 - frozen
+    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=mask.window)
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "page_size": page_size,
+        "cache": spec.replace(sinks=mask.sinks, format=format),
+        "mask": mask,
+        **facts,
+    }
+
+
+def case(name, lengths, *, heads=8, kv_heads=2, head_dim=128, page_size=64, small=False, tolerance=5e-3, **more):
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
+    facts = {
+        key: more[key] for key in ("dtype", "format", "mask", "softcap", "logit_scale", "want_scores") if key in more
+    }
+    return Case(
+        op=OP,
+        name=name,
+        make=lambda rng: batch(rng, lengths, **shape, **more),
+        site=site(**shape, **facts),
+        small=small,
+        tolerance=tolerance,
+        pick=results,
+    )
+
+
+RAGGED = [700, 1, 0, 64, 65, 333, 2000]
+FORMATS = {"int8": INT8, "int8_zero": INT8_ZERO, "int4": INT4, "int4_zero": INT4_ZERO, "fp8": FP8}
+SLIDING = Mask(window=90, sinks=4)
+LLAMA = {"heads": 32, "kv_heads": 8}
+OSS = {"heads": 64, "kv_heads": 8, "head_dim": 64, "sink_logits": True}
+TINY = {"heads": 4, "kv_heads": 1, "head_dim": 64, "page_size": 16, "small": True}
+
+CASES = (
+    case("small", [70, 0, 1], **TINY),
+    case("small_window", [200, 17], **TINY, mask=Mask(window=20, sinks=2), gaps=True, softcap=20.0, sink_logits=True),
+    case("small_queries", [70, 3], **TINY, queries=3, asked=[3, 2], dtype="float16"),
+    case("small_lists", [70, 30], **{**TINY, "kv_heads": 2}, lists=2, gaps=True),
+    *(case(f"small_{name}", [70, 3], **TINY, format=value) for name, value in FORMATS.items()),
+    case("small_scores", [70, 3], **TINY, logit_scale=True, want_scores=True),
+    *(case(f"page{size}", RAGGED, **LLAMA, page_size=size) for size in (16, 32, 64, 128)),
+    *(case(f"fp16_dim{size}", RAGGED, head_dim=size, dtype="float16") for size in (64, 128, 256)),
+    *(case(f"group{n}", RAGGED, heads=2 * n) for n in (1, 3, 7, 16)),
+    *(case(f"queries{n}", RAGGED, queries=n, asked=[n, 1, 0, n, n, 1, n]) for n in (2, 5, 8)),
+    case("queries8_group16", RAGGED, heads=32, queries=8, asked=[8, 1, 0, 8, 8, 1, 7]),
+    case("dim64", RAGGED, **OSS),
+    case("dim256", RAGGED, head_dim=256, page_size=32, softcap=50.0),
+    case("softcap", RAGGED, **LLAMA, softcap=5.0),
+    case("not_causal", RAGGED, queries=4, mask=Mask(causal=False)),
+    case("window", RAGGED, **OSS, mask=SLIDING, gaps=True),
+    case("window_page16", RAGGED, **LLAMA, page_size=16, mask=SLIDING),
+    case("window_page128", RAGGED, queries=3, page_size=128, mask=Mask(window=300), gaps=True),
+    case("window_int4", RAGGED, format=INT4_ZERO, queries=2, mask=SLIDING, gaps=True, softcap=20.0, sink_logits=True),
+    case("lists", RAGGED, lists=2, gaps=True),
+    case("lists_window", RAGGED, lists=2, gaps=True, mask=SLIDING, queries=2, page_size=32),
+    *(
+        case(f"{name}_page{page}_dim{size}", RAGGED, **LLAMA, format=value, page_size=page, head_dim=size)
+        for name, value in FORMATS.items()
+        for page, size in ((16, 128), (64, 64), (64, 128), (128, 256))
+    ),
+    *(
+        case(f"{name}_queries", RAGGED, format=value, queries=6, softcap=30.0, sink_logits=True)
+        for name, value in FORMATS.items()
+    ),
+    case("long", [40_000], **LLAMA),
+    case("many", [int(n) for n in np.random.default_rng(0).integers(0, 900, 64)], heads=16, kv_heads=4),
+    case("logit_scale", RAGGED, logit_scale=True, softcap=20.0),
+    case("scores", RAGGED, queries=2, want_scores=True, sink_logits=True),
+    case("scores_window", RAGGED, mask=SLIDING, gaps=True, want_scores=True, page_size=16),
+    case("scores_lists", RAGGED, lists=2, gaps=True, want_scores=True, logit_scale=True, page_size=32),
+    *(
+        case(f"scores_{name}", RAGGED, format=FORMATS[name], want_scores=True, logit_scale=True)
+        for name in ("int8_zero", "int4", "fp8")
+    ),
+)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random_codes(key, shape, format):
+    """A packed pool of random codes: sizes as those of encoded normal numbers."""
+    codes, scales, zeros = jax.random.split(key, 3)
+    *lead, length = shape
+    data = jax.random.bits(codes, (*lead, format.packed(length)), jnp.uint8)
+    size = 1 / 24
+    if isinstance(format, Float8):  # no code that is not a number: 0x7f and 0xff
+        data = jax.lax.bitcast_convert_type(data & 0xF7, jnp.float8_e4m3fn)
+        size = 1 / 128
+    elif format.width == 8:
+        data, size = data if format.has_zero else jax.lax.bitcast_convert_type(data, jnp.int8), 1 / 48
+    else:
+        size = 1 / 4
+    scale = (size * jax.random.uniform(scales, (*lead, 1), minval=0.5)).astype(format.scale_dtype)
+    zero = None
+    if format.has_zero:
+        middle = 2 ** (format.width - 1)
+        zero = jax.random.randint(zeros, (*lead, 1), middle - 2, middle + 3).astype(jnp.uint8)
+    kwargs = {"format": format, "length": length, "axis": -1, "dtype": jnp.dtype("bfloat16")}
+    return QTensor(data=data, scale=scale, zero=zero, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random(key, shape, dtype):
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
+
+
+def _fill(rng, lengths, *, heads, kv_heads, head_dim, page_size, queries, format, **kwargs):
+    """A call made on the device: every row of the same length."""
+    size, length = len(lengths), lengths[0]
+    pages = -(-length // page_size)
+    table = rng.permutation(size * pages).reshape(size, pages)
+    positions = np.zeros((size * pages + 1, page_size), np.int32)
+    positions[table] = np.arange(pages * page_size).reshape(pages, page_size)
+    shape = (size * pages + 1, kv_heads, page_size, head_dim)
+    seeds = [int(x) for x in rng.integers(2**31, size=3)]
+    if format is None:
+        pools = [_random(jax.random.key(seed), shape, jnp.bfloat16) for seed in seeds[:2]]
+    else:
+        pools = [_random_codes(jax.random.key(seed), shape, format) for seed in seeds[:2]]
+    args = (_random(jax.random.key(seeds[2]), (size, queries, heads, head_dim), jnp.bfloat16), *pools)
+    return args, {
+        "positions": jnp.asarray(positions),
+        "table": jnp.asarray(table[None], jnp.int32),
+        "lengths": jnp.full((1, size), length, jnp.int32),
+        "q_positions": jnp.tile(jnp.arange(length - queries, length, dtype=jnp.int32), (size, 1)),
+        **kwargs,
+    }
+
+
+def _xla(q, k_pool, v_pool, **kwargs):
+    return reference.paged_attention(q, k_pool, v_pool, **kwargs)[0]
+
+
+def _cudnn(q, k_pool, v_pool, *, table, lengths, **_):
+    """cuDNN over keys and values gathered page by page: it reads no pages through JAX's public functions."""
+    k, v = (reference.gather_pages(pool, table) for pool in (k_pool, v_pool))
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths[0], implementation="cudnn")
+
+
+def shape(
+    name, size, length, *, page_size=64, heads=32, kv_heads=8, head_dim=128, queries=1, format=None, peers=None, **more
+):
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
+    mask = more.get("mask", Mask())
+    seen = length if mask.window is None else min(length, mask.window + queries - 1 + mask.sinks)
+    token = 2 * head_dim if format is None else head_dim * format.bits(head_dim) / 8
+    read = size * seen * kv_heads * 2 * token + (4 * size * seen if mask.window is not None else 0)
+    return Shape(
+        op=OP,
+        name=f"{name}_page{page_size}",
+        make=lambda rng: _fill(rng, [length] * size, **sizes, queries=queries, format=format, **more),
+        site=site(**sizes, format=format, mask=mask),
+        bytes=read + 2 * 2 * size * queries * heads * head_dim,
+        flops=4.0 * size * seen * queries * heads * head_dim,
+        copies=max(1, min(4, math.ceil(1.5e9 / read))),
+        peers={} if peers is None else peers,
+    )
+
+
+SHAPES = (
+    *(shape("32x8k", 32, 8192, page_size=size) for size in (16, 32)),
+    shape("32x8k", 32, 8192, peers={"xla": _xla, "cudnn_gathered": _cudnn}),
+    shape("32x8k", 32, 8192, page_size=128),
+    shape("1x40k", 1, 40_000),
+    shape("1x1M", 1, 2**20),
+    *(shape(f"32x8k_{name}", 32, 8192, format=value) for name, value in FORMATS.items()),
+    shape("32x8k_dim64", 32, 8192, heads=64, head_dim=64),
+    shape("32x8k_dim256", 32, 8192, heads=16, head_dim=256),
+    shape("32x8k_queries4", 32, 8192, queries=4),
+    shape("32x1k", 32, 1024),
+    shape("32x32k_window1k", 32, 32768, mask=Mask(window=1024)),
+)
+
+
+def with_scores(chosen: Shape) -> Shape:
+    """The same call with the attention mass by slot."""
+    make = chosen.make
+
+    def scored(rng):
+        args, kwargs = make(rng)
+        return args, {**kwargs, "want_scores": True}
+
+    return dataclasses.replace(chosen, name=f"{chosen.name}_scores", make=scored)
