@@ -45,6 +45,7 @@ class Tiles:
     stages: int  # steps in flight
     share: int = 1  # warpgroups of a strip, which take its steps in turn
     split: int = 1  # thread blocks of a cluster, which share out the contracted axis
+    pair: int = 1  # thread blocks of a cluster, of neighbouring outputs, which load their rows of x together
     grid: int = SMS  # persistent thread blocks
     registers: bool = True  # False: widened by plain operations through shared memory, what the interpreter can run
 
@@ -52,6 +53,10 @@ class Tiles:
     def parts(self) -> int:
         """Partial sums of an output."""
         return self.share * self.split
+
+    @property
+    def cluster(self) -> int:
+        return self.split * self.pair
 
     @property
     def consumers(self) -> int:
@@ -63,11 +68,12 @@ class Plan:
     """What the kernel is specialised on beside shapes."""
 
     tiles: Tiles
-    kind: str  # int4, int8, fp8, mx, nv
+    kind: str  # int4, int8, fp8, mx, nv; bf16: dense [D, F], from shared memory
     bits: int
     group: int  # contracted numbers of one scale; all of them: scaled after the sum
     depth: int  # D
-    zero: bool
+    strips: int  # F / 64, rounded up
+    zero: bool = False
 
     @property
     def grouped(self) -> bool:
@@ -76,7 +82,7 @@ class Plan:
     @property
     def scaled(self) -> bool:
         """Whether an output has a factor of its own."""
-        return not self.grouped or self.kind == "nv"
+        return self.kind == "nv" or not (self.grouped or self.kind == "bf16")
 
     @property
     def step(self) -> int:
@@ -95,9 +101,13 @@ class Plan:
 
 def plan_for(w: Fragments, tiles: Tiles) -> Plan:
     kind = {Int: f"int{w.bits}", Float8: "fp8", Float4: getattr(w.format, "kind", "")}[type(w.format)]
-    return Plan(
-        tiles=tiles, kind=kind, bits=w.bits, group=w.length // w.groups, depth=w.length, zero=w.zero is not None
-    )
+    d, f = w.shape
+    zero, group = w.zero is not None, d // w.groups
+    return Plan(tiles=tiles, kind=kind, bits=w.bits, group=group, depth=d, strips=f // BLOCK, zero=zero)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def tiles_for(rows: int, w: Fragments) -> Tiles:
@@ -107,9 +117,9 @@ def tiles_for(rows: int, w: Fragments) -> Tiles:
     holds some 16 KB of codes while rows are few.
     """
     d, f = w.shape
-    outputs = -(-f // BLOCK)
+    outputs = _ceil(f, BLOCK)
     wide = next((n for n in (8, 16, 32, 64, 128) if rows <= n), 128 if rows <= 256 else 256)
-    row_tiles = -(-rows // wide)
+    row_tiles = _ceil(rows, wide)
     most = {8: 4, 16: 4, 32: 4, 64: 2, 128: 2, 256: 1}[wide] if w.bits == 4 else 2 if wide <= 64 else 1
     group = d // w.groups
     fits = lambda n: d % (BLOCK * n) == 0 and (group % (BLOCK * n) == 0 or (BLOCK * n) % group == 0)  # noqa: E731
@@ -118,7 +128,7 @@ def tiles_for(rows: int, w: Fragments) -> Tiles:
 
     def load(choice) -> float:
         strips, split = choice
-        turns = -(-(-(-outputs // strips) * row_tiles) // (SMS // split))
+        turns = _ceil(_ceil(outputs, strips) * row_tiles, SMS // split)
         if split > 1 and (turns > 1 or (split - 1) * strips * wide > 192 or steps % split or steps // split < 4):
             return math.inf  # partial sums are taken once, in 48 KB
         return turns * strips / split
@@ -344,22 +354,23 @@ def _place(item, rows: int, columns: int):
 
 def _body(*refs, plan: Plan):
     tiles, refs = plan.tiles, list(refs)
-    x, codes, scale = refs[:3]
+    x, codes, scale = refs[:3] if plan.kind != "bf16" else (*refs[:2], refs[1])
     zero = refs[3] if plan.zero else None
     outer = refs[3 + plan.zero] if plan.kind == "nv" else scale  # what outputs are multiplied by
     out, x_smem, w_smem, s_smem, z_smem, a_smem, p_smem, out_smem, full, empty, done = refs[-11:]
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
-    rank = lax.axis_index("part") if tiles.parts > 1 else 0
-    strips_in_all = codes.shape[0]
-    row_tiles, column_tiles = -(-out.shape[0] // tiles.rows), -(-strips_in_all // tiles.strips)
+    rank = lax.axis_index("part") if tiles.parts * tiles.pair > 1 else 0
+    part_of_d = rank if tiles.split > 1 else 0
+    row_tiles, column_tiles = _ceil(out.shape[0], tiles.rows), _ceil(plan.strips, tiles.strips * tiles.pair)
     items, steps = row_tiles * column_tiles, plan.depth // plan.step // tiles.split
-    stride = tiles.grid // tiles.split
+    stride = tiles.grid // tiles.cluster
     mine = lax.div(items - block + (stride - 1), stride)
     consumer, producer = REGISTERS[tiles.consumers]
 
     def each_item(body):
         def turn(i, _):
-            body(i * steps, *_place(block + i * stride, row_tiles, column_tiles))
+            row, column = _place(block + i * stride, row_tiles, column_tiles)
+            body(i * steps, row, column * tiles.pair + rank if tiles.pair > 1 else column)
 
         lax.fori_loop(0, mine, turn, None)
 
@@ -377,10 +388,15 @@ def _body(*refs, plan: Plan):
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                k += rank * steps
-                copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
-                copy(codes.at[strips, pl.ds(k * plan.words, plan.words)], w_smem)
-                copy(x.at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(k * plan.step, plan.step)], x_smem)
+                k += part_of_d * steps
+                copy = lambda src, dst, **more: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot], **more)  # noqa: E731
+                if plan.kind == "bf16":
+                    outputs = pl.ds(column * (tiles.strips * BLOCK), tiles.strips * BLOCK)
+                    copy(codes.at[pl.ds(k * plan.step, plan.step), outputs], w_smem)
+                else:
+                    copy(codes.at[strips, pl.ds(k * plan.words, plan.words)], w_smem)
+                rows = x.at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(k * plan.step, plan.step)]
+                copy(rows, x_smem, **({"collective_axes": "part"} if tiles.pair > 1 else {}))
                 group = lax.div(k * plan.step, plan.group)
                 if plan.grouped:
                     copy(scale.at[strips, pl.ds(group, plan.scales)], s_smem)
@@ -409,12 +425,14 @@ def _body(*refs, plan: Plan):
                 def multiply(i, _):
                     slot = lax.rem(first + i * tiles.share + turn, tiles.stages)
                     plgpu.barrier_wait(full.at[slot])
-                    words = w_smem.at[slot, lane]
+                    words = w_smem.at[slot, lane] if plan.kind != "bf16" else None
                     scales = s_smem.at[slot, lane] if plan.grouped else None
                     zeros = z_smem.at[slot, lane] if plan.zero else None
                     for b in range(tiles.blocks):
                         columns = x_smem.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T
-                        if tiles.registers:
+                        if plan.kind == "bf16":
+                            a = w_smem.at[slot, pl.ds(b * BLOCK, BLOCK), pl.ds(lane * BLOCK, BLOCK)].T
+                        elif tiles.registers:
                             a = _widen(words, scales, zeros, block=b, plan=plan)
                         else:
                             plgpu.wgmma_wait(0)
@@ -423,6 +441,8 @@ def _body(*refs, plan: Plan):
                             a = a_smem.at[wg]
                         plgpu.wgmma(acc, a, columns)
                     plgpu.wgmma_wait(0)
+                    if tiles.pair > 1 and tiles.registers:
+                        _together()  # a cluster's barrier hears one warp of four
                     plgpu.barrier_arrive(empty.at[slot])
 
                 lax.fori_loop(0, lax.div(steps - turn + tiles.share - 1, tiles.share), multiply, None)
@@ -432,7 +452,7 @@ def _body(*refs, plan: Plan):
             if tiles.parts == 1:
                 store(acc, strip, row)
                 return
-            part = rank * tiles.share + turn
+            part = part_of_d * tiles.share + turn
 
             @pl.when(part > 0)
             def _():
@@ -453,7 +473,7 @@ def _body(*refs, plan: Plan):
                 slot = out_smem.at[lane, i % 2]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 rows = acc[:, i * size : (i + 1) * size]
-                factors = outer.at[jnp.minimum(strip, strips_in_all - 1)]
+                factors = outer.at[jnp.minimum(strip, plan.strips - 1)]
                 if tiles.registers:
                     _store(rows, factors, slot, scaled=plan.scaled)
                 else:
@@ -461,13 +481,24 @@ def _body(*refs, plan: Plan):
                     slot[...] = rows.astype(out.dtype).T
                 plgpu.commit_smem()
 
-                @pl.when(strip < strips_in_all)
+                @pl.when(strip < plan.strips)
                 def _(slot=slot, i=i):
                     to = pl.ds(row * tiles.rows + i * size, size)
                     plgpu.copy_smem_to_gmem(slot, out.at[to, pl.ds(strip * BLOCK, BLOCK)])
 
         each_item(consume)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _together():
+    """Waits for the four warps of the warpgroup."""
+
+    @plgpu.inline_mgpu(return_type=())
+    def wait(_):
+        utils.warpgroup_barrier()
+        return ()
+
+    wait()
 
 
 def _restored(row):
@@ -513,28 +544,34 @@ def _widen_plainly(words, scale, zero, *, block: int, plan: Plan):
     return value.reshape(BLOCK, BLOCK).astype(jnp.bfloat16)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "tiles"))
-def _call(x, w: Fragments, *, rows: int, tiles: Tiles):
-    """x [rows or more, D] -> [rows, F]."""
-    plan = plan_for(w, tiles)
+@functools.partial(jax.jit, static_argnames=("rows", "plan"))
+def _call(x, *w, rows: int, plan: Plan):
+    """x [rows or more, D], the parts of the weight -> [rows, F]."""
+    tiles = plan.tiles
     swizzle = plgpu.SwizzleTransform(128)
     tiled = (plgpu.TilingTransform((8, BLOCK)), swizzle)
     part = min(tiles.rows, PART)
     narrow = min(tiles.rows, 32)
     partial = (plgpu.TilingTransform((8, narrow)), plgpu.SwizzleTransform(4 * narrow))
-    cluster = {"cluster": (tiles.split,), "cluster_names": ("part",)} if tiles.parts > 1 else {}
+    cluster = {"cluster": (tiles.cluster,), "cluster_names": ("part",)} if tiles.parts * tiles.pair > 1 else {}
+    empty = plgpu.Barrier if tiles.pair == 1 else functools.partial(plgpu.ClusterBarrier, collective_axes=("part",))
     kernel = plgpu.kernel(
         functools.partial(_body, plan=plan),
-        out_type=jax.ShapeDtypeStruct((rows, w.shape[1]), x.dtype),
-        grid=(tiles.grid // tiles.split,),
+        out_type=jax.ShapeDtypeStruct((rows, plan.strips * BLOCK), x.dtype),
+        grid=(tiles.grid // tiles.cluster,),
         grid_names=("block",),
         **cluster,
         num_threads=tiles.consumers + 1,
         thread_name="wg",
         scratch_types=(
             plgpu.SMEM((tiles.stages, tiles.rows, plan.step), x.dtype, transforms=tiled),
-            plgpu.SMEM((tiles.stages, tiles.strips, plan.words, WORDS), jnp.int32),
-            plgpu.SMEM((tiles.stages if plan.grouped else 1, tiles.strips, plan.scales, BLOCK), w.scale.dtype),
+            plgpu.SMEM((tiles.stages, plan.step, tiles.strips * BLOCK), x.dtype, transforms=tiled)
+            if plan.kind == "bf16"
+            else plgpu.SMEM((tiles.stages, tiles.strips, plan.words, WORDS), jnp.int32),
+            plgpu.SMEM(
+                (tiles.stages if plan.grouped else 1, tiles.strips, plan.scales, BLOCK),
+                w[1].dtype if plan.grouped else x.dtype,
+            ),
             plgpu.SMEM((tiles.stages if plan.zero else 1, tiles.strips, plan.scales, BLOCK), jnp.bfloat16),
             plgpu.SMEM((tiles.consumers, 8 if tiles.registers else BLOCK, BLOCK), x.dtype, transforms=tiled),
             plgpu.SMEM(
@@ -544,7 +581,7 @@ def _call(x, w: Fragments, *, rows: int, tiles: Tiles):
             ),
             plgpu.SMEM((tiles.strips, 2, part, BLOCK), x.dtype, transforms=(swizzle,)),
             plgpu.Barrier(num_arrivals=2 + plan.grouped + plan.zero, num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=tiles.strips, num_barriers=tiles.stages),
+            empty(num_arrivals=tiles.strips, num_barriers=tiles.stages),
             plgpu.Barrier(num_arrivals=max(tiles.parts - 1, 1), num_barriers=tiles.strips),
         ),
         compiler_params=plgpu.CompilerParams(
@@ -552,7 +589,7 @@ def _call(x, w: Fragments, *, rows: int, tiles: Tiles):
         ),
         kernel_name="quant_matmul",
     )
-    return kernel(x, *(part for part in (w.data, w.scale, w.zero, w.outer) if part is not None))
+    return kernel(x, *w)
 
 
 def quant_matmul(
@@ -571,15 +608,37 @@ def quant_matmul(
         x = tensor.quantize(x, activations, axis=-1).dequantize()
     w = w if isinstance(w, Fragments) else relayout(w)
     d, f = w.shape
-    lead, rows = x.shape[:-1], math.prod(x.shape[:-1])
-    if rows == 0:
-        return jnp.zeros((*lead, f), x.dtype)
-    tiles = tiles or tiles_for(rows, w)
-    whole = 8 if tiles.registers else tiles.rows
+    if x.size == 0:
+        return jnp.zeros((*x.shape[:-1], f), x.dtype)
+    tiles = tiles or tiles_for(x.size // d, w)
+    return _rows(x, *(part for part in (w.data, w.scale, w.zero, w.outer) if part is not None), plan=plan_for(w, tiles))
+
+
+def dense_matmul(x: jax.Array, w: jax.Array, *, tiles: Tiles | None = None):
+    """bfloat16 x [..., D] @ w [D, F] -> [..., F] for few rows (up to 64), D and F in multiples of 64."""
+    d, f = w.shape
+    rows = x.size // d
+    if x.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16 or d % BLOCK or f % BLOCK or not 0 < rows <= 256:
+        raise LoweringError(
+            f"dense_matmul: x {x.dtype}{list(x.shape)}, w {w.dtype}{list(w.shape)}; allowed: bfloat16, 1 to 256 rows, "
+            f"D and F in multiples of {BLOCK}"
+        )
+    if tiles is None:
+        wide = next(n for n in (8, 16, 32, 64, 128, 256) if rows <= n)
+        strips = min((3, 2, 1), key=lambda n: _ceil(_ceil(f // BLOCK, n), SMS) * n)
+        left = SHARED - 8192 - strips * 2 * min(wide, PART) * BLOCK * 2
+        tiles = Tiles(rows=wide, strips=strips, blocks=1, stages=left // ((wide + strips * BLOCK) * BLOCK * 2))
+    return _rows(x, w, plan=Plan(tiles=tiles, kind="bf16", bits=16, group=d, depth=d, strips=f // BLOCK))
+
+
+def _rows(x, *w, plan: Plan):
+    *lead, d = x.shape
+    rows = math.prod(lead)
+    whole = 8 if plan.tiles.registers else plan.tiles.rows
     x = x.reshape(rows, d)
-    if rows > 8 or not tiles.registers:  # the copy engine clips rows, but past 8 it takes them by eights
+    if rows > 8 or not plan.tiles.registers:  # the copy engine clips rows, but past 8 it takes them by eights
         x = jnp.pad(x, ((0, -rows % whole), (0, 0)))
-    return _call(x, w, rows=rows, tiles=tiles).reshape(*lead, f)
+    return _call(x, *w, rows=rows, plan=plan).reshape(*lead, plan.strips * BLOCK)
 
 
 def supports(args, target) -> str | None:
