@@ -1,7 +1,7 @@
 """`quant_matmul` with 8-bit activations on Hopper: int8 x int8 -> int32 and fp8 x fp8 -> float32 on the tensor cores.
 
-Rows of x are rounded by a small kernel first (one read, one write), then one persistent kernel multiplies: a warpgroup
-copies tiles of x and w by TMA, two compute. Both operands lie with the contracted axis last, as 8-bit `wgmma` wants them.
+XLA rounds the rows of x (one read, one write), then one persistent kernel multiplies: a warpgroup copies tiles of x and w
+by TMA, two compute. Both operands lie with the contracted axis last, as 8-bit `wgmma` wants them.
 With one scale a row and a channel the scales are applied once, to the finished sums; with a scale per 128 of the
 contracted axis every 128 terms are summed on their own and promoted into float32 sums, as DeepGEMM does
 (github.com/deepseek-ai/DeepGEMM; DeepSeek-V3, arXiv:2412.19437, section 3.3).
@@ -27,7 +27,6 @@ BLOCKS = 132  # persistent blocks: the SMs of H100 SXM and H200; on a part with 
 DEPTH = 128  # contracted numbers a step: a row of the widest swizzle; also the group of block scales
 SHARED = 232448 - 2048  # bytes of shared memory a block may have, less barriers and alignment
 WIDE = 32  # columns of the result that pass through shared memory at once
-KEEP = 16384  # numbers of a row that 128 threads keep in registers while they look for its largest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,8 @@ class Tiles:
     stages: int  # steps in flight
     by_rows: bool = True
     band: int = 16  # row tiles that pass over the columns together: what they share stays in the L2 cache
+    overlap: bool = True  # block scales: two steps in flight, one is added up while the other runs
+    interpretable: bool = False  # one view of shared memory instead of two: what the interpreter can run
     cluster: str | None = None  # "rows", "cols": two blocks beside each other that way share copies of w, of x
 
     @property
@@ -160,35 +161,34 @@ def quant_matmul(x: jax.Array, w: QTensor, activations: Format, *, tiles: Tiles 
     Raises: LoweringError for arguments outside this, naming the argument.
     """
     _check(x, w, activations)
-    q, s = round_rows(x.reshape(-1, x.shape[-1]), activations)
-    y = multiply(q, s, w, out=x.dtype, tiles=tiles)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    rows, f = math.prod(x.shape[:-1]), w.data.shape[0]
+    blocks = any(format_.group == DEPTH < w.length for format_ in (activations, w.format))
+    plan = _Plan(tiles=tiles or tiles_for(rows, f, blocks), blocks=blocks, out=x.dtype)
+    y = _call(x.reshape(rows, -1), w.data, w.scale, activations=activations, plan=plan)
+    return y.reshape(*x.shape[:-1], f)
 
 
-def multiply(q: jax.Array, s: jax.Array, w: QTensor, *, out=jnp.bfloat16, tiles: Tiles | None = None) -> jax.Array:
-    """q [M, D] with scales s float32 [M], or [D / 128, M'] (M' >= M a multiple of 4), times w [D, F] -> out[M, F]."""
-    blocks = s.ndim == 2 or w.scale.shape[1] > 1
-    tiles = tiles or tiles_for(q.shape[0], w.data.shape[0], blocks)
-    return _multiply(q, s, w.data, w.scale, plan=_Plan(tiles=tiles, blocks=blocks, out=jnp.dtype(out)))
+@functools.partial(jax.jit, static_argnames=("activations", "plan"))
+def _call(x, w, w_scale, *, activations, plan):
+    codes = activations.encode(x)  # XLA reads x once: 2.7 TB/s at 8192 x 8192
+    return multiply(codes.data, codes.scale, w, w_scale, plan=plan)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _multiply(q, s, w, w_scale, *, plan):
-    groups = q.shape[1] // DEPTH
-    f = w.shape[0]
-    if plan.blocks:  # [groups, M] and [groups, F] in float32: a step finds its scales side by side
-        if s.ndim == 1:
-            s = jnp.broadcast_to(_pad_last(s, 4), (groups, -(-s.shape[0] // 4) * 4))
-        w_scale = _pad_last(w_scale.astype(jnp.float32).T, 4)
-        w_scale = jnp.broadcast_to(w_scale, (groups, w_scale.shape[1]))
+def multiply(q, s, w, w_scale, *, plan):
+    """q [M, D] with scales s [M, 1 or D / 128] times w [F, D] with w_scale [F, 1 or D / 128] -> [M, F]."""
+    (m, d), f = q.shape, w.shape[0]
+    if plan.blocks:  # [D / 128, M] and [D / 128, F] in float32: a step finds its scales side by side
+        s, w_scale = (_beside(scale.astype(jnp.float32), d // DEPTH) for scale in (s, w_scale))
     else:
-        w_scale = w_scale.reshape(f)
-    y = _kernel(q.shape[0], f, q.shape[1], q.dtype, w.dtype, w_scale.dtype, plan)(q, s, w, w_scale)
-    return y[:, :f]
+        s, w_scale = s.astype(jnp.float32).reshape(m), w_scale.reshape(f)
+    return _kernel(m, f, d, q.dtype, w.dtype, w_scale.dtype, plan)(q, s, w, w_scale)[:, :f]
 
 
-def _pad_last(x, multiple):
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
+def _beside(scale, groups):
+    """[N, 1 or groups] -> [groups, N rounded up to 4]: rows of a TMA copy are multiples of 16 bytes."""
+    turned = jnp.pad(scale.T, ((0, 0), (0, -scale.shape[0] % 4)))
+    return jnp.broadcast_to(turned, (groups, turned.shape[1]))
 
 
 # --- The multiplying kernel ------------------------------------------------------------------------------------------
@@ -204,8 +204,16 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
     steps, stages = d // DEPTH, tiles.stages
     sums = jnp.int32 if q_dtype == jnp.int8 else jnp.float32
     rows_layout, columns_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+    width, pieces = tiles.width, tiles.wg_cols // tiles.width
+    product = (tiles.wg_rows, tiles.wg_cols)
+
+    def after(slot, count=stages):
+        """The slot of the next step; a remainder by a number that is no power of two would hold up every step."""
+        return jnp.where(slot == count - 1, 0, slot + 1)
 
     def body(q, s, w, w_scale, out, q_smem, w_smem, s_smem, c_smem, out_smem, full, empty, s_full, s_empty):
+        views = (lambda ref: (ref, ref)) if tiles.interpretable else lambda ref: ref
+        (q_rows, q_tiles), (w_rows, w_tiles) = views(q_smem), views(w_smem)
         wg, block = lax.axis_index("wg"), lax.axis_index("block")
         peer = lax.axis_index("peer") if pair > 1 else 0
         mine = lax.div(items - block + (programs - 1), jnp.int32(programs))
@@ -216,119 +224,143 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
             row, col = (row * 2 + peer if tall > 1 else row), (col * 2 + peer if long > 1 else col)
             return row * tiles.rows, col * tiles.cols
 
-        def produce(turn, _):
+        def produce(turn, slot):
             row, col = place(turn)
-            rows, cols = pl.ds(row, tiles.rows), pl.ds(col, tiles.cols)
+            rows, cols, scales = pl.ds(row, tiles.rows), pl.ds(col, tiles.cols), pl.ds(col, _padded(tiles.cols))
             if not blocks:
                 two = lax.rem(turn, 2)
                 pl.when(turn >= 2)(lambda: plgpu.barrier_wait(s_empty.at[two]))
                 plgpu.copy_gmem_to_smem(s.at[rows], s_smem.at[two], s_full.at[two])
-                plgpu.copy_gmem_to_smem(w_scale.at[cols], c_smem.at[two, pl.ds(0, tiles.cols)], s_full.at[two])
+                plgpu.copy_gmem_to_smem(w_scale.at[scales], c_smem.at[two], s_full.at[two])
 
-            def load(k, _):
-                step = turn * steps + k
-                slot = lax.rem(step, stages)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+            def load(k, slot):
+                pl.when(turn * steps + k >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
                 depth = pl.ds(k * DEPTH, DEPTH)
                 shared = lambda way: ("peer",) if tiles.cluster == way else None  # noqa: E731
                 copy = plgpu.copy_gmem_to_smem
-                copy(q.at[rows, depth], q_smem.at[slot], full.at[slot], collective_axes=shared("cols"))
-                copy(w.at[cols, depth], w_smem.at[slot], full.at[slot], collective_axes=shared("rows"))
+                copy(q.at[rows, depth], q_rows.at[slot], full.at[slot], collective_axes=shared("cols"))
+                copy(w.at[cols, depth], w_rows.at[slot], full.at[slot], collective_axes=shared("rows"))
                 if blocks:
                     copy(s.at[k, rows], s_smem.at[slot], full.at[slot])
-                    copy(w_scale.at[k, cols], c_smem.at[slot, pl.ds(0, tiles.cols)], full.at[slot])
+                    copy(w_scale.at[k, scales], c_smem.at[slot], full.at[slot])
+                return after(slot)
 
-            lax.fori_loop(0, steps, load, None)
+            return lax.fori_loop(0, steps, load, slot)
 
         rows_at = wg * tiles.wg_rows if tiles.by_rows else 0
         cols_at = 0 if tiles.by_rows else wg * tiles.wg_cols
         my_rows, my_cols = pl.ds(rows_at, tiles.wg_rows), pl.ds(cols_at, tiles.wg_cols)
-        product = (tiles.wg_rows, tiles.wg_cols)
 
         def row_scales(slot):
-            return plgpu.load(s_smem.at[slot, my_rows], layout=rows_layout, optimized=False)
+            scales = plgpu.load(s_smem.at[slot, my_rows], layout=rows_layout, optimized=False)
+            return lax.broadcast_in_dim(scales, (tiles.wg_rows, width), [0])
 
-        def column_scales(slot, at, width):
-            scales = c_smem.at[slot, pl.ds(cols_at + at, width)]
-            return plgpu.load(scales, layout=columns_layout, optimized=False).astype(jnp.float32)
+        def column_scales(slot, piece):
+            at = pl.ds(cols_at + piece * width, width)
+            scales = plgpu.load(c_smem.at[slot, at], layout=columns_layout, optimized=False).astype(jnp.float32)
+            return lax.broadcast_in_dim(scales, (tiles.wg_rows, width), [1])
+
+        def ready(slot):
+            plgpu.barrier_wait(full.at[slot])
 
         def wgmma(acc, slot):
-            plgpu.wgmma(acc, q_smem.at[slot, my_rows], w_smem.at[slot, my_cols].T)
+            plgpu.wgmma(acc, q_tiles.at[slot, my_rows], w_tiles.at[slot, my_cols].T)
 
-        def whole(first):
-            """Sums over all of D: scales come later."""
+        def cut(acc):
+            return [acc[:, i * width : (i + 1) * width].astype(jnp.float32) for i in range(pieces)]
+
+        def whole(turn, slot):
+            """Sums over all of D: scales come last."""
 
             def accumulate(acc):
-                def step(k, _):
-                    slot = lax.rem(first + k, stages)
-                    plgpu.barrier_wait(full.at[slot])
+                wgmma(acc, slot)
+
+                def step(_, slots):
+                    before, slot = slots
+                    ready(slot)
                     wgmma(acc, slot)
                     plgpu.wgmma_wait(1)
+                    plgpu.barrier_arrive(empty.at[before])  # the step before is through
+                    return slot, after(slot)
 
-                    @pl.when(k > 0)  # the step before is through: its tiles may be overwritten
-                    def _():
-                        plgpu.barrier_arrive(empty.at[lax.rem(first + k - 1, stages)])
+                last, slot_ = lax.fori_loop(1, steps, step, (slot, after(slot)))
+                return acc[...], last, slot_
 
-                lax.fori_loop(0, steps, step, None)
-                return acc[...]
-
-            acc = pl.run_scoped(accumulate, plgpu.ACC(product, sums))
-            plgpu.barrier_arrive(empty.at[lax.rem(first + steps - 1, stages)])
-            return acc
-
-        def promoted(first):
-            """Sums of 128 terms, scaled and added up in float32."""
-
-            def step(k, total):
-                slot = lax.rem(first + k, stages)
-                plgpu.barrier_wait(full.at[slot])
-
-                def part(acc):
-                    wgmma(acc, slot)
-                    scales = row_scales(slot), column_scales(slot, 0, tiles.wg_cols)  # while the tensor cores work
-                    return acc[...], *scales
-
-                acc, by_row, by_col = pl.run_scoped(part, plgpu.ACC(product, sums))
-                plgpu.barrier_arrive(empty.at[slot])
-                acc = acc.astype(jnp.float32) * lax.broadcast_in_dim(by_col, product, [1])
-                return total + acc * lax.broadcast_in_dim(by_row, product, [0])
-
-            zeros = plgpu.layout_cast(jnp.zeros(product, jnp.float32), plgpu.Layout.WGMMA)
-            return lax.fori_loop(0, steps, step, zeros)
-
-        def consume(turn, _):
-            row, col = place(turn)
-            acc = (promoted if blocks else whole)(turn * steps)
+            ready(slot)
+            acc, last, slot = pl.run_scoped(accumulate, plgpu.ACC(product, sums))
+            plgpu.barrier_arrive(empty.at[last])
             two = lax.rem(turn, 2)
-            if not blocks:
-                plgpu.barrier_wait(s_full.at[two])
-                by_row = row_scales(two)
-            for part in range(tiles.wg_cols // tiles.width):
-                at = part * tiles.width
-                piece = acc[:, at : at + tiles.width]
-                if not blocks:
-                    piece = piece.astype(jnp.float32) * lax.broadcast_in_dim(by_row, piece.shape, [0])
-                    by_col = column_scales(two, at, tiles.width)
-                    piece = piece * lax.broadcast_in_dim(by_col, piece.shape, [1])
-                slot = out_smem.at[wg, part % 2]
+            plgpu.barrier_wait(s_full.at[two])
+            by_row = row_scales(two)
+            total = [part * by_row * column_scales(two, i) for i, part in enumerate(cut(acc))]
+            plgpu.barrier_arrive(s_empty.at[two])
+            return total, slot
+
+        def promoted(turn, slot):
+            """Sums of 128 terms, scaled and added up in float32; a step runs while the one before is added."""
+
+            def add(total, acc, slot):
+                by_row = row_scales(slot)
+                parts = [part * column_scales(slot, i) for i, part in enumerate(cut(acc))]
+                plgpu.barrier_arrive(empty.at[slot])
+                return [sum_ + part * by_row for sum_, part in zip(total, parts, strict=True)]
+
+            def two_steps(_, carry):
+                slot, *total = carry
+                then = after(slot)
+
+                def run(first, second):
+                    wgmma(first, slot)
+                    wgmma(second, then)
+                    added = add(total, plgpu.wgmma_accumulator_load(first, wait_n=1), slot)
+                    return add(added, second[...], then)
+
+                ready(slot)
+                ready(then)  # nothing between zeroed sums and their first use: the zeros cost nothing
+                return after(then), *pl.run_scoped(run, plgpu.ACC(product, sums), plgpu.ACC(product, sums))
+
+            def one_step(carry):
+                slot, *total = carry
+
+                def run(acc):
+                    wgmma(acc, slot)
+                    return add(total, acc[...], slot)
+
+                ready(slot)
+                return after(slot), *pl.run_scoped(run, plgpu.ACC(product, sums))
+
+            zeros = plgpu.layout_cast(jnp.zeros((tiles.wg_rows, width), jnp.float32), plgpu.Layout.WGMMA)
+            carry = slot, *[zeros] * pieces
+            if tiles.overlap:
+                carry = lax.fori_loop(0, steps // 2, two_steps, carry)
+                carry = one_step(carry) if steps % 2 else carry
+            else:
+                carry = lax.fori_loop(0, steps, lambda _, carry: one_step(carry), carry)
+            slot, *total = carry
+            return total, slot
+
+        def consume(turn, slot):
+            row, col = place(turn)
+            total, slot = (promoted if blocks else whole)(turn, slot)
+            for i, piece in enumerate(total):
+                buffer = out_smem.at[wg, i % 2]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                slot[...] = piece.astype(out.dtype)
+                buffer[...] = piece.astype(out.dtype)
                 plgpu.commit_smem()
-                to = out.at[pl.ds(row + rows_at, tiles.wg_rows), pl.ds(col + cols_at + at, tiles.width)]
-                plgpu.copy_smem_to_gmem(slot, to)
-            if not blocks:
-                plgpu.barrier_arrive(s_empty.at[two])
+                to = out.at[pl.ds(row + rows_at, tiles.wg_rows), pl.ds(col + cols_at + i * width, width)]
+                plgpu.copy_smem_to_gmem(buffer, to)
+            return slot
 
         @pl.when(wg < 2)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            lax.fori_loop(0, mine, consume, None)
+            lax.fori_loop(0, mine, consume, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            lax.fori_loop(0, mine, produce, None)
+            lax.fori_loop(0, mine, produce, jnp.int32(0))
             total = mine * steps  # every arrival is awaited: barriers end in a known phase
             drain = lambda step, _: plgpu.barrier_wait(empty.at[lax.rem(step, stages)])  # noqa: E731
             lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
@@ -336,9 +368,17 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
                 drain = lambda turn, _: plgpu.barrier_wait(s_empty.at[lax.rem(turn, 2)])  # noqa: E731
                 lax.fori_loop(jnp.maximum(mine - 2, 0), mine, drain, None)
 
-    tiled = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(128))
-    swizzle = tiles.width * plan.out.itemsize
-    out_tiled = (plgpu.TilingTransform((8, tiles.width)), plgpu.SwizzleTransform(swizzle)) if swizzle >= 32 else ()
+    def ring(rows, dtype):
+        """Steps in flight, as rows and as tiles of 8 rows of the same bytes: tensor cores read tiles, and only copies to
+        rows may end inside one."""
+        swizzle = plgpu.SwizzleTransform(128)
+        tiled = (plgpu.TilingTransform((8, DEPTH)), swizzle)
+        smem = functools.partial(plgpu.SMEM, (stages, rows, DEPTH), dtype)
+        if tiles.interpretable:
+            return smem(transforms=tiled)
+        return plgpu.RefUnion(smem(transforms=(swizzle,)), smem(transforms=tiled))
+
+    swizzle = width * plan.out.itemsize
     slots = stages if blocks else 2
     freed = functools.partial(plgpu.Barrier, num_arrivals=2)
     if pair > 1:
@@ -353,11 +393,15 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
         num_threads=3,
         thread_name="wg",
         scratch_types=(
-            plgpu.SMEM((stages, tiles.rows, DEPTH), q_dtype, transforms=tiled),
-            plgpu.SMEM((stages, tiles.cols, DEPTH), w_dtype, transforms=tiled),
+            ring(tiles.rows, q_dtype),
+            ring(tiles.cols, w_dtype),
             plgpu.SMEM((slots, tiles.rows), jnp.float32),
             plgpu.SMEM((slots, _padded(tiles.cols)), scale_dtype),
-            plgpu.SMEM((2, 2, tiles.wg_rows, tiles.width), plan.out, transforms=out_tiled),
+            plgpu.SMEM(
+                (2, 2, tiles.wg_rows, width),
+                plan.out,
+                transforms=(plgpu.SwizzleTransform(swizzle),) if swizzle >= 32 else (),
+            ),
             plgpu.Barrier(num_arrivals=4 if blocks else 2, num_barriers=stages),
             freed(num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
@@ -366,117 +410,3 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="quant_matmul_w8a8",
     )
-
-
-# --- Rounding x ------------------------------------------------------------------------------------------------------
-
-
-def round_rows(x: jax.Array, format_: Format) -> tuple[jax.Array, jax.Array]:
-    """x [M, D] -> codes [M, D] and scales float32: [M], or [D / 128, M'] for a group of 128 (M' = M rounded up to 4).
-
-    The scale rule is the format's (`optx.formats`); numbers are multiplied by its reciprocal, so a code may differ from
-    `format_.encode` where x / s lies within a float32 rounding of the middle between two codes.
-    """
-    whole = format_.group in (None, x.shape[1])
-    return (_round_whole if whole else _round_groups)(x, format_=format_)
-
-
-def _scale_of(absmax, format_):
-    """float32 scale that the format stores for numbers up to absmax."""
-    if isinstance(format_, Int):
-        span, levels, info = 2 * absmax, 2.0**format_.width - 1, jnp.finfo(format_.scale_dtype)
-    else:
-        span, levels, info = absmax, float(jnp.finfo(format_.dtype).max), jnp.finfo(format_.scale_dtype)
-    tiny = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-    scale = jnp.where(span > 0, jnp.minimum(jnp.maximum(span / levels, tiny), float(info.max)), 1.0)
-    scale = jnp.where(span < jnp.inf, scale, jnp.nan)  # an infinity or a NaN in the row
-    return scale.astype(format_.scale_dtype).astype(jnp.float32)
-
-
-def _codes(x, inverse, format_):
-    """round(x * inverse) in the format's 8 bits."""
-    x = x.astype(jnp.float32) * inverse
-    if isinstance(format_, Float8):
-        top = float(jnp.finfo(format_.dtype).max)
-        return jnp.minimum(jnp.maximum(x, -top), top).astype(format_.dtype)
-    x = jnp.minimum(jnp.maximum(x, -128.0), 127.0) + 1.5 * 2**23  # floats there lie 1 apart: rounds to nearest even
-    return lax.bitcast_convert_type(x, jnp.int32).astype(jnp.int8)
-
-
-def _code_dtype(format_):
-    return format_.dtype if isinstance(format_, Float8) else jnp.int8
-
-
-@functools.partial(jax.jit, static_argnames="format_")
-def _round_whole(x, *, format_):
-    """One scale a row; a warpgroup a row, which it reads once if it is no longer than KEEP."""
-    m, d = x.shape
-    vector = math.gcd(8, d // 128)
-    chunk = max(n for n in range(128 * vector, min(d, 8192) + 1, 128 * vector) if d % n == 0)
-    chunks, keep = d // chunk, d <= KEEP
-    layout = plgpu.Layout.WG_STRIDED((chunk,), vec_size=vector)
-
-    def body(x_ref, q_ref, s_ref):
-        row = lax.axis_index("row")
-        read = lambda i: plgpu.load(x_ref.at[row, pl.ds(i * chunk, chunk)], layout=layout, optimized=False)  # noqa: E731
-        kept = [read(i) for i in range(chunks)] if keep else None
-        largest = jnp.float32(0)
-        for i in range(chunks):
-            part = kept[i] if keep else read(i)
-            largest = jnp.maximum(largest, jnp.max(jnp.abs(part.astype(jnp.float32))))
-        scale = _scale_of(largest, format_)
-        s_ref[row] = scale
-        inverse = 1 / scale
-        for i in range(chunks):
-            part = kept[i] if keep else read(i)
-            q_ref[row, pl.ds(i * chunk, chunk)] = _codes(part, inverse, format_)
-
-    return plgpu.kernel(
-        body,
-        out_type=(jax.ShapeDtypeStruct((m, d), _code_dtype(format_)), jax.ShapeDtypeStruct((m,), jnp.float32)),
-        grid=(m,),
-        grid_names=("row",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="round_rows",
-    )(x)
-
-
-@functools.partial(jax.jit, static_argnames="format_")
-def _round_groups(x, *, format_):
-    """A scale per 128 of a row; a warpgroup takes 64 rows of one group."""
-    m, d = x.shape
-    rows, layout = 64, plgpu.Layout.WGMMA
-
-    def body(x_ref, q_ref, s_ref, x_smem, q_smem, s_smem, ready):
-        row, group = lax.axis_index("row") * rows, lax.axis_index("group")
-        at = pl.ds(row, rows), pl.ds(group * DEPTH, DEPTH)
-        plgpu.copy_gmem_to_smem(x_ref.at[*at], x_smem, ready)
-        plgpu.barrier_wait(ready)
-        tile = plgpu.load(x_smem, layout=layout).astype(jnp.float32)
-        scale = _scale_of(jnp.max(jnp.abs(tile), axis=1), format_)
-        s_smem[...] = scale
-        q_smem[...] = _codes(tile, lax.broadcast_in_dim(1 / scale, tile.shape, [0]), format_)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(s_smem, s_ref.at[group, pl.ds(row, rows)])
-        plgpu.copy_smem_to_gmem(q_smem, q_ref.at[*at])
-        plgpu.wait_smem_to_gmem(0)
-
-    return plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct((m, d), _code_dtype(format_)),
-            jax.ShapeDtypeStruct((d // DEPTH, -(-m // 4) * 4), jnp.float32),
-        ),
-        grid=(-(-m // rows), d // DEPTH),
-        grid_names=("row", "group"),
-        scratch_types=(
-            plgpu.SMEM(
-                (rows, DEPTH), x.dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-            ),
-            plgpu.SMEM((rows, DEPTH), _code_dtype(format_)),
-            plgpu.SMEM((rows,), jnp.float32),
-            plgpu.Barrier(),
-        ),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        kernel_name="round_groups",
-    )(x)
