@@ -123,11 +123,11 @@ TINY = {"heads": 8, "rank": 128, "rope": 64, "page_size": 32, "small": True}
 new = functools.partial(case, DECODE)
 mixed = functools.partial(case, RAGGED)
 CASES = (
-    new("tiny", [100, 1, 0, 300], queries=1, **TINY),
+    new("tiny", [70, 1, 0, 140], queries=1, **TINY),
     new("tiny_tokens", [100, 2], queries=3, missing=1, **TINY),
     new(
         "tiny_window",
-        [200, 30],
+        [150, 30],
         queries=2,
         mask=Mask(window=40, sinks=3),
         softcap=20.0,
@@ -154,6 +154,7 @@ CASES = (
     new("rank256", ROWS, queries=2, heads=128, rank=256),
     new("rank128_rope32", ROWS, queries=1, heads=32, rank=128, rope=32),
     new("rank512_rope0", ROWS, queries=1, heads=16, rope=0),
+    new("rank512_rope128", ROWS, queries=1, heads=64, rope=128),
     new("rank256_rope128", ROWS, queries=1, heads=64, rank=256, rope=128),
     *(mixed(f"mixed_page{size}", MIXED, heads=128, page_size=size, padding=7) for size in (16, 64, 128)),
     mixed("mixed_heads16", MIXED, padding=7),

@@ -33,7 +33,7 @@ from optx.tensor import is_qtensor
 
 ROWS = 64  # rows of a program: the M of a Hopper matmul
 CORES = 132  # multiprocessors of an H100 or H200
-SMEM = 226 * 1024  # bytes a program may plan with, barriers apart
+SMEM = 227 * 1024 - 256  # bytes a program may plan with, barriers apart
 PAGES = (16, 32, 64, 128)
 QUERIES = 8  # most tokens a row of `paged_decode`
 FLOOR = -1e30  # running maximum before the first key: finite, so that masked logits give 2^-inf = 0 and never NaN
@@ -54,21 +54,23 @@ class Tiles:
     registers: bool = True  # weights as the left side of products from registers; False: what the interpreter can run
 
 
-def tiles(*, heads: int, rank: int, width: int, queries: int, items: int, pages: int, page_size: int) -> Tiles:
-    """Tiles from abstract shapes. queries: most tokens a row; items: query tokens of the call."""
+def tiles(
+    *, heads: int, rank: int, width: int, queries: int, tokens: int, pages: int, page_size: int, extras: int = 0
+) -> Tiles:
+    """Tiles from abstract shapes. queries: most tokens a row; tokens: of the call; extras: numbers read beside a latent."""
     block = max(n for n in range(8, min(heads, ROWS) + 1, 8) if heads % n == 0)
-    tokens = max(1, min(queries, ROWS // heads)) if block == heads else 1
-    programs = -(-items // tokens) * (heads // block)
-    wide = 64 if _bytes(rank, width, 64) <= SMEM else 32
+    together = max(1, min(queries, ROWS // heads)) if block == heads else 1
+    programs = -(-tokens // together) * (heads // block)
+    wide = 64 if _bytes(rank, width, 64, extras) <= SMEM else 32
     pairs = -(-pages * page_size // (2 * wide))
     splits = max(1, min(CORES // programs, pairs // 2, 64)) if programs <= CORES // 2 else 1
-    return Tiles(tokens=tokens, heads=block, splits=splits, block=wide, cluster=heads // block % 2 == 0)
+    return Tiles(tokens=together, heads=block, splits=splits, block=wide, cluster=heads // block % 2 == 0)
 
 
-def _bytes(rank: int, width: int, block: int) -> int:
-    """Shared memory of a program."""
-    weights = 2 * ROWS * block * (1 if width - rank >= block else 2)
-    return 2 * width * (ROWS + 2 * block) + weights + 4 * 4 * ROWS + 2 * 4 * 128
+def _bytes(rank: int, width: int, block: int, extras: int = 0) -> int:
+    """Shared memory of a program; small arrays take 1 KiB each."""
+    weights = 2 * ROWS * block * (1 if block == ROWS <= width - rank else 2)
+    return 2 * width * (ROWS + 2 * block) + weights + 1024 * (1 + extras)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ class _Plan:
     @property
     def crosses_in_block(self) -> bool:
         """Once a block's logits are known, the place of its rope numbers is free: there the weights cross."""
-        return self.width - self.rank >= self.tiles.block
+        return self.tiles.block == ROWS <= self.width - self.rank
 
     def arrivals(self, side: str) -> int:
         """Copies that fill one half of a block; the right one brings positions and scales along."""
@@ -238,10 +240,11 @@ def _produce(plan, r, blocks, where, length):
     def clear(half, slot, valid):
         """Zeros where nothing is stored: NaN there would survive a weight of 0."""
         side, low, high = half
+        layout = WGMMA if size == 64 else plgpu.Layout.MMA_ACC(jnp.float32, m_warps=size // 16)
         for column in range(0, high - low, plan.unit):
             ref = r["kv_" + side].at[slot, :, pl.ds(column, plan.unit)]
-            held = plgpu.load(ref, layout=WGMMA, optimized=False)
-            line = plgpu.broadcasted_iota(jnp.int32, held.shape, 0, layout=WGMMA)
+            held = plgpu.load(ref, layout=layout, optimized=False)
+            line = plgpu.broadcasted_iota(jnp.int32, held.shape, 0, layout=layout)
             ref[...] = jnp.where(line < valid, held, jnp.zeros_like(held))
 
     def load(half, slot, pair, listed, inner, valid):
@@ -733,8 +736,8 @@ def _dims(width: int, rank: int) -> str | None:
     """None, or why latents of these sizes are refused."""
     if rank % 32 or width % 32 or not 64 <= rank <= 512 or width < rank:
         return f"latents of {rank} + {width - rank} numbers; allowed: multiples of 32, rank 64 to 512"
-    if _bytes(rank, width, 32) > SMEM:
-        return f"latents of {rank} + {width - rank} numbers; at most 704 in all"
+    if _bytes(rank, width, 32, 2) > SMEM:
+        return f"latents of {rank} + {width - rank} numbers; at most 768 in all"
     return None
 
 
@@ -772,7 +775,8 @@ _tiles = tiles
 def _plan(q, pool, table, mask, scale, softcap, sink_logits, logit_scale, rank, queries, tokens, chosen) -> _Plan:
     heads, width = q.shape[-2:]
     page, pages = pool.shape[2], table.shape[2]
-    sizes = {"heads": heads, "rank": rank, "width": width, "queries": queries, "items": tokens}
+    extras = (mask.window is not None) + (logit_scale is not None)
+    sizes = {"heads": heads, "rank": rank, "width": width, "queries": queries, "tokens": tokens, "extras": extras}
     return _Plan(
         heads=heads,
         width=width,
