@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optx import formats_fp4 as fp4
 from optx.errors import FormatError, did_you_mean
 from optx.ggml import BLOCKS
 
@@ -210,6 +211,66 @@ class Float8(Format):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Float4(Format):
+    """e2m1 codes two a byte (even index in the low nibble) in blocks: `mx` (OCP MX v1.0) or `nv` (NVIDIA NVFP4).
+
+    mxfp4: x = 2^(e - 127) q, e: uint8 a block of 32 (e8m0, 255: NaN).
+    nvfp4: x = o s q, s: e4m3 a block of 16, o: float32 a row of the packed axis. `scale` is uint8[..., D / 16 + 4]: the
+    bytes of s, then those of o (little-endian), so that a slice of rows keeps both. Rules: optx/formats_fp4.py.
+    """
+
+    kind: str
+    group: int | None = None  # the block of the kind, 32 or 16; nothing else is allowed
+
+    def __post_init__(self):
+        if self.kind not in ("mx", "nv"):
+            raise FormatError(f"fp4 format: kind {self.kind!r}; allowed: mx, nv")
+        block = {"mx": 32, "nv": 16}[self.kind]
+        if self.group not in (None, block):
+            raise FormatError(f"{self}: group {self.group}; allowed: {block}, or null for it")
+        object.__setattr__(self, "group", block)
+
+    def __str__(self):
+        return f"{self.kind}fp4"
+
+    def check(self, length):
+        return (
+            f"{self}: axis of {length} is not a multiple of its block of {self.group}" if length % self.group else None
+        )
+
+    def packed(self, length):
+        return length // 2
+
+    def grouped(self, length):
+        return length // self.group + (fp4.OUTER if self.kind == "nv" else 0)
+
+    def encode(self, x):
+        *lead, length = x.shape
+        _require(self.check(length))
+        x = x.astype(jnp.float32).reshape(*lead, length // self.group, self.group)
+        scale = (fp4.mx_scale if self.kind == "mx" else fp4.nv_scale)(jnp.max(jnp.abs(x), axis=-1))
+        codes = fp4.codes(x / self._factor(scale)[..., None]).reshape(*lead, length)
+        return Parts(data=_pack_bits(codes, 4), scale=scale)
+
+    def decode(self, parts, length, dtype):
+        codes = fp4.values(_unpack_bits(parts.data, 4))
+        codes = codes.reshape(*codes.shape[:-1], length // self.group, self.group)
+        if self.kind == "mx":
+            x = codes * fp4.mx_factor(parts.scale)[..., None]
+        else:  # code times block scale is exact, so the product is rounded once
+            blocks, outer = fp4.nv_split(parts.scale)
+            x = codes * blocks[..., None] * outer[..., None]
+        return x.astype(dtype).reshape(*codes.shape[:-2], length)
+
+    def _factor(self, scale):
+        """float32[..., blocks]: what a block's codes are multiplied by."""
+        if self.kind == "mx":
+            return fp4.mx_factor(scale)
+        blocks, outer = fp4.nv_split(scale)
+        return blocks * outer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GGML(Format):
     """A block format of GGUF files, kept as the file's own bytes: uint8[..., blocks * bytes]."""
 
@@ -217,7 +278,8 @@ class GGML(Format):
     block: str
 
     def __str__(self):
-        return self.block.lower()
+        name = self.block.lower()
+        return f"gguf_{name}" if name in NAMES else name  # its MXFP4 lies otherwise than the one of `Float4`
 
     def check(self, length):
         n = BLOCKS[self.block].elements
@@ -242,24 +304,31 @@ class GGML(Format):
         return block.dequantize(blocks).astype(dtype).reshape(*lead, length)
 
 
-NAMES = ("int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2")
-_TEXT = re.compile(r"(?:int(?P<width>\d+)|fp8_(?P<kind>e4m3|e5m2))(?:_g(?P<group>\d+))?(?P<asym>_asym)?")
+NAMES = ("int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4")
+_TEXT = re.compile(
+    r"(?:int(?P<width>\d+)|fp8_(?P<kind>e4m3|e5m2)|(?P<fp4>mx|nv)fp4)(?:_g(?P<group>\d+))?(?P<asym>_asym)?"
+)
 
 
 def parse(text: str) -> Format:
-    """`int4_g64`, `int8_asym`, `fp8_e4m3`, `q4_1` -> Format. Inverse of `str(format)`.
+    """`int4_g64`, `int8_asym`, `fp8_e4m3`, `mxfp4`, `q4_1` -> Format. Inverse of `str(format)`.
+
+    A block type's own name in capitals, `MXFP4`, is that of the file.
 
     Raises: FormatError naming the nearest known format.
     """
-    if text.upper() in BLOCKS:
-        return GGML(block=text.upper())
+    block = text.removeprefix("gguf_").upper()
+    if block in BLOCKS and text not in NAMES:
+        return GGML(block=block)
     match = _TEXT.fullmatch(text)
-    if match is None or (match["kind"] and match["asym"]):
-        known = (*NAMES, *(name.lower() for name in BLOCKS))
+    if match is None or (match["asym"] and not match["width"]):
+        known = (*NAMES, *(str(GGML(block=name)) for name in BLOCKS))
         raise FormatError(f"format {text!r} is not known{did_you_mean(text, known)}")
     group = int(match["group"]) if match["group"] else None
     if match["kind"]:
         return Float8(kind=match["kind"], group=group)
+    if match["fp4"]:
+        return Float4(kind=match["fp4"], group=group)
     return Int(width=int(match["width"]), group=group, symmetric=not match["asym"])
 
 

@@ -339,7 +339,7 @@ def test_ggml_blocks_against_the_gguf_package(name, rng):
         data[..., 0] = rng.integers(110, 140, size=(rows, 2))  # a power of two; XLA flushes float32 subnormals
     data = data.reshape(rows, -1)
     want = gguf.dequantize(data, gguf.GGMLQuantizationType[name])
-    weight = QTensor(data=jnp.asarray(data), format=formats.parse(name.lower()), length=2 * block.elements)
+    weight = QTensor(data=jnp.asarray(data), format=GGML(block=name), length=2 * block.elements)
     weight.validate()
     assert weight.shape == (2 * block.elements, rows)
     assert weight.bits_per_weight == weight.format.bits(weight.length) == 8 * block.bytes / block.elements

@@ -131,6 +131,8 @@ def test_only_matched_linears_change():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("group", [None, 8])
 def test_every_format_names_itself(name, group):
+    if group and name.endswith("fp4"):
+        pytest.skip("its block is part of the format")
     options = QuantizeWeights(format=name, group=group)
     text = name + (f"_g{group}" if group else "")
     assert str(options.storage()) == text and formats.parse(text) == options.storage()
