@@ -51,6 +51,7 @@ class Tiles:
     splits: int  # programs that share the cached tokens of a row
     block: int = 64  # cached tokens a step of one warpgroup: 64, or 32 where latents are wide
     cluster: bool = False  # two blocks of heads share their copies
+    prefetch: bool = True  # brings the next pair of blocks to L2
     registers: bool = True  # weights as the left side of products from registers; False: what the interpreter can run
 
 
@@ -221,6 +222,7 @@ def _produce(plan, r, blocks, where, length):
         plgpu.copy_gmem_to_smem(source, r["q_" + side].at[pl.ds(0, rows)], r["q_full"])
     last_page = jnp.maximum(lax.div(length - 1, jnp.int32(page)), 0)
     both = {"collective_axes": "pair"} if plan.tiles.cluster else {}
+    beside = [("positions", "at")] * plan.windowed + [("logit_scale", "scales")] * plan.scaled
 
     def copy(half, slot, listed, inner, barrier):
         side, low, high = half
@@ -228,14 +230,11 @@ def _produce(plan, r, blocks, where, length):
             token = at * page + inner
             source = r["pool"].at[pl.ds(token, piece), pl.ds(low, high - low)]
             plgpu.copy_gmem_to_smem(source, r["kv_" + side].at[slot, pl.ds(i * piece, piece)], barrier, **both)
-            if side == "r" and plan.windowed:
-                plgpu.copy_gmem_to_smem(
-                    r["positions"].at[pl.ds(token, piece)], r["at"].at[slot, i, pl.ds(0, piece)], barrier
-                )
-            if side == "r" and plan.scaled:
-                plgpu.copy_gmem_to_smem(
-                    r["logit_scale"].at[pl.ds(token, piece)], r["scales"].at[slot, i, pl.ds(0, piece)], barrier
-                )
+            for name, to in beside if side == "r" else ():
+                tokens = max(
+                    piece, 32
+                )  # a copy is 128 bytes at least; of pages of 16 the second half is another page's
+                plgpu.copy_gmem_to_smem(r[name].at[pl.ds(token, tokens)], r[to].at[slot, i], barrier)
 
     def clear(half, slot, valid):
         """Zeros where nothing is stored: NaN there would survive a weight of 0."""
@@ -268,18 +267,35 @@ def _produce(plan, r, blocks, where, length):
             for _ in range(plan.arrivals(side)):
                 plgpu.barrier_arrive(full)
 
-    @pl.loop(0, blocks.pairs)
-    def _(pair):
+    def find(pair):
+        """Of both blocks of a pair: pages, first token inside the first of them, tokens up to the row's end."""
         found = []
         for slot in range(2):
             token = blocks.at(pair, slot)
             at = lax.div(token, jnp.int32(page))
             listed = [r["table"][where["row"], jnp.minimum(at + i, last_page)] for i in range(plan.copies)]
             found.append((listed, lax.rem(token, jnp.int32(page)) if page > size else 0, length - token))
+        return found
+
+    def step(pair, found):
+        ahead = find(pair + 1)
+        if plan.tiles.prefetch:
+
+            @pl.when(pair + 1 < blocks.pairs)
+            def _():
+                for listed, inner, _ in ahead:
+                    for _, low, high in plan.halves:
+                        for at in listed:
+                            columns = pl.ds(low, high - low)
+                            plgpu.async_prefetch(r["pool"].at[pl.ds(at * page + inner, piece), columns], **both)
+
         # In the order in which the consumers let go of them.
         left, right = plan.halves
         for half, slot in ((left, 0), (right, 1), (right, 0), (left, 1)):
             load(half, slot, pair, *found[slot])
+        return ahead
+
+    lax.fori_loop(0, blocks.pairs, step, find(jnp.int32(0)))
 
     @pl.when(blocks.pairs > 0)
     def _():  # a program must not leave while its neighbour may still arrive at its barriers
