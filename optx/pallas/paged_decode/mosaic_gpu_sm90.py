@@ -37,6 +37,7 @@ ROWS = 64  # at most, of a warpgroup: more read the pages again
 SMS = 132  # of H100 SXM and H200; on a part with fewer some blocks wait their turn
 SHARED = 224 * 1024  # bytes of the 227 KB of a block that tiles may take
 SHARE = 4 * 4 * 128  # numbers that the warps of a warpgroup exchange at a time
+REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 64)}  # by warpgroups: of each, of the one that copies
 LOG2E = math.log2(math.e)
 HEAD_DIMS, PAGES, GROUPS, QUERIES = (64, 128, 256), (16, 32, 64, 128), 16, 8
 BF16 = jnp.dtype("bfloat16")
@@ -350,6 +351,7 @@ def _attend(plan: Plan, q, pools, aux):
         # A copy's target must be 128-byte aligned: the numbers of a page lie apart.
         "small_s": [plgpu.SMEM((slots, per, max(piece, 128 // x.dtype.itemsize)), x.dtype) for x in small],
         "full": plgpu.Barrier(num_arrivals=per * (2 + len(small)), num_barriers=slots),
+        "free": plgpu.Barrier(num_barriers=slots),
         "sum_s": plgpu.SMEM((t.wgs, SHARE), jnp.float32),
         "top_s": plgpu.SMEM((t.wgs, 4 * 2 * TILE), jnp.float32),
     }
@@ -362,7 +364,7 @@ def _attend(plan: Plan, q, pools, aux):
         ),
         grid=(t.sms,),
         grid_names=("sm",),
-        num_threads=t.wgs,
+        num_threads=t.wgs + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -370,91 +372,114 @@ def _attend(plan: Plan, q, pools, aux):
     )(q, *pools, *aux)
 
 
-def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, small_s, full, sum_s, top_s):
+def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, small_s, full, free, sum_s, top_s):
     pools, (qpos_g, table_g, lengths_g, offsets_g, shares_g, *position_g), (parts_g, marks_g) = (
         refs[:pool_count],
         refs[pool_count : pool_count + aux_count],
         refs[pool_count + aux_count :],
     )
     t = plan.tiles
-    wg = lax.axis_index("wg")
-    worker = lax.axis_index("sm") * t.wgs + wg
-    start, stop, first_unit, last_unit = (shares_g[worker * 4 + i] for i in range(4))
-    step = _Warps(plan, per, piece) if t.registers else _Plain(plan, per, piece)
+    sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
+    consumer, producer = REGISTERS[t.wgs]
+    position_s = small_s[len(pools) - 2 :]
+    copied = [*zip(pools[:2], (k_s, v_s), strict=True), *zip(pools[2:], small_s, strict=False)]
 
-    def enter(unit):
-        """Place of a unit in the list of tiles: (unit, its first tile, its end, kv head, index into [G, B], slots)."""
+    def share(wg):
+        """A warpgroup's part of the list of tiles: (its number, first tile, end, first unit, end of units)."""
+        worker = sm * t.wgs + wg
+        return worker, *(shares_g[worker * 4 + i] for i in range(4))
+
+    def enter(unit, start, stop):
+        """Of a unit: where its tiles begin in the list, [begin, end) of a share's, its index into [G, B], its slots."""
         row, head, _ = _locate(plan, unit)
         listed = head * plan.batch + row if plan.groups > 1 else row
-        return unit, offsets_g[unit], offsets_g[unit + 1], head, listed, lengths_g[listed]
+        offset, end = offsets_g[unit], offsets_g[unit + 1]
+        return offset, jnp.maximum(offset, start), jnp.minimum(end, stop), listed, lengths_g[listed]
 
     def first_token(tile, length):
         sinks, first, _ = _span(plan, length)
         return (tile if plan.mask.window is None else jnp.where(tile < sinks, tile, first + tile - sinks)) * t.tokens
 
-    def slot_of(i):
-        return wg * t.stages + lax.rem(i - start, jnp.int32(t.stages))
+    def slot_of(wg, step):
+        return wg * t.stages + lax.rem(step, jnp.int32(t.stages))
 
-    def find(i, place):
-        """Place and pages of tile i of the list, from the place of an earlier one. Read a step before they are used."""
-        place = lax.while_loop(lambda p: p[2] <= i, lambda p: enter(p[0] + 1), place)
-        _, begin, _, _, listed, length = place
-        token = first_token(i - begin, length)
+    def pages_of(tile, listed, length):
+        """Pages of a unit's tile; past its last one, that one again."""
         last = lax.div(length - 1, jnp.int32(plan.page))
-        first = lax.div(token, jnp.int32(plan.page))
-        return place, tuple(table_g[listed * plan.width + jnp.minimum(first + j, last)] for j in range(per))
+        first = lax.div(first_token(tile, length), jnp.int32(plan.page))
+        return tuple(table_g[listed * plan.width + jnp.minimum(first + j, last)] for j in range(per))
 
-    def fetch(i, found):
-        """Starts the copies of tile i; returns what `find` says of the next."""
-        place, pages = found
-        _, begin, _, head, _, length = place
-        slot = slot_of(i)
-        inside = slice(None)
-        if plan.page > piece:
-            token = first_token(i - begin, length)
-            inside = pl.ds(pl.multiple_of(lax.rem(token, jnp.int32(plan.page)), piece), piece)
-        for j, page in enumerate(pages):
-            at = pl.ds(j * piece, piece)
-            plgpu.copy_gmem_to_smem(pools[0].at[page, head, inside], k_s.at[slot, at], full.at[slot])
-            plgpu.copy_gmem_to_smem(pools[1].at[page, head, inside], v_s.at[slot, at], full.at[slot])
-            for ref, to in zip(pools[2:], small_s, strict=False):
-                plgpu.copy_gmem_to_smem(ref.at[page, head, inside], to.at[slot, j, pl.ds(0, piece)], full.at[slot])
-            for ref in position_g:
-                plgpu.copy_gmem_to_smem(ref.at[page, inside], small_s[-1].at[slot, j, pl.ds(0, piece)], full.at[slot])
-        return lax.cond(i + 1 < stop, lambda: find(i + 1, place), lambda: found)
+    def produce(wg):
+        """Keeps the copies of a warpgroup's tiles under way."""
+        _, start, stop, first_unit, last_unit = share(wg)
 
-    def ahead(i, found):
-        return lax.cond(i < stop, lambda: fetch(i, found), lambda: found)
+        def unit_loop(unit, _):
+            _, head, _ = _locate(plan, unit)
+            offset, begin, end, listed, length = enter(unit, start, stop)
 
-    place = enter(first_unit)
-    found = lax.cond(start < stop, lambda: find(start, place), lambda: (place, (jnp.int32(0),) * per))
-    found = lax.fori_loop(start, start + (t.stages - 1), ahead, found)
+            def tile_loop(i, pages):
+                slot = slot_of(wg, i - start)
+                following = pages_of(i + 1 - offset, listed, length)  # under way while this tile waits for room
 
-    def unit_loop(unit, found):
-        row, head, block = _locate(plan, unit)
-        _, offset, end, _, _, length = enter(unit)
-        begin, end = jnp.maximum(offset, start), jnp.minimum(end, stop)
-        asked = step.ask(q_g, qpos_g, row, head, block, length)
+                @pl.when(i - start >= t.stages)
+                def _():
+                    plgpu.barrier_wait(free.at[slot])
 
-        def tile_loop(i, carry):
-            found, state = carry
-            slot = slot_of(i)
-            plgpu.barrier_wait(full.at[slot])
-            plgpu.commit_smem()  # all warps have read the tile before: its room is free
-            found = ahead(i + (t.stages - 1), found)
-            small = [ref.at[slot] for ref in small_s]
-            token = first_token(i - offset, length)
-            return found, step.tile(k_s.at[slot], v_s.at[slot], small, asked, state, token, length)
+                inside = slice(None)
+                if plan.page > piece:
+                    token = first_token(i - offset, length)
+                    inside = pl.ds(pl.multiple_of(lax.rem(token, jnp.int32(plan.page)), piece), piece)
+                for j, page in enumerate(pages):
+                    at = pl.ds(j * piece, piece)
+                    for n, (source, to) in enumerate(copied):
+                        to = to.at[slot, at] if n < 2 else to.at[slot, j, pl.ds(0, piece)]
+                        plgpu.copy_gmem_to_smem(source.at[page, head, inside], to, full.at[slot])
+                    for source, to in zip(position_g, position_s, strict=True):
+                        plgpu.copy_gmem_to_smem(source.at[page, inside], to.at[slot, j, pl.ds(0, piece)], full.at[slot])
+                return following
 
-        found, state = lax.fori_loop(begin, end, tile_loop, (found, step.empty()))
+            lax.fori_loop(begin, end, tile_loop, pages_of(begin - offset, listed, length))
 
-        @pl.when(begin < end)
-        def _():
-            step.finish(state, sum_s.at[wg], top_s.at[wg], parts_g, marks_g, worker + unit)
+        lax.fori_loop(first_unit, last_unit, unit_loop, None)
 
-        return found
+    def consume():
+        worker, start, stop, first_unit, last_unit = share(wg)
+        step = _Warps(plan, per, piece) if t.registers else _Plain(plan, per, piece)
 
-    lax.fori_loop(first_unit, last_unit, unit_loop, found)
+        def unit_loop(unit, _):
+            row, head, block = _locate(plan, unit)
+            offset, begin, end, _, length = enter(unit, start, stop)
+            asked = step.ask(q_g, qpos_g, row, head, block, length)
+
+            def tile_loop(i, state):
+                slot = slot_of(wg, i - start)
+                plgpu.barrier_wait(full.at[slot])
+                small = [ref.at[slot] for ref in small_s]
+                token = first_token(i - offset, length)
+                state = step.tile(k_s.at[slot], v_s.at[slot], small, asked, state, token, length)
+                plgpu.barrier_arrive(free.at[slot])
+                return state
+
+            state = lax.fori_loop(begin, end, tile_loop, step.empty())
+
+            @pl.when(begin < end)
+            def _():
+                step.finish(state, sum_s.at[wg], top_s.at[wg], parts_g, marks_g, worker + unit)
+
+        lax.fori_loop(first_unit, last_unit, unit_loop, None)
+
+    @pl.when(wg == t.wgs)
+    def _():
+        plgpu.set_max_registers(producer, action="decrease")
+
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp < t.wgs)(lambda: produce(warp))
+
+    @pl.when(wg < t.wgs)
+    def _():
+        plgpu.set_max_registers(consumer, action="increase")
+        consume()
 
 
 def _locate(plan, unit):
