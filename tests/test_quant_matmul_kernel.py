@@ -61,11 +61,18 @@ def test_interpreted(name):
     assert relative_error(interpret(*args), reference.quant_matmul(*in_float32(args))) < case.tolerance
 
 
-def test_interpreted_twice_is_equal_and_strips_do_not_matter():
+def test_interpreted_twice_is_equal_however_blocks_pair():
     (x, w), _ = SMALL["int4_g32_asym_9x128x192"].make(np.random.default_rng(1))
     once = interpret(x, w, strips=1)
     assert np.array_equal(once, interpret(x, w, strips=1))
-    assert np.array_equal(once, interpret(x, w, strips=2))
+    assert np.array_equal(once, interpret(x, w, strips=2, pair=2))
+
+
+def test_warpgroups_that_share_a_strip():
+    (x, w), _ = SMALL["int4_g128_5x256x128"].make(np.random.default_rng(2))
+    assert (
+        relative_error(interpret(x, w, strips=1, share=2, blocks=1), reference.quant_matmul(*in_float32((x, w)))) < 5e-3
+    )
 
 
 @pytest.mark.parametrize("stored", ["fp8_e4m3", "nvfp4"])

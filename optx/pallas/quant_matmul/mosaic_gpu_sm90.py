@@ -40,9 +40,10 @@ class Tiles:
     """Sizes of a work item: `rows` rows of x by `strips` times 64 outputs."""
 
     rows: int  # columns of the matrix units: 8, 16, 32, 64, 128, 256
-    strips: int  # of 64 outputs, each a warpgroup's
+    strips: int  # of 64 outputs
     blocks: int  # of 64 contracted numbers in a step
     stages: int  # steps in flight
+    tall: int = 1  # strips of a warpgroup; more than one takes share = split = 1
     share: int = 1  # warpgroups of a strip, which take its steps in turn
     split: int = 1  # thread blocks of a cluster, which share out the contracted axis
     pair: int = 1  # thread blocks of a cluster, of neighbouring outputs, which load their rows of x together
@@ -60,7 +61,12 @@ class Tiles:
 
     @property
     def consumers(self) -> int:
-        return self.strips * self.share
+        return self.lanes * self.share
+
+    @property
+    def lanes(self) -> int:
+        """Warpgroups that take a step together."""
+        return self.strips // self.tall
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +157,7 @@ def shared(plan: Plan, w: Fragments, stages: int) -> int:
     scale = plan.grouped * plan.scales * BLOCK * jnp.dtype(w.scale.dtype).itemsize
     stage = tiles.rows * plan.step * 2 + tiles.strips * (plan.words * WORDS * 4 + scale + plan.zero * plan.scales * 128)
     out = 2 * min(tiles.rows, PART) * BLOCK * 2
-    return stages * stage + tiles.strips * (out + (tiles.parts - 1) * BLOCK * tiles.rows * 4) + 8192
+    return stages * stage + tiles.lanes * (out + (tiles.parts - 1) * BLOCK * tiles.rows * 4) + 8192
 
 
 # Codes to bfloat16. A register holds two numbers; those with 7 bits of mantissa count in steps of 1 from 128 = 0x4300 on,
@@ -359,7 +365,7 @@ def _body(*refs, plan: Plan):
     outer = refs[3 + plan.zero] if plan.kind == "nv" else scale  # what outputs are multiplied by
     out, x_smem, w_smem, s_smem, z_smem, a_smem, p_smem, out_smem, full, empty, done = refs[-11:]
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
-    rank = lax.axis_index("part") if tiles.parts * tiles.pair > 1 else 0
+    rank = lax.axis_index("part") if tiles.cluster > 1 else 0
     part_of_d = rank if tiles.split > 1 else 0
     row_tiles, column_tiles = _ceil(out.shape[0], tiles.rows), _ceil(plan.strips, tiles.strips * tiles.pair)
     items, steps = row_tiles * column_tiles, plan.depth // plan.step // tiles.split
@@ -416,30 +422,32 @@ def _body(*refs, plan: Plan):
     def _():
         if tiles.registers:
             plgpu.set_max_registers(consumer, action="increase")
-        lane, turn = lax.rem(wg, tiles.strips), lax.div(wg, tiles.strips)
+        lane, turn = lax.rem(wg, tiles.lanes), lax.div(wg, tiles.lanes)
+
+        def operand(slot, strip, block):
+            """64 outputs by 64 contracted numbers of the step in a slot."""
+            if plan.kind == "bf16":
+                return w_smem.at[slot, pl.ds(block * BLOCK, BLOCK), pl.ds(strip * BLOCK, BLOCK)].T
+            words = w_smem.at[slot, strip]
+            scales = s_smem.at[slot, strip] if plan.grouped else None
+            zeros = z_smem.at[slot, strip] if plan.zero else None
+            if tiles.registers:
+                return _widen(words, scales, zeros, block=block, plan=plan)
+            plgpu.wgmma_wait(0)
+            a_smem[wg] = _widen_plainly(words, scales, zeros, block=block, plan=plan)
+            plgpu.commit_smem()
+            return a_smem.at[wg]
 
         def consume(first, row, column):
-            strip = column * tiles.strips + lane
-
             def accumulate(acc):
                 def multiply(i, _):
                     slot = lax.rem(first + i * tiles.share + turn, tiles.stages)
                     plgpu.barrier_wait(full.at[slot])
-                    words = w_smem.at[slot, lane] if plan.kind != "bf16" else None
-                    scales = s_smem.at[slot, lane] if plan.grouped else None
-                    zeros = z_smem.at[slot, lane] if plan.zero else None
                     for b in range(tiles.blocks):
                         columns = x_smem.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T
-                        if plan.kind == "bf16":
-                            a = w_smem.at[slot, pl.ds(b * BLOCK, BLOCK), pl.ds(lane * BLOCK, BLOCK)].T
-                        elif tiles.registers:
-                            a = _widen(words, scales, zeros, block=b, plan=plan)
-                        else:
-                            plgpu.wgmma_wait(0)
-                            a_smem[wg] = _widen_plainly(words, scales, zeros, block=b, plan=plan)
-                            plgpu.commit_smem()
-                            a = a_smem.at[wg]
-                        plgpu.wgmma(acc, a, columns)
+                        for t in range(tiles.tall):
+                            strip = lane * tiles.tall + t
+                            plgpu.wgmma(acc.at[pl.ds(t * BLOCK, BLOCK)], operand(slot, strip, b), columns)
                     plgpu.wgmma_wait(0)
                     if tiles.pair > 1 and tiles.registers:
                         _together()  # a cluster's barrier hears one warp of four
@@ -448,16 +456,20 @@ def _body(*refs, plan: Plan):
                 lax.fori_loop(0, lax.div(steps - turn + tiles.share - 1, tiles.share), multiply, None)
                 return acc[...]
 
-            acc = pl.run_scoped(accumulate, plgpu.ACC((BLOCK, tiles.rows)))
+            acc = pl.run_scoped(accumulate, plgpu.ACC((BLOCK * tiles.tall, tiles.rows)))
             if tiles.parts == 1:
-                store(acc, strip, row)
+                store(acc, column, row)
                 return
             part = part_of_d * tiles.share + turn
 
             @pl.when(part > 0)
             def _():
                 to = p_smem.at[part - 1, lane]
-                plgpu.async_store_smem(acc, to, done.at[lane], cluster_idx=0, cluster_dim="part", optimized=False)
+                if tiles.cluster > 1:
+                    plgpu.async_store_smem(acc, to, done.at[lane], cluster_idx=0, cluster_dim="part", optimized=False)
+                else:
+                    to[...] = acc
+                    plgpu.barrier_arrive(done.at[lane])
 
             @pl.when(part == 0)
             def _():
@@ -465,14 +477,16 @@ def _body(*refs, plan: Plan):
                 total = acc
                 for i in range(tiles.parts - 1):
                     total = total + plgpu.load(p_smem.at[i, lane], layout=plgpu.Layout.WGMMA, optimized=False)
-                store(total, strip, row)
+                store(total, column, row)
 
-        def store(acc, strip, row):
+        def store(acc, column, row):
             size = min(tiles.rows, PART)
-            for i in range(tiles.rows // size):
-                slot = out_smem.at[lane, i % 2]
+            parts = [(t, i * size) for t in range(tiles.tall) for i in range(tiles.rows // size)]
+            for n, (t, at) in enumerate(parts):
+                strip = column * tiles.strips + lane * tiles.tall + t
+                slot = out_smem.at[lane, n % 2]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                rows = acc[:, i * size : (i + 1) * size]
+                rows = acc[t * BLOCK : (t + 1) * BLOCK, at : at + size]
                 factors = outer.at[jnp.minimum(strip, plan.strips - 1)]
                 if tiles.registers:
                     _store(rows, factors, slot, scaled=plan.scaled)
@@ -482,9 +496,9 @@ def _body(*refs, plan: Plan):
                 plgpu.commit_smem()
 
                 @pl.when(strip < plan.strips)
-                def _(slot=slot, i=i):
-                    to = pl.ds(row * tiles.rows + i * size, size)
-                    plgpu.copy_smem_to_gmem(slot, out.at[to, pl.ds(strip * BLOCK, BLOCK)])
+                def _(slot=slot, strip=strip, at=at):
+                    to = out.at[pl.ds(row * tiles.rows + at, size), pl.ds(strip * BLOCK, BLOCK)]
+                    plgpu.copy_smem_to_gmem(slot, to)
 
         each_item(consume)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -553,7 +567,7 @@ def _call(x, *w, rows: int, plan: Plan):
     part = min(tiles.rows, PART)
     narrow = min(tiles.rows, 32)
     partial = (plgpu.TilingTransform((8, narrow)), plgpu.SwizzleTransform(4 * narrow))
-    cluster = {"cluster": (tiles.cluster,), "cluster_names": ("part",)} if tiles.parts * tiles.pair > 1 else {}
+    cluster = {"cluster": (tiles.cluster,), "cluster_names": ("part",)} if tiles.cluster > 1 else {}
     empty = plgpu.Barrier if tiles.pair == 1 else functools.partial(plgpu.ClusterBarrier, collective_axes=("part",))
     kernel = plgpu.kernel(
         functools.partial(_body, plan=plan),
@@ -579,9 +593,9 @@ def _call(x, *w, rows: int, plan: Plan):
                 jnp.float32,
                 transforms=partial,
             ),
-            plgpu.SMEM((tiles.strips, 2, part, BLOCK), x.dtype, transforms=(swizzle,)),
+            plgpu.SMEM((tiles.lanes, 2, part, BLOCK), x.dtype, transforms=(swizzle,)),
             plgpu.Barrier(num_arrivals=2 + plan.grouped + plan.zero, num_barriers=tiles.stages),
-            empty(num_arrivals=tiles.strips, num_barriers=tiles.stages),
+            empty(num_arrivals=tiles.lanes, num_barriers=tiles.stages),
             plgpu.Barrier(num_arrivals=max(tiles.parts - 1, 1), num_barriers=tiles.strips),
         ),
         compiler_params=plgpu.CompilerParams(
