@@ -483,17 +483,17 @@ def _finish(plan, r, where, real, carry, *, left: bool):
         acc = acc * lax.broadcast_in_dim(jnp.where(real, decay, 0.0), acc.shape, [0])
     factor = jnp.where(real, 1 / jnp.where(total > 0, total, 1.0), 0.0)
     out = acc * lax.broadcast_in_dim(factor, acc.shape, [0])
-    lse = jnp.where(total > 0, (m + jnp.log2(jnp.where(total > 0, total, 1.0))) / LOG2E, -jnp.inf)
+    log = jnp.where(total > 0, m + jnp.log2(jnp.where(total > 0, total, 1.0)), -jnp.inf)
     if plan.tiles.splits > 1:
         r["out"].at[where["program"], :, columns][...] = out
         if left:
-            r["lse"].at[where["program"]][...] = lse
+            r["lse"].at[where["program"]][...] = log
     else:
         # Both warpgroups have read the queries for the last time: their place takes the output.
         place = r["q_l"] if left else r["q_r"]
         place[...] = out.astype(place.dtype)
         if left:
-            r["stats"][1] = lse
+            r["stats"][1] = log / LOG2E
         plgpu.commit_smem()
         heads = plan.tiles.heads
 
@@ -544,7 +544,8 @@ def _scratch(plan: _Plan, dtype):
 def _attend(plan: _Plan, q, pool, table, lengths, items, limits, *extra):
     """q [T * N, H], pool [slots, H] -> out [T * N, R], lse float32[T * N], or the parts of splits."""
     if plan.tiles.splits > 1:
-        shapes = ((plan.programs, ROWS, plan.rank), jnp.float32), ((plan.programs, ROWS), jnp.float32)
+        wide = -(-plan.rank // 128) * 128  # what the threads of a warpgroup load evenly
+        shapes = ((plan.programs, ROWS, wide), jnp.float32), ((plan.programs, ROWS), jnp.float32)
     else:
         shapes = ((q.shape[0], plan.rank), q.dtype), ((q.shape[0],), jnp.float32)
     cluster = {"cluster": (2,), "cluster_names": ("pair",)} if plan.tiles.cluster else {}
@@ -568,35 +569,57 @@ def _attend(plan: _Plan, q, pool, table, lengths, items, limits, *extra):
 # --- Around it -------------------------------------------------------------------------------------------------------
 
 
-def _merge(plan: _Plan, out, lse, sink):
-    """Parts of splits -> out float32[items, rows, N / heads, heads, R] by token and head, lse alike; sink logits join."""
-    t = plan.tiles
-    by = (plan.items, t.splits, plan.head_blocks, ROWS)
-    out, lse = out.reshape(*by, plan.rank), lse.reshape(by)
-    top = jnp.max(lse, axis=1)
-    if sink is not None:
-        row = jnp.arange(ROWS) % t.heads
-        sink = sink.astype(jnp.float32).reshape(plan.head_blocks, t.heads)[:, row]
-        top = jnp.maximum(top, sink)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    weight = jnp.exp(lse - top[:, None])
-    total = jnp.sum(weight, axis=1)
-    if sink is not None:
-        total = total + jnp.exp(sink - top)
-    weight = weight / jnp.where(total > 0, total, 1.0)[:, None]
-    out = jnp.sum(out * weight[..., None], axis=1)
-    lse = jnp.log(total) + top
+def _merge(plan: _Plan, tokens: int, dtype, parts, sums, items, sink):
+    """Parts of splits (values, log2 of the sum) -> (out [T * N, R], lse float32[T * N]); sink logits join here."""
+    t, wide = plan.tiles, parts.shape[-1]
+    rows = t.tokens * t.heads
+    each = max(n for n in (1, 2, 4, 8) if n * t.splits <= 32 or n == 1)  # rows a program
 
-    def by_token(x):
-        """[items, head blocks, ROWS, ...] -> [items, tokens, N, ...]"""
-        x = x[:, :, : t.tokens * t.heads].reshape(plan.items, plan.head_blocks, t.tokens, t.heads, *x.shape[3:])
-        return jnp.moveaxis(x, 2, 1).reshape(plan.items, t.tokens, plan.heads, *x.shape[4:])
+    def body(parts_g, sums_g, items_g, *refs):
+        out_g, lse_g = refs[-2:]
+        item, index = lax.axis_index("item"), lax.axis_index("row") * each
+        head_block, row = lax.div(index, jnp.int32(rows)), lax.rem(index, jnp.int32(rows))
+        token, count = items_g[item, 1], items_g[item, 2]
 
-    return by_token(out), by_token(lse)
+        def combine(row):
+            at = [(item * t.splits + split) * plan.head_blocks + head_block for split in range(t.splits)]
+            logs = [sums_g[i, row] for i in at]
+            values = [parts_g.at[i, row][...] for i in at]
+            head = head_block * t.heads + lax.rem(row, jnp.int32(t.heads))
+            known = [*logs, refs[0][head]] if sink is not None else logs
+            top = jnp.maximum(functools.reduce(jnp.maximum, known), FLOOR)
+            weights = [jnp.exp2(x - top) for x in known]
+            total = functools.reduce(jnp.add, weights)
+            factor = 1 / jnp.where(total > 0, total, 1.0)
+            out = functools.reduce(jnp.add, (w * x for w, x in zip(weights, values, strict=False)))
+            to = (token + lax.div(row, jnp.int32(t.heads))) * plan.heads + head
+            out_g.at[to][...] = (out * factor).astype(dtype)
+            lse_g[to] = jnp.where(total > 0, (top + jnp.log2(jnp.where(total > 0, total, 1.0))) / LOG2E, -jnp.inf)
+
+        @pl.when(lax.div(row, jnp.int32(t.heads)) < count)
+        def _():
+            for i in range(each):
+                combine(row + i)
+
+    logits = [] if sink is None else [sink.astype(jnp.float32) * LOG2E]
+    out, lse = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((tokens * plan.heads, wide), dtype),
+            jax.ShapeDtypeStruct((tokens * plan.heads,), jnp.float32),
+        ],
+        grid=(plan.items, plan.head_blocks * rows // each),
+        grid_names=("item", "row"),
+        num_threads=1,
+        thread_name="wg",
+        kernel_name="mla_merge",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(parts, sums, items, *logits)
+    return out[:, : plan.rank], lse
 
 
 def _call(plan: _Plan, q, pool, table, lengths, items, limits, asked, positions, sink, logit_scale):
-    """-> (out, lse) by flat row [T * N], or, of splits, by item and token."""
+    """-> (out [T, N, R], lse float32[T, N])."""
     tokens = q.shape[0] // plan.heads
     inner = dataclasses.replace(plan, sinks=plan.sinks and plan.tiles.splits == 1)
     extra = []
@@ -610,8 +633,7 @@ def _call(plan: _Plan, q, pool, table, lengths, items, limits, asked, positions,
     flat = pool.reshape(-1, plan.width)
     out, lse = _attend(inner, q, flat, table, lengths, items, limits, *extra)
     if plan.tiles.splits > 1:
-        out, lse = _merge(plan, out, lse, sink)
-        return out.astype(q.dtype), lse
+        out, lse = _merge(plan, tokens, q.dtype, out, lse, items, sink)
     return out.reshape(tokens, plan.heads, plan.rank), lse.reshape(tokens, plan.heads)
 
 
@@ -636,8 +658,6 @@ def _decode(plan: _Plan, q, pool, positions, table, lengths, q_positions, sink, 
     items = jnp.stack([row, token, count, end, low], axis=-1).reshape(-1, 5).astype(jnp.int32)
     args = (table[0], lengths, items, limit.reshape(-1).astype(jnp.int32), q_positions.reshape(-1), positions)
     out, lse = _call(plan, q.reshape(-1, h), pool, *args, sink, logit_scale)
-    if plan.tiles.splits > 1:
-        out, lse = (x.reshape(b, each * size, *x.shape[2:])[:, :queries] for x in (out, lse))
     return out.reshape(b, queries, n, plan.rank), lse.reshape(b, queries, n)
 
 
@@ -663,10 +683,6 @@ def _ragged(plan: _Plan, q, pool, ragged: Ragged, positions, table, lengths, sin
     limit = jnp.where(ragged.rows < batch, limit, 0).astype(jnp.int32)
     args = (table[0], lengths, items, limit, ragged.positions, positions)
     out, lse = _call(plan, q.reshape(-1, h), pool, *args, sink, logit_scale)
-    if plan.tiles.splits > 1:
-        within = jnp.clip(within, 0, ragged.longest - 1)
-        item = jnp.clip((stop - count)[mine] + within // size, 0, plan.items - 1)
-        out, lse = (x[item, within % size] for x in (out, lse))
     return out, lse
 
 
