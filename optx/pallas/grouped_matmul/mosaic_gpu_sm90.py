@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from optx.errors import LoweringError
 from optx.pallas.grouped_matmul import packed_sm90, reference
 from optx.pallas.grouped_matmul.packed_sm90 import Experts, PackedTiles, packed_tiles_for, relayout, restore  # noqa: F401
-from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Walk, store_rows
+from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table
 from optx.tensor import QTensor
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -48,16 +48,19 @@ def tiles_for(tokens: int, experts: int, d: int, f: int) -> Tiles:
     return Tiles(rows=128, cols=256, short=64, stages=4)
 
 
-def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tiles: Tiles):
+def _dense_body(sizes, x, w, out, entries, x_smem, w_smem, out_smem, full, empty, *, tiles: Tiles):
     tokens, d = x.shape
     experts, _, f = w.shape
     steps_of_item, stages = d // WIDE, tiles.stages
     x_rows, x_tiles = x_smem if tiles.alias else (x_smem, x_smem)
     wg = lax.axis_index("wg")
-    walk = Walk(sizes, tokens=tokens, experts=experts, tiles=tiles, columns=-(-f // tiles.cols))
+    columns = -(-f // tiles.cols)
+    schedule = Schedule(
+        sizes, entries, tokens=tokens, experts=experts, tiles=tiles, columns=columns, interpreted=not tiles.alias
+    )
 
-    def produce(item, step, steps, state):
-        row, rows, column = walk.place(item, state)
+    def produce(step, steps, place, after):
+        expert, row, rows, column = place
 
         def load(k, _):
             slot = lax.rem(step + k, stages)
@@ -68,7 +71,7 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
 
             depth = pl.ds(k * WIDE, WIDE)
             plgpu.copy_gmem_to_smem(
-                w.at[state[0], depth, pl.ds(column * tiles.cols, tiles.cols)], w_smem.at[slot], full.at[slot]
+                w.at[expert, depth, pl.ds(column * tiles.cols, tiles.cols)], w_smem.at[slot], full.at[slot]
             )
             for size, fits in ((tiles.short, rows <= tiles.short), (tiles.rows, rows > tiles.short)):
 
@@ -79,10 +82,10 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
                     )
 
         lax.fori_loop(0, steps, load, None)
-        return walk.to(item + tiles.grid, state)
+        return after()
 
-    def consume(item, step, steps, state):
-        row, rows, column = walk.place(item, state)
+    def consume(step, steps, place, after):
+        _, row, rows, column = place
         by_rows = tiles.rows == 128
         mine = jnp.clip(rows - wg * 64, 0, 64) if by_rows else rows
         busy = jnp.where(mine > 0, steps, 0)
@@ -101,10 +104,10 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
                     plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, stages)])
 
             lax.fori_loop(0, busy, multiply, None)
-            after = walk.to(item + tiles.grid, state)  # while the matrix units finish
-            return acc[...], *after
+            following = after()  # while the matrix units finish
+            return acc[...], *following
 
-        acc, *after = pl.run_scoped(accumulate, plgpu.ACC((64, tiles.width)))
+        acc, *following = pl.run_scoped(accumulate, plgpu.ACC((64, tiles.width)))
 
         @pl.when(busy > 0)
         def _():
@@ -128,15 +131,15 @@ def _dense_body(sizes, x, w, out, x_smem, w_smem, out_smem, full, empty, *, tile
                 plgpu.commit_smem()
                 store_rows(slot, out, first, mine, left + part * WIDE)
 
-        return tuple(after)
+        return tuple(following)
 
     @pl.when(wg < 2)
     def _():
-        walk.run(consume, steps_of_item, 232, "increase")
+        schedule.run(consume, steps_of_item, 232, "increase")
 
     @pl.when(wg == 2)
     def _():
-        total = walk.run(produce, steps_of_item, 40, "decrease")
+        total = schedule.run(produce, steps_of_item, 40, "decrease")
 
         def drain(step, _):  # every arrival is awaited: barriers end in a known phase
             plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
@@ -162,6 +165,7 @@ def _dense(x, w, sizes, *, tiles: Tiles):
         num_threads=3,
         thread_name="wg",
         scratch_types=(
+            table(w.shape[0]),
             x_smem,
             plgpu.SMEM((tiles.stages, WIDE, tiles.cols), w.dtype, transforms=tiled),
             plgpu.SMEM((2, 2, 64, WIDE), x.dtype, transforms=(swizzle,)),
@@ -201,6 +205,15 @@ def packed(w) -> bool:
     return isinstance(w, QTensor | Experts)
 
 
+def tiles_of(x, w) -> Tiles | PackedTiles:
+    """The cut of a call; x, w may be abstract."""
+    tokens, (experts, d, f) = x.shape[0], w.shape
+    if not packed(w):
+        return tiles_for(tokens, experts, d, f)
+    w = w if isinstance(w, Experts) else jax.eval_shape(relayout, w)
+    return packed_tiles_for(tokens, experts, d, w.rows.bits, d // w.rows.groups)
+
+
 def grouped_matmul(x, w, group_sizes, *, tiles: Tiles | PackedTiles | None = None):
     """`reference.grouped_matmul` on Hopper; w dense, `Experts`, or a QTensor, which is re-laid on the way (slow).
 
@@ -210,12 +223,12 @@ def grouped_matmul(x, w, group_sizes, *, tiles: Tiles | PackedTiles | None = Non
     reason = _declines(w, x.dtype)
     if reason:
         raise LoweringError(f"grouped_matmul: {reason}")
-    tokens, (experts, d, f) = x.shape[0], w.shape
-    if not tokens or not experts:
-        return jnp.zeros((tokens, f), x.dtype)
-    sizes = group_sizes.astype(jnp.int32)
-    if not packed(w):
-        return _dense(x, w, sizes, tiles=tiles or tiles_for(tokens, experts, d, f))
-    w = w if isinstance(w, Experts) else relayout(w)
-    tiles = tiles or packed_tiles_for(tokens, experts, d, w.rows.bits, d // w.rows.groups)
-    return packed_sm90._packed(x, w, sizes, tiles=tiles)
+    wanted = PackedTiles if packed(w) else Tiles
+    if tiles is not None and not isinstance(tiles, wanted):
+        raise LoweringError(f"grouped_matmul: tiles {type(tiles).__name__}; this w needs {wanted.__name__}")
+    if not x.shape[0] or not w.shape[0]:
+        return jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
+    tiles, sizes = tiles or tiles_of(x, w), group_sizes.astype(jnp.int32)
+    if packed(w):
+        return packed_sm90.packed(x, w if isinstance(w, Experts) else relayout(w), sizes, tiles=tiles)
+    return _dense(x, w, sizes, tiles=tiles)

@@ -1,7 +1,7 @@
 """The packed half of `grouped_matmul` on Hopper: out^T = w x^T, weights widened in registers as the 64-row operand.
 
 Few tokens an expert then cost few columns of the matrix units, and every code is read from memory once and widened once
-an item. Weights lie in the fragments of `quant_matmul`, whose widening is used here, experts one after another.
+an item. Weights lie in the fragments of `quant_matmul`, experts one after another.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.formats import Float8, Int
-from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Walk, store_rows
-from optx.pallas.quant_matmul import mosaic_gpu_sm90 as quant
+from optx.pallas.grouped_matmul import registers_sm90 as registers
+from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table
 from optx.pallas.quant_matmul import mosaic_gpu_sm90_fragments as fragments
 from optx.tensor import QTensor
 
-SHARED = 226 << 10  # bytes of shared memory that a block may take
+SHARED = 222 << 10  # bytes of the 227 KB of a block that tiles may take
 PART = 64  # rows of an item that leave together
-REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 40)}  # by strips: of a consumer, of the producer
+REGISTERS = {1: (None, None), 2: (232, 40), 3: (160, 32), 4: (112, 40)}  # by strips: of a consumer, of the producer
 
 
 @jax.tree_util.register_dataclass
@@ -150,19 +150,20 @@ def _body(*refs, plan: Plan, has_zero: bool):
     tiles, refs = plan.tiles, list(refs)
     sizes, x, codes, scale = refs[:4]
     zero = refs[4] if has_zero else None
-    out, x_smem, w_smem, s_smem, z_smem, a_smem, out_smem, full, empty = refs[4 + has_zero :]
+    out, entries, x_smem, w_smem, s_smem, z_smem, a_smem, out_smem, full, empty = refs[4 + has_zero :]
     x_rows, x_tiles = x_smem if tiles.registers else (x_smem, x_smem)
     tokens, experts, stages = x.shape[0], plan.experts, tiles.stages
     strips = codes.shape[0] // experts  # of an expert
     columns = -(-strips // tiles.strips)
     wg = lax.axis_index("wg")
-    walk = Walk(sizes, tokens=tokens, experts=experts, tiles=tiles, columns=columns)
-    ahead = walk.blocks
+    schedule = Schedule(
+        sizes, entries, tokens=tokens, experts=experts, tiles=tiles, columns=columns, interpreted=not tiles.registers
+    )
 
-    def produce(item, step, steps, state):
-        row, rows, column = walk.place(item, state)
+    def produce(step, steps, place, after):
+        expert, row, rows, column = place
         # Past the last strip of an expert lie those of the next one, past the last expert zeros: both are never stored.
-        strip = pl.ds(state[0] * strips + column * tiles.strips, tiles.strips)
+        strip = pl.ds(expert * strips + column * tiles.strips, tiles.strips)
 
         def load(k, _):
             slot = lax.rem(step + k, stages)
@@ -190,12 +191,12 @@ def _body(*refs, plan: Plan, has_zero: bool):
                         )
 
         lax.fori_loop(0, steps, load, None)
-        return walk.to(item + ahead, state)
+        return after()
 
-    def consume(item, step, steps, state):
-        row, rows, column = walk.place(item, state)
+    def consume(step, steps, place, after):
+        expert, row, rows, column = place
         mine = column * tiles.strips + wg
-        strip = jnp.minimum(state[0] * strips + mine, experts * strips - 1)
+        strip = jnp.minimum(expert * strips + mine, experts * strips - 1)
         factors = scale.at[strip]
 
         def product(width):
@@ -236,9 +237,9 @@ def _body(*refs, plan: Plan, has_zero: bool):
             zeros = z_smem.at[slot, wg] if has_zero else None
             tokens = x_tiles.at[slot, b, pl.ds(0, width)].T
             if tiles.registers:
-                a = quant._widen(words, scales, zeros, block=b, plan=plan)
+                a = registers.widen(words, scales, zeros, block=b, plan=plan)
             else:
-                a_smem[wg] = quant._widen_plainly(words, scales, zeros, block=b, plan=plan)
+                a_smem[wg] = registers.widen_plainly(words, scales, zeros, block=b, plan=plan)
                 plgpu.commit_smem()
                 a = a_smem.at[wg]
             plgpu.wgmma(acc, a, tokens)
@@ -249,9 +250,9 @@ def _body(*refs, plan: Plan, has_zero: bool):
                 slot = out_smem.at[wg, i % 2, pl.ds(0, part)]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 if tiles.registers:
-                    quant._store(acc, factors, slot, scaled=scaled)
+                    registers.store(acc, factors if scaled else None, slot)
                 else:
-                    factor = quant._restored(factors[0]).astype(jnp.float32)[:, None] if scaled else 1
+                    factor = registers.restored(factors[0]).astype(jnp.float32)[:, None] if scaled else 1
                     slot[...] = (acc * factor).astype(out.dtype).T
                 plgpu.commit_smem()
                 store_rows(slot, out, row + i * part, jnp.minimum(rows - i * part, part), mine * WIDE)
@@ -259,18 +260,18 @@ def _body(*refs, plan: Plan, has_zero: bool):
         for low, width in zip((0, *tiles.widths), tiles.widths):
             pl.when((rows > low) & (rows <= width) & (steps > 0))(functools.partial(product, width))
         pl.when(steps == 0)(no_product)
-        return walk.to(item + ahead, state)
+        return after()
 
     consumer, producer = REGISTERS[tiles.strips]
 
     @pl.when(wg < tiles.strips)
     def _():
-        walk.run(consume, plan.depth // plan.step, consumer, "increase")
+        schedule.run(consume, plan.depth // plan.step, consumer, "increase")
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(wg == tiles.strips)
     def _():
-        total = walk.run(produce, plan.depth // plan.step, producer, "decrease")
+        total = schedule.run(produce, plan.depth // plan.step, producer, "decrease")
 
         def drain(step, _):  # every arrival is awaited: barriers end in a known phase
             plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
@@ -279,7 +280,8 @@ def _body(*refs, plan: Plan, has_zero: bool):
 
 
 @functools.partial(jax.jit, static_argnames="tiles")
-def _packed(x, w: Experts, sizes, *, tiles: PackedTiles):
+def packed(x, w: Experts, sizes, *, tiles: PackedTiles):
+    """x bfloat16[T, D], w, int32[E] -> [T, F]."""
     experts, d, f = w.shape
     w = w.rows
     kind = "fp8" if isinstance(w.format, Float8) else f"int{w.format.width}"
@@ -301,6 +303,7 @@ def _packed(x, w: Experts, sizes, *, tiles: PackedTiles):
         num_threads=tiles.strips + 1,
         thread_name="wg",
         scratch_types=(
+            table(experts),
             x_smem,
             plgpu.SMEM((tiles.stages, tiles.strips, plan.words, fragments.WORDS), jnp.int32),
             plgpu.SMEM((tiles.stages if plan.grouped else 1, tiles.strips, plan.scales, WIDE), w.scale.dtype),
