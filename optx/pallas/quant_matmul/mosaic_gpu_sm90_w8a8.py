@@ -26,17 +26,19 @@ from optx.tensor import QTensor, is_qtensor
 BLOCKS = 132  # persistent blocks: the SMs of H100 SXM and H200; on a part with fewer some blocks wait their turn
 DEPTH = 128  # contracted numbers a step: a row of the widest swizzle; also the group of block scales
 SHARED = 232448 - 2048  # bytes of shared memory a block may have, less barriers and alignment
+REGISTERS = {2: (232, 40), 3: (160, 32)}  # by consumers: of each, of the warpgroup that copies
 WIDE = 32  # columns of the result that pass through shared memory at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Sizes of a work item. Two warpgroups share it: half of the rows each, or (by_rows False) half of the columns."""
+    """Sizes of a work item. Its warpgroups share out the rows or (by_rows False) the columns."""
 
     rows: int  # of x; 64 a warpgroup and `wgmma`
     cols: int  # outputs
     stages: int  # steps in flight
     by_rows: bool = True
+    consumers: int = 2  # warpgroups that compute: 2 or 3
     band: int = 16  # row tiles that pass over the columns together: what they share stays in the L2 cache
     overlap: bool = True  # block scales: two steps in flight, one is added up while the other runs
     interpretable: bool = False  # one view of shared memory instead of two: what the interpreter can run
@@ -44,11 +46,11 @@ class Tiles:
 
     @property
     def wg_rows(self) -> int:
-        return self.rows // 2 if self.by_rows else self.rows
+        return self.rows // self.consumers if self.by_rows else self.rows
 
     @property
     def wg_cols(self) -> int:
-        return self.cols if self.by_rows else self.cols // 2
+        return self.cols if self.by_rows else self.cols // self.consumers
 
     @property
     def width(self) -> int:
@@ -66,8 +68,10 @@ def tiles_for(m: int, f: int, blocks: bool) -> Tiles:
         cols = min(widths, key=lambda c: (_turns(-(-f // c)) * (c + m // 4 + 8), -c))
         return _fill(rows=64, cols=cols, by_rows=False, blocks=blocks)
     best = min(
-        ((128, c) for c in ((128, 64) if blocks else (256, 192, 128, 64))),
-        key=lambda t: _turns(-(-m // t[0]) * -(-f // t[1])) * (t[1] + 32),
+        ((128, c) for c in (256, 192, 128, 96, 64, 32) if c <= (128 if blocks else 256)),
+        key=lambda t: (
+            _turns(-(-m // t[0]) * -(-f // t[1])) * (t[1] + 96)
+        ),  # what the L2 cache brings: 128 rows and t[1]
     )
     return _fill(rows=best[0], cols=best[1], by_rows=True, blocks=blocks)
 
@@ -83,7 +87,7 @@ def _fill(*, rows, cols, by_rows, blocks) -> Tiles:
 
 
 def _fixed(tiles):
-    return 2 * 2 * tiles.wg_rows * tiles.width * 2 + 2 * 4 * (tiles.rows + _padded(tiles.cols))
+    return tiles.consumers * 2 * tiles.wg_rows * tiles.width * 2 + 2 * 4 * (tiles.rows + _padded(tiles.cols))
 
 
 def _stage(tiles, blocks):
@@ -351,15 +355,15 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
                 plgpu.copy_smem_to_gmem(buffer, to)
             return slot
 
-        @pl.when(wg < 2)
+        @pl.when(wg < tiles.consumers)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS[tiles.consumers][0], action="increase")
             lax.fori_loop(0, mine, consume, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == 2)
+        @pl.when(wg == tiles.consumers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(REGISTERS[tiles.consumers][1], action="decrease")
             lax.fori_loop(0, mine, produce, jnp.int32(0))
             total = mine * steps  # every arrival is awaited: barriers end in a known phase
             drain = lambda step, _: plgpu.barrier_wait(empty.at[lax.rem(step, stages)])  # noqa: E731
@@ -380,9 +384,9 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
 
     swizzle = width * plan.out.itemsize
     slots = stages if blocks else 2
-    freed = functools.partial(plgpu.Barrier, num_arrivals=2)
+    freed = functools.partial(plgpu.Barrier, num_arrivals=tiles.consumers)
     if pair > 1:
-        freed = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",), num_arrivals=2)
+        freed = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",), num_arrivals=tiles.consumers)
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, -(-f // 8) * 8), plan.out),
@@ -390,7 +394,7 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
         grid_names=("block",),
         cluster=(pair,) if pair > 1 else (),
         cluster_names=("peer",) if pair > 1 else (),
-        num_threads=3,
+        num_threads=tiles.consumers + 1,
         thread_name="wg",
         scratch_types=(
             ring(tiles.rows, q_dtype),
@@ -398,14 +402,14 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
             plgpu.SMEM((slots, tiles.rows), jnp.float32),
             plgpu.SMEM((slots, _padded(tiles.cols)), scale_dtype),
             plgpu.SMEM(
-                (2, 2, tiles.wg_rows, width),
+                (tiles.consumers, 2, tiles.wg_rows, width),
                 plan.out,
                 transforms=(plgpu.SwizzleTransform(swizzle),) if swizzle >= 32 else (),
             ),
             plgpu.Barrier(num_arrivals=4 if blocks else 2, num_barriers=stages),
             freed(num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            plgpu.Barrier(num_arrivals=tiles.consumers, num_barriers=2),
         ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="quant_matmul_w8a8",

@@ -1,0 +1,127 @@
+"""The Hopper kernel of `quant_matmul` with 8-bit activations: interpreted, lowered for CUDA, tile choice, what it refuses."""
+
+import dataclasses
+import re
+import types
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optx import tensor
+from optx.bench.cases import registry
+from optx.bench.cases import w8a8 as cases
+from optx.bench.timing import relative_error
+from optx.errors import LoweringError
+from optx.formats import Float4, Float8, Int
+from optx.pallas.quant_matmul import mosaic_gpu_sm90_w8a8 as kernel
+from optx.pallas.quant_matmul import reference
+
+HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
+SMALL = [case for case in cases.CASES if case.small]
+name = lambda case: case.name  # noqa: E731
+
+
+def interpreted(case, args, kwargs):
+    rows = args[0].shape[0]
+    small = {"stages": 3, "interpretable": True}
+    tiles = kernel.Tiles(rows=128, cols=72, band=2, **small)
+    tiles = tiles if rows > 64 else kernel.Tiles(rows=64, cols=64, by_rows=False, **small)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        return kernel.quant_matmul(*args, **kwargs, tiles=tiles)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_interpreted(case):
+    args, kwargs = case.make(np.random.default_rng(0))
+    found = interpreted(case, args, kwargs)
+    assert found.dtype == args[0].dtype
+    wanted = reference.quant_matmul(*registry.in_float32(args), **kwargs)
+    assert relative_error(found, wanted) < case.tolerance
+    if case is SMALL[0]:
+        np.testing.assert_array_equal(found, interpreted(case, args, kwargs))
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=name)
+def test_lowers_for_cuda(case):
+    weight, activations = case.site["weight"], case.site["activations"]
+    x = jax.ShapeDtypeStruct((130, weight.length), jnp.bfloat16)
+    run = jax.jit(lambda x, w: kernel.quant_matmul(x, w, activations))
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    exported = jax.export.export(run, platforms=["cuda"], disabled_checks=unchecked)(x, weight)
+    assert [out.shape for out in exported.out_avals] == [(130, weight.shape[1])]
+
+
+@pytest.mark.parametrize("item", [*cases.CASES, *cases.SHAPES], ids=name)
+def test_supports_its_cases(item):
+    assert kernel.supports(item.site, HOPPER) is None
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("f", [8, 1000, 4096, 24576, 152064])
+def test_tiles_fit(f, blocks):
+    for m in (1, 16, 64, 65, 130, 1000, 8192):
+        tiles = kernel.tiles_for(m, f, blocks)
+        assert kernel._fixed(tiles) + tiles.stages * kernel._stage(tiles, blocks) <= kernel.SHARED
+        assert tiles.stages >= 3 and tiles.wg_rows == 64 and tiles.wg_cols % 8 == 0
+        assert tiles.wg_cols <= (128 if blocks else 256), "sums of a warpgroup fit its registers"
+        assert tiles.rows <= 64 or m > 64
+
+
+def site(**changes):
+    given = {"d": 256, "f": 512, "activations": cases.FP8, "stored": cases.FP8, **changes}
+    return cases.site(**given)
+
+
+REFUSED = [
+    (site(activations=None), "activations as they are"),
+    (site(activations=Int(width=4)), "activations in int4"),
+    (site(activations=Int(width=8, symmetric=False)), "activations in int8_asym"),
+    (site(activations=Float8(group=64)), "activations in fp8_e4m3_g64"),
+    (site(stored=Int(width=4, group=64)), "w in int4_g64"),
+    (site(stored=Float4(kind="mx")), "w in mxfp4"),
+    (site(stored=cases.INT8), "activations in fp8_e4m3 by w in int8"),
+    (site(d=192), "w of D = 192; takes multiples of 128"),
+    ({**site(), "weight": jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)}, "w bfloat16"),
+    ({**site(), "weight": site()["weight"].T}, "w bfloat16.*in fp8_e4m3"),
+]
+
+
+@pytest.mark.parametrize("args, reason", REFUSED, ids=[reason[:24] for _, reason in REFUSED])
+def test_declines_and_refuses_alike(args, reason):
+    assert re.match(reason, kernel.supports(args, HOPPER))
+    with pytest.raises(LoweringError, match=rf"quant_matmul \(mosaic_gpu/sm90 w8a8\): {reason.partition(';')[0]}"):
+        weight = args["weight"]
+        jax.eval_shape(
+            lambda x, w: kernel.quant_matmul(x, w, args["activations"]),
+            jax.ShapeDtypeStruct((4, weight.shape[0]), jnp.bfloat16),
+            weight,
+        )
+
+
+def test_declines_other_chips():
+    for platform, arch in (("gpu", "sm100"), ("cpu", None), ("tpu", "v6e")):
+        assert "sm90" in kernel.supports(site(), types.SimpleNamespace(platform=platform, arch=arch))
+
+
+@pytest.mark.parametrize(
+    "shape, dtype", [((4, 128), jnp.bfloat16), ((4, 256), jnp.float32), ((0, 256), jnp.bfloat16), ((), jnp.bfloat16)]
+)
+def test_refuses_x(shape, dtype):
+    w = tensor.quantize(jnp.ones((256, 8), jnp.bfloat16), cases.FP8)
+    with pytest.raises(LoweringError, match=r"x .*; allowed: "):
+        kernel.quant_matmul(jnp.zeros(shape, dtype), w, cases.FP8)
+
+
+def test_expert_weights_are_declined():
+    weight = tensor.quantize(jax.ShapeDtypeStruct((3, 256, 512), jnp.bfloat16), cases.FP8)
+    assert "a QTensor" in kernel.supports({"weight": weight, "activations": cases.FP8}, HOPPER)
+
+
+def test_a_scale_of_the_whole_row_may_be_called_a_group():
+    """A group as long as the contracted axis is one scale a row."""
+    whole = Float8(kind="e4m3", group=256)
+    assert kernel.supports(site(activations=whole, stored=whole), HOPPER) is None
+    assert dataclasses.replace(whole, group=None) == cases.FP8
