@@ -593,13 +593,14 @@ def _merge(plan: _Plan, tokens: int, dtype, parts, sums, items, sink):
             factor = 1 / jnp.where(total > 0, total, 1.0)
             out = functools.reduce(jnp.add, (w * x for w, x in zip(weights, values, strict=False)))
             to = (token + lax.div(row, jnp.int32(t.heads))) * plan.heads + head
-            out_g.at[to][...] = (out * factor).astype(dtype)
-            lse_g[to] = jnp.where(total > 0, (top + jnp.log2(jnp.where(total > 0, total, 1.0))) / LOG2E, -jnp.inf)
+            lse = jnp.where(total > 0, (top + jnp.log2(jnp.where(total > 0, total, 1.0))) / LOG2E, -jnp.inf)
+            return to, (out * factor).astype(dtype), lse
 
         @pl.when(lax.div(row, jnp.int32(t.heads)) < count)
         def _():
-            for i in range(each):
-                combine(row + i)
+            for to, out, lse in [combine(row + i) for i in range(each)]:  # all loads before the first store
+                out_g.at[to][...] = out
+                lse_g[to] = lse
 
     logits = [] if sink is None else [sink.astype(jnp.float32) * LOG2E]
     out, lse = plgpu.kernel(
