@@ -25,10 +25,17 @@ name = lambda case: case.name  # noqa: E731
 
 
 def interpreted(case, args, kwargs):
-    rows = args[0].shape[0]
-    small = {"stages": 3, "interpretable": True}
-    tiles = kernel.Tiles(rows=128, cols=72, band=2, **small)
-    tiles = tiles if rows > 64 else kernel.Tiles(rows=64, cols=64, by_rows=False, **small)
+    """Two thread blocks with several items each, where there are as many."""
+    by_rows = args[0].shape[0] > 64
+    tiles = kernel.Tiles(
+        rows=128 if by_rows else 64,
+        cols=32,
+        by_rows=by_rows,
+        stages=3,
+        band=2,
+        programs=2,
+        interpretable=True,
+    )
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         return kernel.quant_matmul(*args, **kwargs, tiles=tiles)
 

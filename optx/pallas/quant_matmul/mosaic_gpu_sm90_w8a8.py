@@ -41,6 +41,7 @@ class Tiles:
     consumers: int = 2  # warpgroups that compute: 2 or 3
     band: int = 16  # row tiles that pass over the columns together: what they share stays in the L2 cache
     overlap: bool = True  # block scales: two steps in flight, one is added up while the other runs
+    programs: int = BLOCKS  # thread blocks at most; each takes every so many-th item
     interpretable: bool = False  # one view of shared memory instead of two: what the interpreter can run
     cluster: str | None = None  # "rows", "cols": two blocks beside each other that way share copies of w, of x
 
@@ -204,7 +205,7 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
     tall, long = 1 + (tiles.cluster == "rows"), 1 + (tiles.cluster == "cols")
     shape = (-(-m // (tiles.rows * tall)), -(-f // (tiles.cols * long)))  # of a pair of blocks, where they pair up
     items = shape[0] * shape[1]
-    programs = min(BLOCKS // pair, items)
+    programs = min(tiles.programs // pair, items)
     steps, stages = d // DEPTH, tiles.stages
     sums = jnp.int32 if q_dtype == jnp.int8 else jnp.float32
     rows_layout, columns_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
