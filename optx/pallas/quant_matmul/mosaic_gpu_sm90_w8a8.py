@@ -347,8 +347,9 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
         def consume(turn, slot):
             row, col = place(turn)
             total, slot = (promoted if blocks else whole)(turn, slot)
+            first = lax.rem(turn, 2) if pieces % 2 else 0  # buffers take turns through all items
             for i, piece in enumerate(total):
-                buffer = out_smem.at[wg, i % 2]
+                buffer = out_smem.at[wg, (first + i) % 2]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 buffer[...] = piece.astype(out.dtype)
                 plgpu.commit_smem()
