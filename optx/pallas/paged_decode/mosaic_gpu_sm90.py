@@ -24,7 +24,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fragmented
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from optx.errors import LoweringError
 from optx.formats import Float8, Int
@@ -96,6 +96,17 @@ class Plan:
         return min(ROWS, self.rows)
 
     @property
+    def row_warps(self) -> int:
+        """Warps that share out the rows of a block."""
+        tiles = -(-self.kept // TILE)
+        return tiles if tiles <= 2 else 4
+
+    @property
+    def staged(self) -> int:
+        """Words of q in SMEM: all where the head dim is 256."""
+        return self.row_warps * TILE * self.head_dim // 2 if self.head_dim > 128 else 128
+
+    @property
     def units(self) -> int:
         return self.batch * self.kv_heads * self.blocks
 
@@ -116,11 +127,12 @@ class Plan:
         return self.small_dtypes[self.small.index(name)]
 
 
-def tiles(head_dim: int, format: str = "dense", small: int = 0) -> Tiles:
+def tiles(head_dim: int, format: str = "dense", small: int = 0, rows: int = TILE) -> Tiles:
     """As many steps in flight as SMEM holds. small: bytes of scales, zero points and positions of a step."""
-    wgs = 1 if head_dim == 256 and format == "dense" else 3 if format == "int4" else 2
+    wgs = 1 if head_dim == 256 and format == "dense" else 3 if format == "int4" and head_dim < 256 else 2
     step = 2 * 64 * head_dim * {"dense": 4, "int4": 1}.get(format, 2) // 2 + small
-    return Tiles(stages=min(8, (SHARED // wgs - 4 * SHARE - 1024) // step), wgs=wgs)
+    fixed = 4 * SHARE + 1024 + (4 * TILE * head_dim * 2 if rows > 2 * TILE else 2 * TILE * head_dim * 2)
+    return Tiles(stages=min(8, (SHARED // wgs - fixed) // step), wgs=wgs)
 
 
 def _format(fmt) -> str | None:
@@ -264,7 +276,7 @@ def _plan(q, k_pool, v_pool, table, mask, scale, softcap, sinks, logit_scale, ch
         scale=float(1 / math.sqrt(h) if scale is None else scale),
         softcap=None if softcap is None else float(softcap),
         sinks=sinks,
-        tiles=chosen or tiles(h, fmt, size),
+        tiles=chosen or tiles(h, fmt, size, queries * n // k_pool.shape[1]),
     )
 
 
@@ -282,35 +294,18 @@ def _span(plan: Plan, length):
 
 
 def _offsets(plan: Plan, lengths):
-    """int32[units + 1]: where each unit's tiles begin in the list of all tiles."""
-    count = _span(plan, lengths)[2]  # [G, B]
-    heads = jnp.broadcast_to(count.T, (plan.batch, plan.kv_heads))  # G = 1: each head alike
-    if plan.groups == 1:  # a prefix over rows, then heads within a row are equal
-        before = jnp.sum(jnp.where(jnp.tri(plan.batch, k=-1, dtype=bool), count[0], 0), axis=1)
-        each = plan.kv_heads * plan.blocks
-        units = before[:, None] * each + count[0][:, None] * jnp.arange(each, dtype=jnp.int32)
-        total = jnp.sum(count) * each
-        return jnp.append(units.reshape(-1), total).astype(jnp.int32)
-    flat = jnp.repeat(heads.reshape(-1), plan.blocks)
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(flat)]).astype(jnp.int32)
-
-
-def _shares(plan: Plan, offsets):
-    """int32[workers * 4]: first tile, end, first unit, end of units of each worker's share."""
-    share, rest = jnp.divmod(offsets[-1], plan.workers)
-    worker = jnp.arange(plan.workers, dtype=jnp.int32)
-    start = worker * share + jnp.minimum(worker, rest)
-    stop = start + share + (worker < rest)
-    first = jnp.minimum(jnp.sum(offsets[None, 1:] <= start[:, None], axis=1), plan.units - 1)
-    last = jnp.sum(offsets[None, :-1] < stop[:, None], axis=1)
-    return jnp.stack([start, stop, first, last], axis=1).astype(jnp.int32).reshape(-1)
+    """int32[units + 1]: where each unit's tiles begin in the list of all tiles. One reduction, to be one kernel of XLA."""
+    count = _span(plan, lengths)[2].T.reshape(-1)  # [B, G]
+    each = plan.units // count.size  # units that keep the same pages
+    unit = jnp.arange(plan.units + 1, dtype=jnp.int32)[:, None]
+    before = jnp.clip(unit - each * jnp.arange(count.size, dtype=jnp.int32), 0, each)
+    return jnp.sum(before * count, axis=1, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale):
-    held = jnp.minimum(lengths, plan.width * plan.page)
-    offsets = _offsets(plan, held)
-    aux = [q_positions.reshape(-1), table.reshape(-1), held.reshape(-1), offsets, _shares(plan, offsets)]
+    offsets = _offsets(plan, jnp.minimum(lengths, plan.width * plan.page))
+    aux = [q_positions.reshape(-1), table.reshape(-1), lengths.reshape(-1), offsets]
     if plan.mask.window is not None:
         aux.append(positions)
     if is_qtensor(k_pool):
@@ -324,7 +319,7 @@ def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_posi
     out, lse = _merge(plan, parts, marks, offsets, sink_logits)
     scores = None
     if want_scores:
-        scores = _scores(plan, q, k_pool, positions, table, held, q_positions, lse, logit_scale)
+        scores = _scores(plan, q, k_pool, positions, table, lengths, q_positions, lse, logit_scale)
     return out, lse, scores
 
 
@@ -354,6 +349,7 @@ def _attend(plan: Plan, q, pools, aux):
         "free": plgpu.Barrier(num_barriers=slots),
         "sum_s": plgpu.SMEM((t.wgs, SHARE), jnp.float32),
         "top_s": plgpu.SMEM((t.wgs, 4 * 2 * TILE), jnp.float32),
+        "q_s": plgpu.SMEM((t.wgs, plan.staged), jnp.int32),
     }
     parts = plan.workers + plan.units
     return plgpu.kernel(
@@ -372,8 +368,8 @@ def _attend(plan: Plan, q, pools, aux):
     )(q, *pools, *aux)
 
 
-def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, small_s, full, free, sum_s, top_s):
-    pools, (qpos_g, table_g, lengths_g, offsets_g, shares_g, *position_g), (parts_g, marks_g) = (
+def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, small_s, full, free, sum_s, top_s, q_s):
+    pools, (qpos_g, table_g, lengths_g, offsets_g, *position_g), (parts_g, marks_g) = (
         refs[:pool_count],
         refs[pool_count : pool_count + aux_count],
         refs[pool_count + aux_count :],
@@ -387,14 +383,24 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
     def share(wg):
         """A warpgroup's part of the list of tiles: (its number, first tile, end, first unit, end of units)."""
         worker = sm * t.wgs + wg
-        return worker, *(shares_g[worker * 4 + i] for i in range(4))
+        total = offsets_g[plan.units]
+        size, rest = lax.div(total, jnp.int32(plan.workers)), lax.rem(total, jnp.int32(plan.workers))
+        start = worker * size + jnp.minimum(worker, rest)
+        stop = start + size + (worker < rest).astype(jnp.int32)
+        first, last = jnp.int32(0), jnp.int32(0)  # units that begin at or before the first tile, before the end
+        for bit in reversed(range(plan.units.bit_length())):
+            for_first, for_last = (jnp.minimum(x + (1 << bit), plan.units) for x in (first, last))
+            first = jnp.where(offsets_g[for_first] <= start, for_first, first)
+            last = jnp.where(offsets_g[for_last] < stop, for_last, last)
+        return worker, start, stop, jnp.minimum(first, plan.units - 1), jnp.where(stop > start, last + 1, 0)
 
     def enter(unit, start, stop):
         """Of a unit: where its tiles begin in the list, [begin, end) of a share's, its index into [G, B], its slots."""
         row, head, _ = _locate(plan, unit)
         listed = head * plan.batch + row if plan.groups > 1 else row
         offset, end = offsets_g[unit], offsets_g[unit + 1]
-        return offset, jnp.maximum(offset, start), jnp.minimum(end, stop), listed, lengths_g[listed]
+        length = jnp.minimum(lengths_g[listed], plan.width * plan.page)
+        return offset, jnp.maximum(offset, start), jnp.minimum(end, stop), listed, length
 
     def first_token(tile, length):
         sinks, first, _ = _span(plan, length)
@@ -427,8 +433,7 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
 
                 inside = slice(None)
                 if plan.page > piece:
-                    token = first_token(i - offset, length)
-                    inside = pl.ds(pl.multiple_of(lax.rem(token, jnp.int32(plan.page)), piece), piece)
+                    inside = pl.ds(lax.rem(first_token(i - offset, length), jnp.int32(plan.page)), piece)
                 for j, page in enumerate(pages):
                     at = pl.ds(j * piece, piece)
                     for n, (source, to) in enumerate(copied):
@@ -449,14 +454,14 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
         def unit_loop(unit, _):
             row, head, block = _locate(plan, unit)
             offset, begin, end, _, length = enter(unit, start, stop)
-            asked = step.ask(q_g, qpos_g, row, head, block, length)
+            asked = step.ask(q_g, q_s.at[wg], qpos_g, row, head, block, length)
 
             def tile_loop(i, state):
                 slot = slot_of(wg, i - start)
                 plgpu.barrier_wait(full.at[slot])
                 small = [ref.at[slot] for ref in small_s]
                 token = first_token(i - offset, length)
-                state = step.tile(k_s.at[slot], v_s.at[slot], small, asked, state, token, length)
+                state = step.tile(k_s.at[slot], v_s.at[slot], small, q_s.at[wg], asked, state, token, length)
                 plgpu.barrier_arrive(free.at[slot])
                 return state
 
@@ -500,7 +505,7 @@ class _Plain:
         zeros = jnp.zeros((kept, 1), jnp.float32)
         return zeros - jnp.inf, zeros, jnp.zeros((kept, self.plan.head_dim), jnp.float32)
 
-    def ask(self, q_g, qpos_g, row, head, block, length):
+    def ask(self, q_g, q_s, qpos_g, row, head, block, length):
         plan = self.plan
         q, limits, positions = [], [], []
         at = [qpos_g[row * plan.queries + i] for i in range(plan.queries)]
@@ -525,7 +530,7 @@ class _Plain:
     def row(self, ref):
         return jnp.concatenate([ref[j, : self.piece] for j in range(self.per)]).astype(jnp.float32)[None]
 
-    def tile(self, k_s, v_s, small, asked, state, token, length):
+    def tile(self, k_s, v_s, small, q_s, asked, state, token, length):
         plan = self.plan
         (q, limits, positions), (top, total, out) = asked, state
         at = token + jnp.arange(plan.tiles.tokens)
@@ -679,8 +684,7 @@ class _Warps:
 
     def __init__(self, plan, per, piece):
         self.plan, self.per, self.piece = plan, per, piece
-        tiles = -(-plan.kept // TILE)
-        self.row_warps = 1 if tiles == 1 else 2 if tiles == 2 else 4
+        self.row_warps = plan.row_warps
         self.token_warps = 4 // self.row_warps
         self.mine = plan.tiles.tokens // self.token_warps  # tokens of a warp
         self.itemsize = plan.itemsize
@@ -690,7 +694,8 @@ class _Warps:
         self.transforms = _tiling(plan.wide, self.itemsize)
         self.outs = plan.head_dim // 8  # accumulators of the output
         self.state = 4 * self.outs + 6  # and rows' maxima, sums, sums of zero points
-        self.asked = plan.head_dim // 4 + 6  # words of q; rows' limits, positions, sums of q
+        self.staged = plan.staged > 128  # q waits in SMEM: it would not fit in registers
+        self.asked = 6 + (0 if self.staged else plan.head_dim // 4)  # words of q; rows' limits, positions, sums of q
         self.kind = "f16" if plan.dtype == "float16" else "bf16"
 
     # Thread and places
@@ -819,15 +824,17 @@ class _Warps:
 
         return make()
 
-    def ask(self, q_g, qpos_g, row, head, block, length):
+    def ask(self, q_g, q_s, qpos_g, row, head, block, length):
         """Of the thread's query rows: their share of q, how many slots they see, their position, the sum of q."""
         plan = self.plan
-        refs = (plgpu.RefType(), plgpu.RefType())
+        refs = (plgpu.RefType(),) * 3
 
         @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * 4), return_type=_threadwise(self.asked, jnp.int32))
-        def make(_, q, qpos, *scalars):
+        def make(_, q, staged, qpos, *scalars):
             row, head, block, length = (x.registers.item() for x in scalars)
             self.thread()
+            if self.staged:
+                utils.warpgroup_barrier()  # the unit before has been read, by all warps
             i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
             words, limits, positions, sums = [], [], [], []
             share = self.numbers // 4
@@ -860,11 +867,23 @@ class _Warps:
                             total = arith.addf(total, utils.bitcast(half, f32))
                     total = self.across(total, arith.addf)
                 sums.append(utils.bitcast(total, i32))
+            if self.staged:
+                for s in range(plan.head_dim // 16):
+                    _store(staged, self.staged_at(s), [utils.bitcast(w, f32) for w in self.left(words, s)])
+                words = [[], []]
             return _array([*words[0], *words[1], *limits, *positions, *sums], jnp.int32)
 
-        return make(q_g, qpos_g, row, head, block, length)
+        return make(q_g, q_s, qpos_g, row, head, block, length)
 
-    def tile(self, k_s, v_s, small, asked, state, token, length):
+    def left(self, words, s):
+        """First operand of product s of q k^T, from the words of the thread's two rows."""
+        return [words[0][2 * s], words[1][2 * s], words[0][2 * s + 1], words[1][2 * s + 1]]
+
+    def staged_at(self, s):
+        lane = _add(_times(self.g, 4), self.c)
+        return _add(_times(_add(_right(self.first_row, 4), s * self.row_warps), 512), _times(lane, 16))
+
+    def tile(self, k_s, v_s, small, q_s, asked, state, token, length):
         plan = self.plan
         ref = plgpu.RefType(self.transforms)
 
@@ -873,6 +892,7 @@ class _Warps:
                 ref,
                 ref,
                 [plgpu.RefType()] * len(small),
+                plgpu.RefType(),
                 _threadwise_layout(self.asked),
                 _threadwise_layout(self.state),
                 SCALAR,
@@ -880,12 +900,18 @@ class _Warps:
             ),
             return_type=_threadwise(self.state, jnp.float32),
         )
-        def make(_, k, v, small, asked, state, token, length):
+        def make(_, k, v, small, staged, asked, state, token, length):
             self.thread()
             token, length = token.registers.item(), length.registers.item()
             asked, state = _values(asked), _values(state)
-            count = plan.head_dim // 8
-            q = [asked[:count], asked[count : 2 * count]]
+            count = 0 if self.staged else plan.head_dim // 8
+            words = [asked[:count], asked[count : 2 * count]]
+            q = [
+                _load(staged, self.staged_at(s), ir.IntegerType.get_signless(32), 4)
+                if self.staged
+                else self.left(words, s)
+                for s in range(plan.head_dim // 16)
+            ]
             limits, positions, sums = (asked[2 * count + 2 * i : 2 * count + 2 * i + 2] for i in range(3))
             outs = [state[4 * i : 4 * i + 4] for i in range(self.outs)]
             top, total, zeros = (state[4 * self.outs + 2 * i : 4 * self.outs + 2 * i + 2] for i in range(3))
@@ -901,11 +927,10 @@ class _Warps:
             logits = self.logits(k, q)
             self.mask_(logits, numbers, places, limits, positions, [utils.bitcast(s, ir.F32Type.get()) for s in sums])
             p, top, total, zeros, alpha = self.softmax(logits, numbers, places, length, top, total, zeros)
-            outs = [[arith.mulf(x, alpha[i // 2]) for i, x in enumerate(out)] for out in outs]
-            outs = self.values(v, p, outs, places, length)
+            outs = self.values(v, p, self.decay(outs, alpha), places, length)
             return _array([x for out in outs for x in out] + top + total + zeros, jnp.float32)
 
-        return make(k_s, v_s, small, asked, state, token, length)
+        return make(k_s, v_s, small, q_s, asked, state, token, length)
 
     def group(self, j):
         """Offset of tokens 8 j .. of the warp."""
@@ -919,8 +944,7 @@ class _Warps:
             b = self.key_operands(self.read(k, self.group(j), self.g, self.swizzle // 4, self.c))
             chains = [[_f32(0.0)] * 4 for _ in range(2)]  # two products wait for nothing but each other's loads
             for s in range(self.plan.head_dim // 16):
-                a = [q[0][2 * s], q[1][2 * s], q[0][2 * s + 1], q[1][2 * s + 1]]
-                chains[s % 2] = self.multiply(chains[s % 2], a, b[2 * s : 2 * s + 2])
+                chains[s % 2] = self.multiply(chains[s % 2], q[s], b[2 * s : 2 * s + 2])
             found.append([arith.addf(x, y) for x, y in zip(*chains, strict=True)])
         return found
 
@@ -985,6 +1009,21 @@ class _Warps:
                         away = arith.subf(numbers["v_zero"][j][e], _f32(shift))
                         zeros[r] = _fma(utils.bitcast(kept[e], f32), away, zeros[r])
         return words, new, total, zeros, alpha
+
+    def decay(self, outs, alpha):
+        """Outputs times alpha, skipped where no row of the warp has a new maximum, which is most often."""
+        ptx = "{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3F800000; setp.neu.or.f32 p, $2, 0f3F800000, p; "
+        ptx += "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
+        i32 = ir.IntegerType.get_signless(32)
+        moved = utils.inline_ptx(ptx, *alpha, result_types=i32, convergent=True, has_side_effects=True)
+        flat = [x for out in outs for x in out]
+        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ne, moved, _i32(0)), [x.type for x in flat], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            scf.yield_([arith.mulf(x, alpha[i % 4 // 2]) for i, x in enumerate(flat)])
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(flat)
+        flat = list(branch.results)
+        return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
     def values(self, v, p, outs, places, length):
         for s in range(self.mine // 16):
