@@ -202,8 +202,7 @@ def compile(
     tree = ir.shallow(planned.tree)
     for prefix in tqdm(source.segments(), desc="compile", unit="block", disable=not progress):
         block = pipeline.apply_block(source.block(prefix), prefix, planned.recipe, planned.trees, planned.records)
-        ir.put(tree, prefix, block)
-    tree = lower.lower(tree, planned.target, planned.recipe.require)
+        ir.put(tree, prefix, lower.lower(block, planned.target, planned.recipe.require))
     return Compiled(tree, planned)
 
 
@@ -246,6 +245,7 @@ class Compiled:
         check_ids(tokens, self.vocab)
         if tokens.shape[1] > self.program.context:
             raise RequestError(f"logits: {tokens.shape[1]} tokens; the context is {self.program.context}")
+        lower.check_here(self.tree)
         return self.program.logits(tokens)
 
     @property
@@ -254,6 +254,7 @@ class Compiled:
 
     def engine(self, **options) -> Engine:
         """An engine of its own caches; options are the fields of EngineOptions."""
+        lower.check_here(self.tree)
         eos = self.tokenizer.eos_ids if self.tokenizer else ()
         return Engine(self.program, EngineOptions(**options), eos_ids=eos)
 
@@ -322,11 +323,12 @@ def export(model: Compiled | Source, folder: str | Path, *, format: str = "optx"
     if format not in EXPORTS:
         raise CheckpointError(f"export format {format!r} is not supported{did_you_mean(format, EXPORTS)}")
     source = model.plan.source if isinstance(model, Compiled) else model
+    tree = lower.canonical(model.tree) if isinstance(model, Compiled) else source.tree
     if format == "hf":
         if isinstance(model, Compiled):
-            values = {path: variable.get_value() for path, variable in ir.params(model.tree).items()}
-            source = dataclasses.replace(source, tree=ir.abstract(model.tree), read=values.__getitem__)
+            values = {path: variable.get_value() for path, variable in ir.params(tree).items()}
+            source = dataclasses.replace(source, tree=ir.abstract(tree), read=values.__getitem__)
         return write_hf(source, Path(folder), by_hf_type, overwrite=overwrite)
     if not isinstance(model, Compiled):
         raise CheckpointError(f"{source.origin.name}: compile it before an optx export; format='hf' takes it as it is")
-    return exports.write_export(Path(folder), model.tree, source, model.plan.recipe, overwrite=overwrite)
+    return exports.write_export(Path(folder), tree, source, model.plan.recipe, overwrite=overwrite)

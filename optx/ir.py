@@ -15,7 +15,7 @@ from flax import nnx
 
 from optx import tensor
 from optx.errors import PassError, did_you_mean
-from optx.tensor import is_qtensor
+from optx.tensor import is_packed
 
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int32": "i32", "int8": "i8"}
 FOLDED_ATTRIBUTES = ("choices",)  # shown by `explain`, not by `describe`
@@ -175,7 +175,7 @@ def aliases(module: nnx.Module) -> frozenset[frozenset[str]]:
 
 def tensor_text(x) -> str:
     """`f32[576, 1536]`, `int4_g64[576, 1536]`."""
-    kind = str(x.format) if is_qtensor(x) else SHORT.get(jnp.dtype(x.dtype).name, jnp.dtype(x.dtype).name)
+    kind = str(x.format) if is_packed(x) else SHORT.get(jnp.dtype(x.dtype).name, jnp.dtype(x.dtype).name)
     return f"{kind}{list(x.shape)}"
 
 

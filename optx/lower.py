@@ -10,13 +10,15 @@ from flax import nnx
 
 from optx import ir
 from optx.cache import CachePlan
+from optx.errors import LoweringError
 from optx.pallas import dispatch
 from optx.pallas.dispatch import OpChoice
 from optx.target import Target
 
 
 def lower(model: nnx.Module, target: Target, require: str | None = None) -> nnx.Module:
-    """A copy of the tree with the chosen kernel recorded on every module that calls an op.
+    """A copy of the tree with the chosen kernel recorded on every module that calls an op, and weights in the order that
+    their kernels read.
 
     require: a backend that every op must use where it has one.
     Raises: LoweringError when no row takes a call site.
@@ -25,7 +27,29 @@ def lower(model: nnx.Module, target: Target, require: str | None = None) -> nnx.
     for _, module in ir.walk(out):
         if hasattr(type(module), "op_sites"):
             module.choices = tuple(dispatch.select(site, target, require) for site in module.op_sites())
+            for choice in module.choices:
+                if relayout := dispatch.row_of(choice).relayout:
+                    module.arrange(relayout)
     return out
+
+
+def canonical(model: nnx.Module) -> nnx.Module:
+    """A copy of a lowered tree with weights in their canonical packing: what is exported."""
+    out = ir.shallow(model)
+    for _, module in ir.walk(out):
+        if any(dispatch.row_of(choice).relayout for choice in getattr(module, "choices", ())):
+            module.arrange(None)
+    return out
+
+
+def check_here(model: nnx.Module) -> None:
+    """Raises LoweringError when the tree was lowered to kernels of a device that this machine does not have."""
+    here = jax.default_backend()
+    for path, choice in choices(model):
+        if dispatch.PLATFORMS.get(choice.backend, here) != here:
+            raise LoweringError(
+                f"{path}: {choice.op} was lowered to {choice}, and this machine runs on {here}; compile with target='auto'"
+            )
 
 
 def choices(model: nnx.Module) -> list[tuple[str, OpChoice]]:
@@ -42,7 +66,8 @@ def explain(model: nnx.Module) -> str:
     for choice, paths in sorted(groups.items(), key=lambda item: item[0].op):
         declined = "".join(f"; {name} declined: {reason}" for name, reason in choice.declined)
         sites = "1 site" if len(paths) == 1 else f"{len(paths)} sites"
-        lines.append(f"{choice.op} ({sites}, first {paths[0]}): {choice}{declined}")
+        relaid = ", weights re-laid once" if dispatch.row_of(choice).relayout else ""
+        lines.append(f"{choice.op} ({sites}, first {paths[0]}): {choice}{relaid}{declined}")
     return "\n".join(lines)
 
 

@@ -87,11 +87,27 @@ class QTensor:
                 raise FormatError(f"{where}: {self.format} {'needs a' if wanted else 'has no'} {name}")
 
 
-Tensor = jax.Array | QTensor
+class Arranged:
+    """A packed weight [D, F] in the order that one kernel reads, made at lowering and never exported.
+
+    Subclasses are registered pytrees; `format`, `dtype`, `shape`, `ndim`, `size` and `nbytes` are those of a QTensor.
+    """
+
+    def qtensor(self) -> QTensor:
+        """The same weight in its canonical packing."""
+        raise NotImplementedError
+
+
+Tensor = jax.Array | QTensor | Arranged
 
 
 def is_qtensor(x) -> bool:
     return isinstance(x, QTensor)
+
+
+def is_packed(x) -> bool:
+    """Whether x is stored in a format, in its canonical packing or in a kernel's order."""
+    return isinstance(x, QTensor | Arranged)
 
 
 def leaf_bytes(x) -> int:
@@ -101,7 +117,7 @@ def leaf_bytes(x) -> int:
 
 def nbytes(x: Tensor) -> int:
     """Stored bytes of a dense or quantized tensor, concrete or abstract."""
-    return x.nbytes if is_qtensor(x) else leaf_bytes(x)
+    return x.nbytes if is_packed(x) else leaf_bytes(x)
 
 
 def lift(function, *args):
@@ -134,7 +150,13 @@ def _quantize(x, format, axis):
     )
 
 
+def canonical(w: Tensor) -> Tensor:
+    """w without the order of a kernel: dense, or a QTensor."""
+    return lift(lambda w: w.qtensor(), w) if isinstance(w, Arranged) else w
+
+
 def dense(w: Tensor) -> jax.Array:
+    w = canonical(w)
     return w.dequantize() if is_qtensor(w) else w
 
 

@@ -48,8 +48,11 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias.get_value()
 
     def op_sites(self) -> tuple[OpSite, ...]:
-        weight = self.weight.get_value()
-        return (OpSite(op="quant_matmul", args={"weight": weight}),) if tensor.is_qtensor(weight) else ()
+        return _matmul_site(self.weight.get_value())
+
+    def arrange(self, relayout: Callable | None) -> None:
+        """Puts the weight into a kernel's order, in place; None: back into its canonical packing."""
+        self.weight = _arranged(self.weight, self.weight.get_value(), relayout or tensor.canonical)
 
     def split(self, sizes: Sequence[int]) -> list["Linear"]:
         """Linears with `sizes` outputs each, in order: slices of this weight and bias, whatever their form."""
@@ -70,6 +73,25 @@ class Linear(nnx.Module):
         return parts
 
 
+def _matmul_site(weight) -> tuple[OpSite, ...]:
+    weight = tensor.canonical(weight)
+    if not tensor.is_qtensor(weight):
+        return ()
+    facts = {"weight": weight, "dtype": jnp.dtype(weight.dtype).name, "activations": None}
+    return (OpSite(op="quant_matmul", args=facts),)
+
+
+def _arranged(like: nnx.Param, weight, relayout) -> nnx.Param:
+    return nnx.Param(tensor.lift(relayout, weight), axes=like.get_metadata().get("axes"))
+
+
+class Inner(Linear):
+    """A projection whose weight its parent contracts itself: no op is called for it."""
+
+    def op_sites(self) -> tuple[OpSite, ...]:
+        return ()
+
+
 class Fused:
     """A part that holds several projections in one weight."""
 
@@ -80,7 +102,7 @@ class Fused:
 
 def contract(x, w, choices=()) -> jax.Array:
     """x[..., D] @ w[D, F], through the quant_matmul op when w is packed."""
-    if tensor.is_qtensor(w):
+    if tensor.is_packed(w):
         return dispatch.call("quant_matmul", choices, x, w)
     return tensor.matmul(x, w)
 
@@ -91,6 +113,7 @@ class Embed(nnx.Module):
     def __init__(self, vocab, d, *, scale=1.0, dtype="float32", rngs=None):
         self.table = param((vocab, d), dtype, ("vocab", "embed"), rngs, nnx.initializers.normal(0.02))
         self.scale = scale
+        self.head: nnx.Param | None = None  # the table once more, in the order of the kernel that `attend` runs
         self.choices: tuple[OpChoice, ...] = ()
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -100,11 +123,18 @@ class Embed(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         table = self.table.get_value()
-        return contract(x, table.T, self.choices) if tensor.is_qtensor(table) else tensor.matmul_rows(x, table)
+        if not tensor.is_qtensor(table):
+            return tensor.matmul_rows(x, table)
+        return contract(x, table.T if self.head is None else self.head.get_value(), self.choices)
 
     def op_sites(self) -> tuple[OpSite, ...]:
         table = self.table.get_value()
-        return (OpSite(op="quant_matmul", args={"weight": table.T}),) if tensor.is_qtensor(table) else ()
+        return _matmul_site(table.T) if tensor.is_qtensor(table) else ()
+
+    def arrange(self, relayout: Callable | None) -> None:
+        """Sets `head`, in place: rows are looked up in the canonical table, which stays; None: drops it."""
+        head = None if relayout is None else _arranged(self.table, self.table.get_value().T, relayout)
+        self.head = nnx.data(head) if head is not None else None
 
 
 class RMSNorm(nnx.Module):

@@ -6,7 +6,7 @@ from flax import nnx
 
 from optx.cache import CacheSpec, Ragged, Stream, View
 from optx.nn.attention import attend_cached, attention_sites
-from optx.nn.core import Linear, RMSNorm, Rope
+from optx.nn.core import Inner, Linear, RMSNorm, Rope
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
 from optx.pallas.dispatch import OpChoice, OpSite
@@ -32,7 +32,7 @@ class MLA(nnx.Module):
         self.q_b = Linear(q_rank or d, heads * width, dtype=dtype, axes=("rank", "heads"), rngs=rngs)
         self.kv_a = Linear(d, rank + rope.dim, dtype=dtype, axes=("embed", "rank"), rngs=rngs)
         self.kv_norm = RMSNorm(rank, eps=eps, dtype=dtype, axes=("rank",), rngs=rngs)
-        self.kv_b = Linear(rank, heads * (nope_dim + value_dim), dtype=dtype, axes=("rank", "heads"), rngs=rngs)
+        self.kv_b = Inner(rank, heads * (nope_dim + value_dim), dtype=dtype, axes=("rank", "heads"), rngs=rngs)
         self.o = Linear(heads * value_dim, d, dtype=dtype, axes=("heads", "embed"), rngs=rngs)
         streams = (Stream(name="latent", shape=(1, rank + rope.dim)),)
         self.cache = CacheSpec(kind="latent", streams=streams, dtype=dtype)

@@ -43,8 +43,8 @@ class OpChoice:
 class Row:
     """One implementation of an op: a module that holds a function of the op's name, imported when it is first asked.
 
-    The module may also hold `supports(site args, target) -> None or the reason it declines`, and `relayout(weight)` with
-    its inverse `restore(arranged)`: the arrangement of a weight that the kernel reads, made once at lowering.
+    The module may also hold `supports(site args, target) -> None or the reason it declines`, and `relayout(QTensor) ->
+    Arranged`: the weight in the order that the kernel reads, made once at lowering.
     """
 
     op: str
@@ -65,6 +65,10 @@ class Row:
     @property
     def run(self) -> Callable:
         return getattr(self.code, self.function or self.op)
+
+    @property
+    def relayout(self) -> Callable | None:
+        return getattr(self.code, "relayout", None)
 
     def supports(self, args: Mapping[str, Any], target: Any) -> str | None:
         """None, or why the row does not take a call with these facts on the target."""
@@ -92,6 +96,8 @@ ROWS: tuple[Row, ...] = (
     Row(op="paged_decode", backend=_GPU, arch="sm90", module="paged_decode.mosaic_gpu_sm90"),
     Row(op="paged_decode", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90"),
     Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
+    Row(op="quant_matmul", backend=_GPU, arch="sm90", module="quant_matmul.mosaic_gpu_sm90"),
+    Row(op="quant_matmul", backend=_GPU, arch="sm90", variant="w8a8", module="quant_matmul.mosaic_gpu_sm90_w8a8"),
     Row(op="quant_matmul", backend="xla", arch="cpu", module="quant_matmul.xla_cpu"),
     Row(op="quant_matmul", backend="xla", module="quant_matmul.reference"),
     Row(op="grouped_matmul", backend=_GPU, arch="sm90", module="grouped_matmul.mosaic_gpu_sm90"),
