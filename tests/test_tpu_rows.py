@@ -18,6 +18,7 @@ from optx.errors import LoweringError
 from optx.nn.attention import paged_spec
 from optx.pallas.attention import paged_tpu, reference
 from optx.pallas.attention.reference import Mask
+from optx.pallas.flash_attention import mosaic_tpu as flash
 from optx.pallas.paged_decode import mosaic_tpu as paged_decode
 from optx.pallas.ragged_paged_attention import mosaic_tpu as ragged_attention
 
@@ -33,6 +34,12 @@ def close(got, want, tolerance=EXACT):
         assert np.array_equal(g[~finite], w[~finite]), f"{name}: other infinities"
         error = np.abs(g[finite] - w[finite]).max(initial=0) / max(np.abs(w[finite]).max(initial=0), 1e-6)
         assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+def interpreted(function, *args):
+    """function(*args), compiled as one program with as little optimisation as XLA offers: it runs once."""
+    lowered = jax.jit(function).lower(*args)
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(*args)
 
 
 # Paged caches.
@@ -128,16 +135,18 @@ def run_decode(args, kwargs, ragged, **how):
     return paged_decode.paged_decode(ragged.pad(q), *pools, q_positions=q_positions, **kwargs, **how)[:2]
 
 
-def want_decode(args, kwargs, ragged):
+def want_decode(args, kwargs, ragged, **static):
     q, *pools = args
-    q_positions = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
-    return reference.paged_attention(ragged.pad(q).astype(jnp.float32), *pools, q_positions=q_positions, **kwargs)[:2]
+    q, at = ragged.pad(q).astype(jnp.float32), jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
+    return reference.paged_attention(q, *pools, q_positions=at, **kwargs, **static)[:2]
 
 
 DECODE = {
     "plain": Paged(),
     "bfloat16": Paged(dtype="bfloat16"),
-    "window_sinks_softcap": Paged(mask=Mask(window=9, sinks=5), softcap=3.0, sink=True, gaps=True, lengths=(70, 1, 0, 33)),
+    "window_sinks_softcap": Paged(
+        mask=Mask(window=9, sinks=5), softcap=3.0, sink=True, gaps=True, lengths=(70, 1, 0, 33)
+    ),
     "two_queries": Paged(counts=(2, 1, 0, 2)),
     "lists_by_head": Paged(lists=2, format="int8"),
     "many_heads": Paged(heads=9, kv_heads=9, lengths=(20, 3), counts=(1, 1)),
@@ -156,8 +165,10 @@ DECODE = {
 def test_paged_decode(name, rng):
     case = DECODE[name]
     args, kwargs, ragged = paged_call(rng, case)
+    static = {key: kwargs.pop(key) for key in ("mask", "softcap", "value_dim")}
     how = {"interpret": True, "tiles": paged_decode.Tiles(queries=1, pages=case.pages)}
-    got, want = run_decode(args, kwargs, ragged, **how), want_decode(args, kwargs, ragged)
+    got = interpreted(lambda *call: run_decode(*call, **static, **how), args, kwargs, ragged)
+    want = interpreted(lambda *call: want_decode(*call, **static), args, kwargs, ragged)
     close(got, want, 2e-2 if case.dtype == "bfloat16" else EXACT)
 
 
@@ -175,8 +186,76 @@ RAGGED = {
 def test_ragged_paged_attention(name, rng):
     case = RAGGED[name]
     (q, *pools), kwargs, ragged = paged_call(rng, case)
+    static = {key: kwargs.pop(key) for key in ("mask", "softcap", "value_dim")}
     how = {"interpret": True, "tiles": ragged_attention.Tiles(queries=case.queries, pages=case.pages)}
-    got = ragged_attention.ragged_paged_attention(q, *pools, ragged=ragged, **kwargs, **how)[:2]
-    want = reference.ragged_paged_attention(jnp.nan_to_num(q), *pools, ragged=ragged, **kwargs)[:2]
+    got = interpreted(
+        lambda q, pools, ragged, kwargs: ragged_attention.ragged_paged_attention(
+            q, *pools, ragged=ragged, **kwargs, **static, **how
+        )[:2],
+        *(q, pools, ragged, kwargs),
+    )
+    want = interpreted(
+        lambda q, pools, ragged, kwargs: reference.ragged_paged_attention(q, *pools, ragged=ragged, **kwargs, **static)[
+            :2
+        ],
+        *(jnp.nan_to_num(q), pools, ragged, kwargs),
+    )
     real = slice(0, sum(case.counts))
     close([x[real] for x in got], [x[real] for x in want])
+
+
+# Self-contained sequences.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense:
+    """B = 2 sequences of `length`, cut into blocks of 16 queries and 32 keys."""
+
+    length: int = 70
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    value_dim: int = 16
+    dtype: str = "float32"
+    mask: Mask = Mask()
+    softcap: float | None = None
+    sink: bool = False
+    counts: tuple[int, int] | None = None  # real tokens of each sequence; what follows is NaN
+    segments: bool = False
+
+
+DENSE = {
+    "causal": Dense(),
+    "all_see_all": Dense(mask=Mask(causal=False), kv_heads=1, head_dim=24),
+    "masks": Dense(mask=Mask(window=20, sinks=3), softcap=2.0, sink=True, kv_heads=4),
+    "counts": Dense(counts=(41, 0)),
+    "segments": Dense(segments=True, counts=(70, 9), mask=Mask(window=9), sink=True, heads=6),
+    "short_bfloat16": Dense(length=5, dtype="bfloat16", value_dim=8),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_flash_attention(name, rng):
+    case = DENSE[name]
+    lead = (2, case.length)
+    q = rng.standard_normal((*lead, case.heads, case.head_dim))
+    k = rng.standard_normal((*lead, case.kv_heads, case.head_dim))
+    v = rng.standard_normal((*lead, case.kv_heads, case.value_dim))
+    optional = {"sink_logits": jnp.asarray(rng.standard_normal(case.heads), jnp.float32) if case.sink else None}
+    if case.counts:
+        valid = np.arange(case.length) < np.array(case.counts)[:, None]
+        optional["valid"] = jnp.asarray(valid)
+    if case.segments:
+        optional["segments"] = jnp.asarray(np.sort(rng.integers(0, 4, lead)), jnp.int32)
+    arrays = [jnp.asarray(x, case.dtype) for x in (q, k, v)]
+    poison = arrays
+    if case.counts:
+        poison = [arrays[0], *(jnp.where(valid[..., None, None], x, jnp.nan) for x in arrays[1:])]
+    static = {"mask": case.mask, "softcap": case.softcap}
+    how = {"interpret": True, "tiles": flash.Tiles(queries=16, keys=32)}
+    got = interpreted(lambda arrays, kw: flash.flash_attention(*arrays, **kw, **static, **how)[:2], poison, optional)
+    want = interpreted(
+        lambda arrays, kw: reference.flash_attention(*(x.astype(jnp.float32) for x in arrays), **kw, **static)[:2],
+        *(arrays, optional),
+    )
+    close(got, want, 2e-2 if case.dtype == "bfloat16" else EXACT)

@@ -33,6 +33,7 @@ PAGES = (16, 32, 64, 128)  # tokens a page
 BLOCK_BYTES = 2 << 20  # keys and values a block: long enough to hide the latency of HBM, two of them in VMEM
 SLOTS = 1024  # most cached slots a block
 ROWS = 4096  # kv heads * query rows an item: bounds the accumulators
+UNROLL = 64  # query rows up to which heads are unrolled, to overlap; above, one head fills the units and code grows
 SMEM = 512 << 10  # bytes of page table and schedule
 VMEM = 48 << 20  # of 64 MB (v7x) or 128 MB (v5e, v6e)
 FACTORS = ("k_scale", "k_zero", "v_scale", "v_zero", "logit_scale")  # one number a token and head
@@ -61,11 +62,13 @@ class Plan:
 def tiles(*, queries: int, group: int, heads: int, page: int, page_bytes: int, pages: int) -> Tiles:
     """By shape: most queries of a row, query heads a kv head, kv heads of an item, tokens a page, bytes of a page of these
     heads in all streams, pages of the table."""
-    count = 1
-    while 2 * count <= pages and 2 * count * page_bytes <= BLOCK_BYTES and 2 * count * page <= SLOTS:
-        count *= 2
     rows = min(max(ROWS // heads, 16), 512)
-    return Tiles(queries=min(queries, max(_power_below(rows // group), 1)), pages=count)
+    queries = min(queries, max(_power_below(rows // group), 1))
+    slots = SLOTS if queries * group <= UNROLL else SLOTS // 2
+    count = 1
+    while 2 * count <= pages and 2 * count * page_bytes <= BLOCK_BYTES and 2 * count * page <= slots:
+        count *= 2
+    return Tiles(queries=queries, pages=count)
 
 
 def _power_below(n: int) -> int:
@@ -455,14 +458,14 @@ def _kernel(plan, table, q_ref, asked_ref, at_ref, *refs, spec: Spec):
     def _():
         start(step, 0, 0)
 
-    for h in range(heads):
-        top_ref[h] = (
-            jnp.broadcast_to(sink_ref[h], (rows, LANES))
-            if spec.sink
-            else jnp.full((rows, LANES), -jnp.inf, jnp.float32)
-        )
-    total_ref[...] = jnp.full(total_ref.shape, 1.0 if spec.sink else 0.0, jnp.float32)
-    sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
+    def empty(h, _):
+        top = sink_ref[h] if spec.sink else jnp.full((rows, 1), -jnp.inf, jnp.float32)
+        top_ref[h] = jnp.broadcast_to(top, (rows, LANES))
+        total_ref[h] = jnp.full((rows, LANES), 1.0 if spec.sink else 0.0, jnp.float32)
+        sum_ref[h] = jnp.zeros(sum_ref.shape[1:], jnp.float32)
+        return 0
+
+    jax.lax.fori_loop(0, heads, empty, 0)
 
     def compute(slot, block, rows):
         """The first `rows` rows of queries against the block that lies in `slot`."""
@@ -473,7 +476,7 @@ def _kernel(plan, table, q_ref, asked_ref, at_ref, *refs, spec: Spec):
             row = {name: line[pl.ds(h, 1)] for name, line in lines.items()}
             _head(h, slot, rows, seen, row, q_ref, buffers, top_ref, total_ref, sum_ref, spec)
 
-        if heads <= 8:
+        if heads <= 8 and rows <= UNROLL:
             for h in range(heads):
                 head(h)
         else:
@@ -514,11 +517,14 @@ def _kernel(plan, table, q_ref, asked_ref, at_ref, *refs, spec: Spec):
 
     jax.lax.fori_loop(0, count, body, 0)
 
-    for h in range(heads):
+    def finish(h, _):
         top, total = top_ref[h][:, :1], total_ref[h][:, :1]
         lse_ref[0, h] = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
         for part in range(spec.v_parts):
             out_ref[0, h, part] = (sum_ref[h, part] / jnp.where(total > 0, total, 1)).astype(out_ref.dtype)
+        return 0
+
+    jax.lax.fori_loop(0, heads, finish, 0)
 
 
 def _clear(buffer, slot, stored, turned: bool, spec: Spec):

@@ -1,0 +1,189 @@
+"""Compiles the TPU rows with libtpu on a machine without a TPU: `python tpu_compile.py v5e v6e v7x [-k text]`, one JSON line a compile.
+
+A process of its own, because libtpu reads the environment when it is loaded. Nothing is executed: that a kernel compiles
+says that Mosaic takes it, that it fits VMEM and how its operands lie, nothing of its speed or of its numbers.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding  # noqa: E402
+
+from optx import formats, tensor  # noqa: E402
+from optx.cache import Ragged  # noqa: E402
+from optx.pallas.attention.reference import Mask  # noqa: E402
+from optx.pallas.flash_attention import mosaic_tpu as flash  # noqa: E402
+from optx.pallas.paged_decode import mosaic_tpu as paged_decode  # noqa: E402
+from optx.pallas.ragged_paged_attention import mosaic_tpu as ragged_attention  # noqa: E402
+
+CHIPS = {"v5e": ("v5e:2x2", "TPU v5 lite"), "v6e": ("v6e:2x2", "TPU v6 lite"), "v7x": ("tpu7x:2x2x1", "TPU7x")}
+bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+array = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Compile:
+    """One compile: a function of arrays, their shapes, and the array that the program must not copy."""
+
+    function: object
+    args: tuple
+    kept: object = None  # a large operand: a copy or transpose of as many elements is an error
+    archs: tuple[str, ...] = tuple(CHIPS)
+
+
+def pool(pages, kv_heads, page, head_dim, format_=None, dtype=bf16):
+    dense = array((pages + 1, kv_heads, page, head_dim), dtype)
+    if format_ is None:
+        return dense
+    return jax.eval_shape(lambda x: tensor.quantize(x, formats.parse(format_), axis=-1), dense)
+
+
+def paged(
+    batch=8, queries=1, heads=32, kv_heads=8, head_dim=128, page=128, format_=None, context=4096, lists=1, **more
+):
+    """paged_decode, or with `tokens` ragged_paged_attention of so many tokens in `batch` rows."""
+    tokens, value_dim, sink = more.pop("tokens", None), more.get("value_dim"), more.pop("sink", False)
+    listed = context // page
+    pages = listed * batch * lists
+    k = pool(pages, kv_heads, page, head_dim, format_, more.pop("dtype", bf16))
+    args = {
+        "k_pool": k,
+        "v_pool": None if value_dim else k,
+        "positions": array((pages + 1, page), i32),
+        "table": array((lists, batch, listed), i32),
+        "lengths": array((lists, batch), i32),
+        "sink_logits": array((heads,), f32) if sink else None,
+        "logit_scale": array((pages, kv_heads, page), f32) if more.pop("logit_scale", False) else None,
+    }
+    if tokens:
+        row = array((batch,), i32)
+        args["ragged"] = Ragged(
+            rows=array((tokens,), i32), starts=row, counts=row, positions=array((tokens,), i32), longest=tokens
+        )
+        args["q"] = array((tokens, heads, head_dim), bf16)
+        op = ragged_attention.ragged_paged_attention
+    else:
+        args |= {"q_positions": array((batch, queries), i32), "q": array((batch, queries, heads, head_dim), bf16)}
+        op = paged_decode.paged_decode
+    return Compile(lambda args: op(**args, **more)[:2], (args,), kept=jax.tree.leaves(k)[0])
+
+
+def flash_of(length=4096, heads=32, kv_heads=8, head_dim=128, value_dim=None, batch=1, dtype=bf16, sink=False, **more):
+    args = {
+        "q": array((batch, length, heads, head_dim), dtype),
+        "k": array((batch, length, kv_heads, head_dim), dtype),
+        "v": array((batch, length, kv_heads, value_dim or head_dim), dtype),
+        "sink_logits": array((heads,), f32) if sink else None,
+        "valid": array((batch, length), jnp.bool_) if more.pop("valid", False) else None,
+        "segments": array((batch, length), i32) if more.pop("segments", False) else None,
+    }
+    return Compile(lambda args: flash.flash_attention(**args, **more)[:2], (args,))
+
+
+SLIDING = Mask(window=1024, sinks=4)
+CASES = {
+    **{f"paged_decode/page{page}": paged(page=page) for page in (16, 32, 64, 128)},
+    "flash_attention/causal": flash_of(),
+    "flash_attention/full": flash_of(mask=Mask(causal=False), kv_heads=32),
+    "flash_attention/head64": flash_of(head_dim=64, batch=8, length=1024),
+    "flash_attention/head80": flash_of(head_dim=80, batch=8, length=1000),
+    "flash_attention/head256": flash_of(head_dim=256, heads=16),
+    "flash_attention/mla": flash_of(head_dim=192, value_dim=128, heads=16, kv_heads=16),
+    "flash_attention/mqa": flash_of(heads=48, kv_heads=1),
+    "flash_attention/float32": flash_of(dtype=f32, length=1024),
+    "flash_attention/all_masks": flash_of(mask=SLIDING, softcap=30.0, sink=True, valid=True, segments=True),
+    "flash_attention/32k": flash_of(length=32768),
+    "flash_attention/short": flash_of(length=11, batch=4, valid=True),
+    "paged_decode/head64": paged(head_dim=64),
+    "paged_decode/head256": paged(head_dim=256, heads=16, batch=32),
+    "paged_decode/all_masks": paged(mask=SLIDING, softcap=30.0, sink=True, batch=16, queries=4),
+    "paged_decode/lists_by_head": paged(lists=8, page=64),
+    "paged_decode/mha": paged(heads=32, kv_heads=32, page=64),
+    "paged_decode/latents": paged(heads=128, kv_heads=1, head_dim=576, value_dim=512, page=64),
+    "paged_decode/latents_int8": paged(
+        heads=16, kv_heads=1, head_dim=640, value_dim=512, page=64, format_="int8", logit_scale=True
+    ),
+    **{
+        f"paged_decode/{format_}": paged(format_=format_, batch=16)
+        for format_ in ("int8", "int8_asym", "int4", "int4_asym", "fp8_e4m3")
+    },
+    "paged_decode/int8_page16": paged(format_="int8", page=16),
+    "paged_decode/fp8_page32": paged(format_="fp8_e4m3", page=32),
+    "paged_decode/int4_head256_page32": paged(format_="int4", head_dim=256, page=32),
+    "paged_decode/int8_lists_by_head": paged(format_="int8", lists=8),
+    "ragged_paged_attention/page16": paged(tokens=2048, page=16, batch=32),
+    "ragged_paged_attention/page128": paged(tokens=2048, batch=32),
+    "ragged_paged_attention/all_masks": paged(tokens=2048, mask=SLIDING, softcap=30.0, sink=True, page=64),
+    "ragged_paged_attention/head64": paged(tokens=512, head_dim=64),
+    "ragged_paged_attention/int8": paged(tokens=512, format_="int8", page=64),
+    "ragged_paged_attention/int4_asym": paged(tokens=512, format_="int4_asym"),
+    "ragged_paged_attention/fp8": paged(tokens=512, format_="fp8_e4m3"),
+    "ragged_paged_attention/latents": paged(tokens=512, heads=128, kv_heads=1, head_dim=576, value_dim=512, page=64),
+}
+
+
+def copies(text: str, operand) -> list[str]:
+    """Instructions of the compiled program that write as many elements of the same width as `operand` has."""
+    names = {1: ("s8", "u8", "f8e4m3fn"), 2: ("bf16",), 4: ("f32",)}[operand.dtype.itemsize]
+    found = []
+    for kind, shape, op in re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", text):
+        if op in ("parameter", "bitcast", "get-tuple-element") or kind not in names:
+            continue
+        if math.prod(int(n) for n in shape.split(",") if n) == operand.size:
+            found.append(f"{op} -> {kind}[{shape}]")
+    return found
+
+
+def compile_one(case: Compile, topology: str, kind: str) -> dict:
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    where = SingleDeviceSharding(device)
+    args = jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=where), case.args)
+    abstract = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("_",), (AxisType.Explicit,), abstract_device=abstract)
+    start = time.process_time()
+    with jax.sharding.use_abstract_mesh(mesh):
+        compiled = jax.jit(case.function).trace(*args).lower().compile()
+    text = compiled.as_text()
+    found = {"seconds": round(time.process_time() - start, 2), "kernels": text.count("tpu_custom_call")}
+    if case.kept is not None and (copied := copies(text, case.kept)):
+        found["error"] = f"the program copies an operand every call: {copied}"
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("archs", nargs="+", choices=CHIPS)
+    parser.add_argument("-k", default="", help="only cases whose name holds this text")
+    options = parser.parse_args()
+    for arch in options.archs:
+        for name, case in CASES.items():
+            if options.k not in name or arch not in case.archs:
+                continue
+            try:
+                found = compile_one(case, *CHIPS[arch])
+            except Exception as error:  # whatever the compiler raises is the result of this case
+                found = {"error": f"{type(error).__name__}: {str(error)[:1500]}"}
+            json.dump({"arch": arch, "name": name, **found}, sys.stdout)
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
