@@ -284,7 +284,7 @@ def _produce(plan, r, blocks, where, length):
             @pl.when(pair + 1 < blocks.pairs)
             def _():
                 for listed, inner, _ in ahead:
-                    for _, low, high in plan.halves:
+                    for _, low, high in plan.parts:  # a box has 256 columns at most
                         for at in listed:
                             columns = pl.ds(low, high - low)
                             plgpu.async_prefetch(r["pool"].at[pl.ds(at * page + inner, piece), columns], **both)
