@@ -1,24 +1,43 @@
 """Cases and benchmark shapes of `ragged_paged_attention`: prefill chunks and decodes over paged keys and values."""
 
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optx import formats
 from optx.bench.cases import Case, Shape
 from optx.cache import Ragged
 from optx.nn.attention import paged_spec
 from optx.pallas.attention.reference import Mask
+from optx.tensor import is_qtensor, quantize
 
 OP = "ragged_paged_attention"
 
 
 def batch(
-    rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype, padding=0, gaps=False, lists=1, **kwargs
+    rng,
+    counts,
+    context,
+    *,
+    heads,
+    kv_heads,
+    head_dim,
+    page_size,
+    dtype,
+    padding=0,
+    gaps=False,
+    lists=1,
+    format=None,
+    logit_scale=False,
+    **kwargs,
 ):
     """A call: rows of `counts` new tokens on `context` cached ones, pages in random order.
 
-    padding: tokens of no row at the end; gaps: positions with holes, as eviction leaves them; lists: page lists (G).
+    padding: tokens of no row at the end; gaps: positions with holes, as eviction leaves them; lists: page lists (G);
+    format: of packed pages; logit_scale: whether cached tokens have one.
     Whatever no row has written, the last page, and padding's queries hold NaN.
     """
     counts, context = np.array(counts), np.array(context)
@@ -57,7 +76,13 @@ def batch(
         positions=jnp.asarray(asked, jnp.int32),
         longest=max(int(counts.max()), 1),
     )
-    args = (jnp.asarray(q, dtype), *(jnp.asarray(pool, dtype) for pool in pools))
+    pools = [jnp.asarray(pool, dtype) for pool in pools]
+    if format is not None:
+        pools = [quantize(pool, formats.parse(format), axis=-1) for pool in pools]
+    args = (jnp.asarray(q, dtype), *pools)
+    if logit_scale:
+        scales = np.where(positions >= 0, rng.uniform(0.5, 1.5, positions.shape), np.nan)
+        kwargs["logit_scale"] = jnp.asarray(np.repeat(scales[:, None], kv_heads, axis=1), jnp.float32)
     lengths = jnp.asarray(np.broadcast_to(length, (lists, size)), jnp.int32)
     return args, {
         "ragged": ragged,
@@ -75,8 +100,15 @@ def real_tokens(output, kwargs):
     return [x[real] for x in output[:2]]
 
 
-def site(heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None):  # noqa: B008 - frozen
+def in_float32(args):
+    """The arguments as the reference in float32 takes them: the same stored numbers, without a rounding in between."""
+    wide = lambda x: dataclasses.replace(x, dtype=jnp.dtype("float32")) if is_qtensor(x) else x.astype("float32")  # noqa: E731
+    return tuple(wide(x) for x in args)
+
+
+def site(heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None, format=None):  # noqa: B008 - frozen
     spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=mask.window).replace(sinks=mask.sinks)
+    spec = spec.replace(format=None if format is None else formats.parse(format))
     return {
         "heads": heads,
         "kv_heads": kv_heads,
@@ -96,7 +128,7 @@ def case(
         kwargs = {key: value(rng) if callable(value) and key == "sink_logits" else value for key, value in more.items()}
         return batch(rng, counts, context, **shape, page_size=page_size, dtype=dtype, **kwargs)
 
-    asked = {key: more[key] for key in ("mask", "softcap") if key in more}
+    asked = {key: more[key] for key in ("mask", "softcap", "format") if key in more}
     return Case(op=OP, name=name, make=make, site=site(**shape, dtype=dtype, **asked), small=small, pick=real_tokens)
 
 
@@ -109,7 +141,10 @@ def _sinks(rng, heads=32):
     return jnp.asarray(rng.standard_normal(heads), jnp.float32)
 
 
-CASES = [
+_sinks16 = functools.partial(_sinks, heads=16)
+
+
+CASES = (
     case("small", [9, 1, 0, 1], [30, 70, 0, 5], kv_heads=1, padding=2, small=True),
     case(
         "small_window",
@@ -122,42 +157,89 @@ CASES = [
         gaps=True,
         small=True,
     ),
+    case("small_int8", [5, 1], [50, 70], kv_heads=1, format="int8_asym", small=True),
     *(case(f"page{size}", *MIXED, **LLAMA, page_size=size, padding=7) for size in (16, 32, 64, 128)),
     case("fp16", *MIXED, **LLAMA, page_size=64, dtype="float16"),
     case("window", *MIXED, **LLAMA, mask=SLIDING, gaps=True, softcap=20.0, sink_logits=_sinks),
-    case("not_causal", *MIXED, **LLAMA, mask=Mask(causal=False)),
+    case("window_int4", *MIXED, **LLAMA, mask=SLIDING, gaps=True, sink_logits=_sinks, format="int4"),
+    case("not_causal", *MIXED, **LLAMA, mask=Mask(causal=False), logit_scale=True),
     case("every_head_its_key", *MIXED, heads=8, kv_heads=8, head_dim=128, page_size=32),
+    case("group_of_2", *MIXED, heads=8, kv_heads=4, head_dim=128, page_size=64),
     case("group_of_3", *MIXED, heads=6, kv_heads=2, head_dim=64, page_size=64),
     case("group_of_16", *MIXED, heads=32, kv_heads=2, head_dim=128, page_size=64),
     case("head_dim_256", *MIXED, heads=16, kv_heads=4, head_dim=256, page_size=128),
-    case("lists_by_head", *MIXED, heads=16, kv_heads=4, head_dim=128, page_size=32, lists=4),
-]
+    case("lists_by_head", *MIXED, heads=16, kv_heads=4, head_dim=128, page_size=32, lists=4, sink_logits=_sinks16),
+    case("decodes", [1] * 20, list(range(0, 1000, 50)), **LLAMA, page_size=64),
+    case("long", [300, 1, 2], [3000, 4000, 100], **LLAMA, page_size=64),
+    *(
+        case(f"{name}_{dim}", *MIXED, heads=8, kv_heads=2, head_dim=dim, page_size=32, format=name)
+        for dim, names in ((64, ("int8", "int4_asym")), (128, ("int8", "int8_asym", "int4", "int4_asym", "fp8_e4m3")))
+        for name in names
+    ),
+    case("int8_256", *MIXED, heads=8, kv_heads=2, head_dim=256, page_size=64, format="int8"),
+)
 
 
-def shape(name, counts, context, page_size, *, heads=32, kv_heads=8, head_dim=128):
+def call(rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype="bfloat16", format=None):
+    """As `batch`, large: pools are made on the device, pages of a row lie scattered, nothing is poisoned."""
+    counts, length = np.array(counts), np.array(counts) + np.array(context)
+    pages = -(-length // page_size)
+    total, size = int(pages.sum()), len(counts)
+    order = rng.permutation(total)
+    table = np.full((1, size, int(pages.max())), total, np.int32)
+    positions = np.zeros((total + 1, page_size), np.int32)
+    for row, first in enumerate(np.cumsum(pages) - pages):
+        listed = order[first : first + pages[row]]
+        table[0, row, : pages[row]] = listed
+        positions[listed] = np.arange(pages[row] * page_size).reshape(-1, page_size)
+    keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 3)
+    pool = lambda key: _pool(key, (total + 1, kv_heads, page_size, head_dim), dtype, format)  # noqa: E731
+    ragged = Ragged(
+        rows=jnp.asarray(np.repeat(np.arange(size), counts), jnp.int32),
+        starts=jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
+        counts=jnp.asarray(counts, jnp.int32),
+        positions=jnp.asarray(np.concatenate([np.arange(n - c, n) for n, c in zip(length, counts, strict=True)]), jnp.int32),
+        longest=int(counts.max()),
+    )
+    q = jax.random.normal(keys[2], (int(counts.sum()), heads, head_dim), dtype)
+    return (q, pool(keys[0]), pool(keys[1])), {
+        "ragged": ragged,
+        "positions": jnp.asarray(positions),
+        "table": jnp.asarray(table),
+        "lengths": jnp.asarray(length[None], jnp.int32),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _pool(key, shape, dtype, format):
+    made = jax.lax.map(lambda key: jax.random.normal(key, shape[1:], dtype), jax.random.split(key, shape[0]), batch_size=64)
+    return made if format is None else quantize(made, formats.parse(format), axis=-1)
+
+
+def shape(name, counts, context, page_size, *, heads=32, kv_heads=8, head_dim=128, format=None):
     counts, context = np.array(counts), np.array(context)
-    read = 2 * 2 * kv_heads * head_dim * float(np.sum(counts + context))
+    token = 2 * head_dim if format is None else head_dim * formats.parse(format).bits(head_dim) / 8
+    read = 2 * kv_heads * token * float(np.sum(counts + context))
     pairs = float(np.sum(counts * context + counts * (counts + 1) / 2))
     tokens = 2 * 2 * heads * head_dim * float(np.sum(counts))  # queries and results
-
-    def make(rng):
-        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-        return batch(rng, counts, context, **sizes, page_size=page_size, dtype="bfloat16")
-
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     return Shape(
         op=OP,
         name=f"{name}_page{page_size}",
-        make=make,
-        site=site(heads, kv_heads, head_dim),
+        make=lambda rng: call(rng, counts, context, **sizes, page_size=page_size, format=format),
+        site=site(heads, kv_heads, head_dim, format=format),
         bytes=read + tokens,
         flops=4 * heads * head_dim * pairs,
     )
 
 
 DECODES = ([1] * 64, [8191] * 64)
-SHAPES = [
-    *(shape("chunk2k_on_8k_and_64_decodes", [2048, *DECODES[0]], [8192, *DECODES[1]], size) for size in (16, 64)),
+SHAPES = (
+    *(shape("chunk2k_on_8k_and_64_decodes", [2048, *DECODES[0]], [8192, *DECODES[1]], size) for size in (64, 16)),
     shape("chunk2k_on_8k", [2048], [8192], 64),
     shape("chunk2k", [2048], [0], 64),
     shape("64_decodes_8k", *DECODES, 64),
-]
+    shape("int8_chunk2k_on_8k_and_64_decodes", [2048, *DECODES[0]], [8192, *DECODES[1]], 64, format="int8"),
+    shape("int8_chunk2k_on_8k", [2048], [8192], 64, format="int8"),
+    shape("int8_64_decodes_8k", *DECODES, 64, format="int8"),
+)

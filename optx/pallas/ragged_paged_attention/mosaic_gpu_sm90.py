@@ -1,9 +1,15 @@
 """`ragged_paged_attention` on Hopper: prefill chunks and decodes in one launch over paged keys and values.
 
-A work item is (kv head, row, tile of the row's new tokens). The query heads of a kv head lie beside each other in a
-tile of 2 x 64 query rows, so a page is read once for all of them. Two warpgroups compute (64 rows each, taking turns on
-the tensor cores), a third copies pages through the page table by TMA. The list of items is made by XLA from `Ragged`:
-its length is a static bound, items without work exit at once.
+The work is a list of units: a decode row with one kv head, or a tile of a chunk's tokens with one kv head (its query
+heads beside each other, 2 x 64 rows). The list, decodes first, is cut by cost into one equal part for each SM
+("stream-K"), so that some SMs stream pages for decodes while the others multiply for chunks. Two warpgroups compute; in
+a chunk they hold 64 query rows each and take turns on the tensor cores, in a decode they halve the cached tokens. A
+third one copies pages through the page table by TMA, and widens packed ones to 16 bits. Where a cut falls inside a unit,
+and for decodes, partial results (weighted values, maximum, sum) leave the kernel; a second one merges them in a fixed
+order. Scales and zero points of packed pages act on logits and weights: q.(k - z)s = s(q.k - z sum(q)).
+
+Sources: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), Stream-K (Osama et al. 2023, arXiv:2301.03598), Sarathi
+(Agrawal et al. 2023, arXiv:2308.16369) for decodes beside chunks.
 """
 
 import dataclasses
@@ -19,62 +25,189 @@ import jax.numpy as jnp
 from jax import lax
 
 from optx.cache import Ragged
+from optx.errors import LoweringError
+from optx.formats import Float8, Int
 from optx.pallas.attention.reference import Mask
-from optx.tensor import is_qtensor
+from optx.tensor import QTensor, is_qtensor
 
+OP = "ragged_paged_attention"
 ROWS = 64  # query rows of a warpgroup: the M of wgmma
 COMPUTE = 2  # warpgroups that compute
+KEPT = 16  # rows of a decode that leave the kernel, and of a step of the merge
+SMS = 132
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # below any logit, and finite: exp2(LOWEST - LOWEST) is 1, not NaN
 FULL = Mask()
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
+GROUPS = 16  # query heads a kv head
+WGMMA = plgpu.Layout.WGMMA
+BY_ROW, BY_TOKEN = WGMMA.reduce(1), WGMMA.reduce(0)
+# Columns of the table of units.
+FACTS = 13
+TOKEN, NUMBER, NEWEST, LENGTH, LISTED, HEAD, SKIP, STEPS, FROM, UPTO, ITEM, ROW, DECODE = range(FACTS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What a step of `block_kv` tokens takes one SM, in units of 1/16 us at a head dim of 128 and blocks of 128.
+
+    decode: alone on the memory's bandwidth; chunk: bound by the tensor cores; share: a decode's when all SMs read.
+    """
+
+    decode: int = 19
+    chunk: int = 30
+    share: int = 47
+    unit: int = 30  # to begin and end a unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Tile sizes of one call."""
+    """How one call is cut."""
 
-    block_kv: int  # cached tokens a step
-    stages: int  # steps in flight
-    take_turns: bool = True  # the two compute warpgroups alternate between tensor cores and softmax
+    block_kv: int = 128  # cached tokens a step
+    stages: int = 2  # steps of 16-bit keys and values in shared memory
+    raw: int = 0  # packed pages: steps of codes in flight
+    columns: int = 32  # of a decode's partial result that pass through shared memory at once
+    registers: tuple[int, int] = (232, 40)  # a thread of the warpgroups that compute, and of the one that copies
+    turns: bool = True  # the two compute warpgroups alternate between tensor cores and softmax
+    sms: int = SMS
+    costs: Costs = Costs()
+    interpretable: bool = False  # weights reach the second product through shared memory: what the interpreter can run
 
 
-def tiles(head_dim: int, page_size: int) -> Tiles:
-    """Tile sizes by abstract shape; shared memory (227 KiB) bounds them."""
-    return Tiles(block_kv=128 if head_dim <= 128 else 64, stages=2)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the kernels are specialised on; hashable, a static argument."""
+
+    tokens: int
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page: int
+    pool_pages: int
+    width: int  # pages a row in the table
+    lists: int  # 1, or kv_heads where heads keep different pages
+    format: str  # dense, int8, int4, fp8
+    zero: bool
+    dtype: str  # of queries, output and dense pools
+    mask: Mask
+    scale: float
+    softcap: float | None
+    sinks: bool  # sink logits
+    logit_scale: bool
+    tiles: Tiles
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def per_wg(self) -> int:
+        """Tokens of a chunk in the 64 rows of a warpgroup."""
+        return ROWS // self.group
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a chunk in a unit."""
+        return COMPUTE * self.per_wg
+
+    @property
+    def decodes(self) -> int:
+        """Bound on decode rows."""
+        return min(self.batch, self.tokens)
+
+    @property
+    def chunks(self) -> int:
+        """Bound on tiles of chunks."""
+        return self.tokens // self.tile + min(self.batch, self.tokens // 2)
+
+    @property
+    def units(self) -> int:
+        return self.kv_heads * (self.decodes + self.chunks)
+
+    @property
+    def packed(self) -> bool:
+        return self.format != "dense"
+
+    @property
+    def stored(self) -> int:
+        """Entries of a stored token along its last axis."""
+        return self.head_dim // 2 if self.format == "int4" else self.head_dim
+
+    @property
+    def windowed(self) -> bool:
+        return self.mask.window is not None
+
+    @property
+    def piece(self) -> int:
+        """Cached tokens of a step that one warpgroup takes in a decode: half of them, or all of every other step."""
+        return max(ROWS, self.tiles.block_kv // 2)
+
+    @property
+    def box(self) -> int:
+        """Cached tokens a copy."""
+        return min(self.page, self.piece)
+
+    @property
+    def boxes(self) -> int:
+        return self.tiles.block_kv // self.box
+
+    @property
+    def sink_blocks(self) -> int:
+        return -(-self.mask.sinks // self.tiles.block_kv) if self.windowed else 0
+
+
+def tiles(head_dim: int, format: str = "dense") -> Tiles:
+    """The cut of a call, so that shared memory (227 KiB) is filled."""
+    if format == "dense":
+        return {
+            64: Tiles(stages=4),
+            128: Tiles(),
+            256: Tiles(block_kv=64),
+        }[head_dim]
+    columns = 16 if head_dim > 64 else 32
+    stages, raw = {64: (4, 4), 128: (3, 3), 256: (1, 2)}[head_dim]
+    return Tiles(block_kv=64, stages=stages, raw=raw, columns=columns, registers=(200, 104))
+
+
+def _format(fmt) -> str | None:
+    """dense, int8, int4, fp8 of a cache format; None: not one that the kernel reads."""
+    if fmt is None:
+        return "dense"
+    if getattr(fmt, "group", None) is not None:
+        return None
+    if isinstance(fmt, Int) and fmt.width in (8, 4):
+        return f"int{fmt.width}"
+    return "fp8" if isinstance(fmt, Float8) and fmt.kind == "e4m3" else None
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
-    """None, or why this kernel does not take the call site."""
-    if getattr(target, "platform", None) != "gpu" or getattr(target, "arch", None) != "sm90":
+    """None, or why this kernel does not take the call site.
+
+    Reads cache, head_dim, heads, kv_heads; where given page_size, value_dim, want_scores.
+    """
+    if (getattr(target, "platform", None), getattr(target, "arch", None)) != ("gpu", "sm90"):
         return "needs a Hopper GPU (sm90)"
     cache = args["cache"]
     if cache is None or cache.kind != "paged":
         return f"takes paged caches, not {cache.kind if cache is not None else 'none'}"
-    if cache.format is not None:
-        return f"takes caches without a format, not {cache.format}"
-    if cache.dtype not in ("bfloat16", "float16"):
-        return f"takes bfloat16 and float16 caches, not {cache.dtype}"
+    if _format(cache.format) is None:
+        return f"pages of {cache.format}; takes dense, int8, int4, fp8_e4m3 with one scale a token and head"
+    if cache.dtype not in (("bfloat16", "float16") if cache.format is None else ("bfloat16",)):
+        return f"takes bfloat16, and float16 where pages are dense, not {cache.dtype}"
     heads, kv_heads, head_dim = args["heads"], args["kv_heads"], args["head_dim"]
     if args.get("value_dim") not in (None, head_dim):
         return "values must be as wide as keys"
     if head_dim not in HEAD_DIMS:
         return f"takes heads of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    if heads % kv_heads or heads // kv_heads > ROWS:
-        return f"takes at most {ROWS} query heads a kv head, got {heads} over {kv_heads}"
-    return None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Static:
-    """What a compiled kernel is made for, shapes apart."""
-
-    mask: Mask
-    scale: float
-    softcap: float | None
-    tiles: Tiles
-    interpretable: bool = False  # P through shared memory: what the interpreter can run
+    if heads % kv_heads or heads // kv_heads > GROUPS:
+        return f"takes at most {GROUPS} query heads a kv head, got {heads} over {kv_heads}"
+    page = args.get("page_size")
+    if page is not None and page not in PAGE_SIZES:
+        return f"takes pages of {', '.join(map(str, PAGE_SIZES))} tokens, not {page}"
+    return "does not return scores" if args.get("want_scores") else None
 
 
 def ragged_paged_attention(
@@ -93,445 +226,1011 @@ def ragged_paged_attention(
     logit_scale=None,
     value_dim=None,
     want_scores=False,
-    _tiles: Tiles | None = None,
-    _interpretable: bool = False,
+    tiles: Tiles | None = None,
 ):
     """Attention of T ragged tokens over their rows' cached pages, causal inside a chunk.
 
-    q [T, N, H]; pools [pages + 1, K, P, H] in q's dtype; positions int32[pages + 1, P]; table int32[G, B, pages];
-    lengths int32[G, B]; sink_logits [N]. A row's tokens are its newest slots. H is 64, 128 or 256, P 16, 32, 64 or 128.
+    q [T, N, H]; pools [pages + 1, K, P, H] in q's dtype, or QTensor (int8, int4, fp8 e4m3; q in bfloat16); positions
+    int32[pages + 1, P]; table int32[G, B, pages]; lengths int32[G, B]; sink_logits [N]; logit_scale [pages, K, P]. A
+    row's tokens are its newest slots. H is 64, 128 or 256, P 16, 32, 64 or 128, at most 16 query heads a kv head.
     -> (out [T, N, H], lse float32[T, N], None); what padding tokens get is unspecified.
-    Raises: ValueError for arguments outside this, naming the argument.
-    Method: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), one pass over pages with an online softmax.
+    Raises: LoweringError for arguments outside this, naming the argument.
     """
     _check(q, k_pool, v_pool, ragged, table, lengths, sink_logits, logit_scale, value_dim, want_scores)
-    head_dim, page_size = q.shape[-1], k_pool.shape[-2]
-    static = _Static(
-        mask=mask,
-        scale=1 / math.sqrt(head_dim) if scale is None else float(scale),
-        softcap=None if softcap is None else float(softcap),
-        tiles=_tiles or tiles(head_dim, page_size),
-        interpretable=_interpretable,
-    )
-    out, lse = _call(q, k_pool, v_pool, ragged, positions, table, lengths, sink_logits, static=static)
-    return out, lse, None
+    plan = _plan(q, k_pool, ragged, table, mask, scale, softcap, sink_logits, logit_scale, tiles)
+    return (*_run(plan, q, k_pool, v_pool, ragged, positions, table, lengths, sink_logits, logit_scale), None)
 
 
 def _check(q, k_pool, v_pool, ragged, table, lengths, sink_logits, logit_scale, value_dim, want_scores):
     def refuse(argument, got, allowed):
-        raise ValueError(f"ragged_paged_attention (mosaic_gpu/sm90): {argument} {got}; allowed: {allowed}")
+        raise LoweringError(f"{OP} (mosaic_gpu/sm90): {argument} {got}; allowed: {allowed}")
 
     if q.ndim != 3 or q.dtype not in (jnp.bfloat16, jnp.float16):
         refuse("q", f"{q.dtype}{list(q.shape)}", "bfloat16 or float16 [T, N, H]")
     if v_pool is None:
         refuse("v_pool", "None (latents)", "a pool of values")
-    if is_qtensor(k_pool) or is_qtensor(v_pool):
-        refuse("k_pool, v_pool", "packed", "dense pools")
     tokens, heads, head_dim = q.shape
     if k_pool.ndim != 4 or k_pool.shape != v_pool.shape or k_pool.shape[-1] != head_dim:
         refuse("k_pool, v_pool", f"{list(k_pool.shape)}, {list(v_pool.shape)}", f"two of [pages + 1, K, P, {head_dim}]")
-    if k_pool.dtype != q.dtype or v_pool.dtype != q.dtype:
+    if is_qtensor(k_pool) != is_qtensor(v_pool) or (is_qtensor(k_pool) and k_pool.format != v_pool.format):
+        refuse("k_pool, v_pool", "of different formats", "the same for both")
+    if is_qtensor(k_pool):
+        if _format(k_pool.format) is None:
+            refuse("k_pool", f"of {k_pool.format}", "int8, int4, fp8_e4m3, one scale a token and head")
+        if q.dtype != jnp.bfloat16:
+            refuse("q", q.dtype, "bfloat16 over packed pages")
+    elif k_pool.dtype != q.dtype or v_pool.dtype != q.dtype:
         refuse("k_pool, v_pool", f"{k_pool.dtype}, {v_pool.dtype}", f"q's dtype {q.dtype}")
-    _, kv_heads, page_size, _ = k_pool.shape
+    kv_heads, page = k_pool.shape[1:3]
     if head_dim not in HEAD_DIMS:
-        refuse("q", f"of head dim {head_dim}", f"{HEAD_DIMS}")
-    if page_size not in PAGE_SIZES:
-        refuse("k_pool", f"of page size {page_size}", f"{PAGE_SIZES}")
-    if heads % kv_heads or heads // kv_heads > ROWS:
-        refuse("q", f"of {heads} heads over {kv_heads} kv heads", f"a multiple, at most {ROWS} times as many")
+        refuse("q", f"of head dim {head_dim}", ", ".join(map(str, HEAD_DIMS)))
+    if page not in PAGE_SIZES:
+        refuse("k_pool", f"of page size {page}", ", ".join(map(str, PAGE_SIZES)))
+    if heads % kv_heads or heads // kv_heads > GROUPS:
+        refuse("q", f"of {heads} heads over {kv_heads} kv heads", f"a multiple, at most {GROUPS} times as many")
+    if ragged.rows.shape != (tokens,):
+        refuse("ragged", f"of {ragged.rows.shape[0]} tokens", f"q's {tokens}")
     if table.ndim != 3 or table.shape[0] not in (1, kv_heads) or table.shape[1] != ragged.batch:
         refuse("table", f"{list(table.shape)}", f"[1 or {kv_heads}, {ragged.batch}, pages]")
     if lengths.shape != table.shape[:2]:
         refuse("lengths", f"{list(lengths.shape)}", f"{list(table.shape[:2])}")
     if sink_logits is not None and sink_logits.shape != (heads,):
         refuse("sink_logits", f"{list(sink_logits.shape)}", f"[{heads}]")
-    if logit_scale is not None:
-        refuse("logit_scale", "given", "None")
+    if logit_scale is not None and logit_scale.shape[1:] != (kv_heads, page):
+        refuse("logit_scale", f"{list(logit_scale.shape)}", f"[pages, {kv_heads}, {page}]")
     if value_dim not in (None, head_dim):
         refuse("value_dim", value_dim, f"None or {head_dim}")
     if want_scores:
-        refuse("want_scores", True, "False")
+        refuse("want_scores", True, "False: a sum over all queries of a row needs a second pass that is not written")
 
 
-# --- The list of items -----------------------------------------------------------------------------------------------
-
-
-def _items(ragged: Ragged, tokens: int, tile: int):
-    """Items int32[bound, 4]: row, first token, tokens (0: no work), tokens of the row from the first on.
-
-    Decodes are spread evenly between prefill tiles, so that chips read pages for some while they multiply for others;
-    later tiles of a chunk, which see more, come first.
-    -> (items, item of the first tile of each row int32[B])
-    """
-    batch = ragged.batch
-    bound = tokens // tile + batch
-    count = -(-ragged.counts // tile)  # tiles a row
-    stop = jnp.cumsum(count)
-    start = stop - count
-    index = jnp.arange(bound, dtype=jnp.int32)
-    row = jnp.sum(index[:, None] >= stop[None, :], axis=1, dtype=jnp.int32)  # [bound], B past the end
-    real = row < batch
-    row = jnp.minimum(row, batch - 1)
-    within = count[row] - 1 - (index - start[row])  # last tile first
-    counts = ragged.counts[row]
-    number = jnp.where(real, jnp.clip(counts - within * tile, 0, tile), 0)
-    items = jnp.stack([row, ragged.starts[row] + within * tile, number, counts - within * tile], axis=1)
-    single = real & (counts == 1)
-    other = real & (counts != 1)
-    # Where an item runs: the k-th of n of its kind at (k + 1/2) / n.
-    rank = jnp.where(single, jnp.cumsum(single), jnp.cumsum(other)) - 0.5
-    at = jnp.where(real, rank / jnp.where(single, jnp.sum(single), jnp.sum(other)), 2.0 + index)
-    place = jnp.sum((at[None, :] < at[:, None]) | ((at[None, :] == at[:, None]) & (index[None, :] < index[:, None])), 1)
-    items = jnp.zeros_like(items).at[place].set(items.astype(jnp.int32))
-    return items, place.astype(jnp.int32), start.astype(jnp.int32), count.astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("static",))
-def _call(q, k_pool, v_pool, ragged, positions, table, lengths, sink_logits, *, static):
+def _plan(q, k_pool, ragged, table, mask, scale, softcap, sink_logits, logit_scale, chosen) -> Plan:
     tokens, heads, head_dim = q.shape
-    pool_pages, kv_heads, page_size, _ = k_pool.shape
-    group = heads // kv_heads
-    per_wg = ROWS // group
-    tile = COMPUTE * per_wg
-    items, place, start, count = _items(ragged, tokens, tile)
-    window = static.mask.window is not None
-    extra = []
-    if sink_logits is not None:  # one logit a query row of a tile
-        rows = jnp.tile(sink_logits.astype(jnp.float32).reshape(kv_heads, 1, group), (1, per_wg, 1))
-        rows = rows.reshape(kv_heads, per_wg * group) * LOG2E
-        extra.append(jnp.pad(rows, ((0, 0), (0, ROWS - per_wg * group))))
-    if window:
-        rows = jnp.repeat(ragged.positions, group)
-        extra += [jnp.pad(rows, (0, COMPUTE * ROWS)), positions]
-    kernel = _kernel(
-        static,
+    fmt = _format(k_pool.format) if is_qtensor(k_pool) else "dense"
+    return Plan(
         tokens=tokens,
+        batch=ragged.batch,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=k_pool.shape[1],
         head_dim=head_dim,
-        page_size=page_size,
-        pool_pages=pool_pages,
-        table_pages=table.shape[2],
-        table_heads=table.shape[0],
-        items=items.shape[0],
-        sink=sink_logits is not None,
-        dtype=q.dtype,
+        page=k_pool.shape[2],
+        pool_pages=k_pool.shape[0],
+        width=table.shape[2],
+        lists=table.shape[0],
+        format=fmt,
+        zero=is_qtensor(k_pool) and k_pool.format.has_zero,
+        dtype=str(q.dtype),
+        mask=mask,
+        scale=float(1 / math.sqrt(head_dim) if scale is None else scale),
+        softcap=None if softcap is None else float(softcap),
+        sinks=sink_logits is not None,
+        logit_scale=logit_scale is not None,
+        tiles=chosen or tiles(head_dim, fmt),
     )
-    out, lse = kernel(
-        q.reshape(tokens, kv_heads, group, head_dim),
-        k_pool.reshape(pool_pages * kv_heads, page_size, head_dim),
-        v_pool.reshape(pool_pages * kv_heads, page_size, head_dim),
-        items,
-        table,
-        lengths,
-        *extra,
-    )
-    # lse [items, K, 2 * 64] -> [T, N]
-    row = jnp.minimum(ragged.rows, ragged.batch - 1)
-    offset = jnp.clip(jnp.arange(tokens, dtype=jnp.int32) - ragged.starts[row], 0, ragged.longest - 1)
-    item = place[jnp.clip(start[row] + count[row] - 1 - offset // tile, 0, items.shape[0] - 1)]
-    wg, at = (offset % tile) // per_wg, (offset % per_wg) * group
-    column = (wg * ROWS + at)[:, None] + jnp.arange(group)
-    lse = lse[item[:, None, None], jnp.arange(kv_heads)[None, :, None], column[:, None, :]]
-    return out.reshape(tokens, heads, head_dim), lse.reshape(tokens, heads)
+
+
+# --- The list of units, and how it is cut ----------------------------------------------------------------------------
+
+
+def _schedule(plan: Plan, ragged: Ragged, lengths):
+    """-> units int32[units, 13] (columns above), cuts int32[sms + 1, 3] (unit, step in it, steps before), and for each
+    token and head where its row lies among the rows of all units: int32[T, N]."""
+    block, tile, heads, mask = plan.tiles.block_kv, plan.tile, plan.kv_heads, plan.mask
+    counts = ragged.counts.astype(jnp.int32)
+    is_decode = counts == 1
+    tiles_of = jnp.where(counts > 1, -(-counts // tile), 0)
+    decodes, chunks = jnp.cumsum(is_decode, dtype=jnp.int32), jnp.cumsum(tiles_of, dtype=jnp.int32)
+    n_decodes, n_chunks = decodes[-1], chunks[-1]
+    last_row = plan.batch - 1
+
+    def row_of(ends, size):
+        at = jnp.arange(size, dtype=jnp.int32)
+        return jnp.minimum(jnp.sum(ends[None, :] <= at[:, None], axis=1, dtype=jnp.int32), last_row)
+
+    rows = jnp.concatenate([row_of(decodes, plan.decodes), row_of(chunks, plan.chunks)])
+
+    index = jnp.arange(plan.units, dtype=jnp.int32)
+    decode = index < heads * n_decodes
+    inside = jnp.where(decode, index, index - heads * n_decodes)
+    per = jnp.maximum(jnp.where(decode, n_decodes, n_chunks), 1)
+    head, item = inside // per, inside % per
+    real = head < heads
+    head = jnp.minimum(head, heads - 1)
+    row = rows[jnp.where(decode, item, plan.decodes + jnp.minimum(item, plan.chunks - 1))]
+    first = jnp.where(decode, 0, (item - (chunks - tiles_of)[row]) * tile)
+    number = jnp.clip(counts[row] - first, 0, tile)
+    length = lengths[head if plan.lists > 1 else 0, row]
+    newest = length - counts[row] + first
+    stop = jnp.maximum(jnp.minimum(newest + number, length) if mask.causal else length, 1)
+    stop = (stop + block - 1) // block
+    skip = jnp.zeros_like(stop)
+    if plan.windowed:
+        skip = jnp.maximum(jnp.maximum(newest - mask.window + 1, 0) // block - plan.sink_blocks, 0)
+    steps = jnp.where(real, jnp.maximum(stop - skip, 1), 0)
+
+    cost, unit_cost = _costs(plan, decode, steps)
+    each = jnp.where(real, steps * cost + unit_cost, 0)
+    ends, total_steps = jnp.cumsum(each), jnp.cumsum(steps)
+    cuts = _cuts(plan, heads * (n_decodes + n_chunks), ends, ends - each, cost, unit_cost, steps, total_steps - steps)
+    # The first and the last part that a unit lies in.
+    at, step = cuts[1:-1, 0], cuts[1:-1, 1]
+    before = (at[None, :] < index[:, None]) | ((at[None, :] == index[:, None]) & (step[None, :] == 0))
+    begun = jnp.sum(before, axis=1, dtype=jnp.int32)
+    ended = jnp.sum(at[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
+    listed = (head * plan.batch if plan.lists > 1 else 0) + row
+    row_at = jnp.where(decode, index * KEPT, KEPT * heads * plan.decodes + inside * COMPUTE * ROWS)
+    columns = [ragged.starts[row] + first, number, newest, length, listed, head, skip, steps, begun, ended, item]
+    columns += [row_at, decode]
+    units = jnp.stack([x.astype(jnp.int32) for x in columns], axis=1)
+
+    token_row = jnp.clip(ragged.rows, 0, last_row)
+    offset = jnp.clip(jnp.arange(plan.tokens, dtype=jnp.int32) - ragged.starts[token_row], 0, plan.tokens)
+    mine = jnp.arange(heads, dtype=jnp.int32)[None, :]
+    as_decode = KEPT * (mine * n_decodes + (decodes[token_row] - 1)[:, None])
+    as_chunk = mine * n_chunks + (chunks[token_row] - tiles_of[token_row] + offset // tile)[:, None]
+    as_chunk = as_chunk * (COMPUTE * ROWS) + _row(plan, offset % tile)[:, None]
+    where = jnp.where(is_decode[token_row][:, None], as_decode, KEPT * heads * plan.decodes + as_chunk)
+    where = (where[:, :, None] + jnp.arange(plan.group, dtype=jnp.int32)).reshape(plan.tokens, plan.heads)
+    return units, cuts, where
+
+
+def _row(plan: Plan, token):
+    """Row of a unit in which a token's first query head lies."""
+    return token // plan.per_wg * ROWS + token % plan.per_wg * plan.group
+
+
+def _costs(plan: Plan, decode, steps):
+    """Cost of a step by unit, and of a unit. Decodes that would want more than the memory gives cost what they get."""
+    costs, work = plan.tiles.costs, plan.tiles.block_kv * plan.head_dim / (128 * 128)
+    chunk = max(1, round(costs.chunk * work))
+    most = plan.units * (-(-plan.width * plan.page // plan.tiles.block_kv) + 1)
+    shrink = max(1, -(-most * max(chunk, round(costs.share * work), 1) // 2**30))  # the sum must fit int32
+    narrow = 1 if not plan.packed else 0.75
+    alone, share = max(1, round(costs.decode * work * narrow) // shrink), round(costs.share * work) // shrink
+    chunk = max(1, chunk // shrink)
+    of_decodes, of_chunks = jnp.sum(jnp.where(decode, steps, 0)), jnp.sum(jnp.where(decode, 0, steps))
+    ratio = of_chunks.astype(jnp.float32) / jnp.maximum(of_decodes, 1).astype(jnp.float32)
+    ours = jnp.maximum(alone, share - jnp.minimum(chunk * ratio, share)).astype(jnp.int32)
+    return jnp.where(decode, ours, chunk), max(1, round(costs.unit * work) // shrink)
+
+
+def _cuts(plan: Plan, count, ends, starts, cost, unit_cost, steps, steps_before):
+    """Where each part begins: unit, step in it, steps before it. A step belongs to the part in which its cost begins."""
+    sms = plan.tiles.sms
+    share, rest = jnp.divmod(ends[-1], sms)
+    part = jnp.arange(sms + 1, dtype=jnp.int32)
+    begin = part * share + jnp.minimum(part, rest)
+    unit = jnp.minimum(jnp.sum(ends[None, :] <= begin[:, None], axis=1, dtype=jnp.int32), count)
+    at = jnp.minimum(unit, plan.units - 1)
+    into = begin - starts[at]
+    step = jnp.where(into > 0, jnp.maximum(-(-(into - unit_cost) // cost[at]), 1), 0)
+    past = (unit < count) & (step >= steps[at])
+    unit, step = jnp.where(past, unit + 1, unit), jnp.where(past | (unit >= count), 0, step)
+    total = steps_before[-1] + steps[-1]
+    before = jnp.where(unit < count, steps_before[jnp.minimum(unit, plan.units - 1)] + step, total)
+    return jnp.stack([unit, step, before], axis=1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(plan: Plan, q, k_pool, v_pool, ragged, positions, table, lengths, sink_logits, logit_scale):
+    k, g, h = plan.kv_heads, plan.group, plan.head_dim
+    lengths = jnp.minimum(lengths, plan.width * plan.page).astype(jnp.int32)
+    units, cuts, where = _schedule(plan, ragged, lengths)
+    if plan.format == "int4":  # codes of even numbers become the first half of a row, odd ones the second
+        q = jnp.concatenate([q[..., 0::2], q[..., 1::2]], axis=-1)
+    merge_rows = lambda x: x.reshape(x.shape[0] * k, *x.shape[2:])  # noqa: E731
+    per_token = []  # by cached token, in the order in which the kernel reads them
+    pools = [k_pool, v_pool]
+    if plan.packed:
+        scalar = lambda x: merge_rows(x.reshape(x.shape[:-1]))  # noqa: E731
+        per_token += [scalar(k_pool.scale), scalar(v_pool.scale)]
+        per_token += [scalar(k_pool.zero), scalar(v_pool.zero)] if plan.zero else []
+        pools = [k_pool.data, v_pool.data]
+        if plan.format == "int8" and plan.zero:
+            pools = [lax.bitcast_convert_type(x, jnp.int8) for x in pools]
+    pools = [merge_rows(x) for x in pools]
+    if plan.logit_scale:
+        per_token.append(merge_rows(logit_scale.astype(jnp.float32)))
+    extra = []
+    sinks = None
+    if plan.sinks:
+        sinks = sink_logits.astype(jnp.float32).reshape(k, g)[:, jnp.arange(ROWS) % g] * LOG2E
+        extra.append(sinks)
+    if plan.windowed:
+        per_token.append(positions)
+        extra += _query_positions(plan, ragged)
+    table = table.reshape(-1)
+    out, lse, *parts = _attend(plan, q, pools, per_token, units, cuts, table, extra)
+    out, lse = _merge(plan, out, lse, parts, units, cuts, sinks)
+    if plan.format == "int4":
+        out = jnp.stack([out[..., : h // 2], out[..., h // 2 :]], axis=-1).reshape(out.shape)
+    return out, lse[where]
+
+
+def _query_positions(plan: Plan, ragged: Ragged):
+    """Positions of the rows of each tile of a chunk int32[chunks, 2, 64], and of all tokens."""
+    tiles_of = jnp.where(ragged.counts > 1, -(-ragged.counts // plan.tile), 0)
+    ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
+    at = jnp.arange(plan.chunks, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None, :] <= at[:, None], axis=1, dtype=jnp.int32), plan.batch - 1)
+    token = ragged.starts[row] + (at - (ends - tiles_of)[row]) * plan.tile
+    inside = jnp.arange(COMPUTE)[:, None] * plan.per_wg + jnp.arange(ROWS) // plan.group
+    token = jnp.clip(token[:, None, None] + inside, 0, plan.tokens - 1)
+    return [ragged.positions[token].astype(jnp.int32), ragged.positions.astype(jnp.int32)]
 
 
 # --- The kernel ------------------------------------------------------------------------------------------------------
 
 
-def _kernel(
-    static,
-    *,
-    tokens,
-    heads,
-    kv_heads,
-    head_dim,
-    page_size,
-    pool_pages,
-    table_pages,
-    table_heads,
-    items,
-    sink,
-    dtype,
-):
-    cfg, mask = static.tiles, static.mask
-    block, stages = cfg.block_kv, cfg.stages
-    group = heads // kv_heads
-    per_wg = ROWS // group
-    width = 64 if head_dim > 128 else head_dim  # columns of q and out that pass through shared memory at once
-    window = mask.window is not None
-    box = min(page_size, block)  # slots a copy; pages larger than a block are copied in parts
-    boxes = block // box
-    parts = page_size // box
-    sink_blocks = -(-mask.sinks // block) if window else 0
-    wgmma_layout = plgpu.Layout.WGMMA
-    rows_layout, columns_layout = wgmma_layout.reduce(1), wgmma_layout.reduce(0)
-    div = lambda x, y: lax.div(x, jnp.int32(y))  # noqa: E731
-    rem = lambda x, y: lax.rem(x, jnp.int32(y))  # noqa: E731
+def _tiling(width: int, bits: int):
+    """SMEM layout of rows of `width` numbers: tiles of 8 rows, swizzled by their bytes."""
+    swizzle = min(128, width * bits // 8)
+    return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
 
-    def body(q_ref, k_ref, v_ref, items_ref, table_ref, lengths_ref, *rest, scratch):
-        rest = list(rest)
-        sink_ref = rest.pop(0) if sink else None
-        q_positions_ref, positions_ref = (rest.pop(0), rest.pop(0)) if window else (None, None)
-        out_ref, lse_ref = rest
-        q_smem, stage_smem, k_smem, v_smem, lse_smem, at_smem, p_smem = scratch[:7]
-        q_full, k_full, v_full, k_free, v_free, turn = scratch[7:]
-        head, item = lax.axis_index("heads"), lax.axis_index("items")
-        wg = lax.axis_index("wg")
-        list_head = head if table_heads > 1 else 0
-        row, tile_token, tile_number, behind = (items_ref[item, i] for i in range(4))
 
-        def block_at(step, skip):
-            return jnp.where(step < sink_blocks, step, step + skip) if window else step
-
-        def copy(length, steps, skip):
-            plgpu.set_max_registers(40, action="decrease")
-            block_of = functools.partial(block_at, skip=skip)
-
-            def pages(step):
-                """Rows of the pools that hold the step's boxes; past the length: beyond the pool, where TMA gives zeros."""
-                slots = block_of(step) * block
-                found = []
-                for i in range(boxes):
-                    slot = slots + i * box
-                    page = table_ref[list_head, row, jnp.minimum(div(slot, page_size), table_pages - 1)]
-                    found.append(jnp.where(slot < length, page, pool_pages))
-                return found
-
-            def load(step, found):
-                slot = rem(step, stages)
-                inside = rem(block_of(step), parts) * box if parts > 1 else 0
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(k_free.at[slot])
-
-                for i, page in enumerate(found):
-                    source = k_ref.at[page * kv_heads + head, pl.ds(inside, box)]
-                    plgpu.copy_gmem_to_smem(source, k_smem.at[slot, pl.ds(i * box, box)], k_full.at[slot])
-                    if window:
-                        source = positions_ref.at[page, pl.ds(inside, box)]
-                        plgpu.copy_gmem_to_smem(source, at_smem.at[slot, pl.ds(i * box, box)], k_full.at[slot])
-
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(v_free.at[slot])
-
-                for i, page in enumerate(found):
-                    source = v_ref.at[page * kv_heads + head, pl.ds(inside, box)]
-                    plgpu.copy_gmem_to_smem(source, v_smem.at[slot, pl.ds(i * box, box)], v_full.at[slot])
-
-            def loop(step, found):
-                after = pages(step + 1)  # read while the copies of this step wait for room
-                load(step, found)
-                return after
-
-            lax.fori_loop(0, steps, loop, pages(0))
-
-        def compute(length, newest, steps, skip):
-            plgpu.set_max_registers(232, action="increase")
-            block_of = functools.partial(block_at, skip=skip)
-            stage, q_tile = stage_smem.at[wg], q_smem.at[wg]
-            token = tile_token + wg * per_wg
-            number = jnp.clip(tile_number - wg * per_wg, 0, per_wg)
-            newest = newest + wg * per_wg
-            for c in range(head_dim // width):
-                columns = pl.ds(c * width, width)
-                for i in range(per_wg):  # a copy a token: a tile of 8 rows may hold several
-                    target = stage.at[pl.ds(i * group, group)]
-                    plgpu.copy_gmem_to_smem(q_ref.at[token + i, head, :, columns], target, q_full.at[wg])
-                plgpu.barrier_wait(q_full.at[wg])
-                q_tile[:, columns] = plgpu.load(stage, layout=wgmma_layout, optimized=False)
-            plgpu.commit_smem()
-
-            if mask.causal:  # steps below `clear` are seen whole by all queries of this warpgroup
-                mine = div(jnp.maximum(jnp.minimum(newest + number, length), 0) + block - 1, block)
-                whole = div(jnp.maximum(jnp.minimum(newest + 1, length), 0), block)
-            else:
-                mine, whole = div(length + block - 1, block), div(length, block)
-            mine = jnp.where(number > 0, jnp.clip(mine - skip, 0, steps), 0)
-            whole = jnp.clip(whole - skip, 0, mine)
-
-            def take_turn():
-                if cfg.take_turns:
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(turn)
-
-            def step_(step, carry, *, edge):
-                acc, top, total = carry
-                slot = rem(step, stages)
-                plgpu.barrier_wait(k_full.at[slot])
-
-                def logits_(logits_ref):
-                    plgpu.wgmma(logits_ref, q_tile, k_smem.at[slot].T)
-                    take_turn()
-                    return logits_ref[...]
-
-                logits = pl.run_scoped(logits_, plgpu.ACC((ROWS, block), jnp.float32))
-                at = plgpu.load(at_smem.at[slot], layout=columns_layout, optimized=False) if window else None
-                plgpu.barrier_arrive(k_free.at[slot])
-                if static.softcap is None:
-                    logits = logits * (static.scale * LOG2E)
-                else:  # c tanh(x / c) = c - 2c / (1 + exp(2x / c)); 1/y = rsqrt(y)^2 is one fast instruction
-                    grown = 1 + jnp.exp2(logits * (2 * static.scale * LOG2E / static.softcap))
-                    inverse = lax.rsqrt(grown)
-                    logits = static.softcap * LOG2E * (1 - 2 * (inverse * inverse))
-                if edge or window:
-                    logits = jnp.where(seen_(block_of(step), at, edge), logits, -jnp.inf)
-                higher = jnp.maximum(top, logits.max(axis=1))
-                shrink = jnp.exp2(top - higher)
-                weights = jnp.exp2(logits - lax.broadcast_in_dim(higher, logits.shape, [0]))
-                total = total * shrink + weights.sum(axis=1)
-                acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-                weights = weights.astype(dtype)
-                acc, total, higher, weights = lax.optimization_barrier((acc, total, higher, weights))
-                if cfg.take_turns:
-                    plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_full.at[slot])
-                if edge:
-                    clear_(step, slot)
-                if cfg.take_turns:
-                    plgpu.barrier_wait(turn)
-                acc = product_(acc, weights, slot)
-                plgpu.barrier_arrive(v_free.at[slot])
-                return acc, higher, total
-
-            def product_(acc, weights, slot):
-                if static.interpretable:
-                    p_smem[wg] = weights
-                    plgpu.commit_smem()
-
-                    def part_(ref):
-                        plgpu.wgmma(ref, p_smem.at[wg], v_smem.at[slot])
-                        return ref[...]
-
-                    return acc + pl.run_scoped(part_, plgpu.ACC((ROWS, head_dim), jnp.float32))
-                return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem.at[slot]))(plgpu.ACC.init(acc))
-
-            def seen_(block_index, at, edge):
-                """bool[64, block]: which slots of the block each query row sees."""
-                seen = None
-                if edge:
-                    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, block), layout=wgmma_layout)
-                    bound = length - 1
-                    if mask.causal:
-                        bound = jnp.minimum(div(iota(0), group) + newest, bound)
-                    seen = iota(1) + block_index * block <= bound
-                if window:
-                    rows = q_positions_ref.at[pl.ds(token * group, ROWS)]
-                    rows = plgpu.load(rows, layout=rows_layout, optimized=False)
-                    oldest = lax.broadcast_in_dim(rows - mask.window, (ROWS, block), [0])
-                    at = lax.broadcast_in_dim(at, (ROWS, block), [1])
-                    near = at > oldest
-                    near = near | (at < mask.sinks) if mask.sinks else near
-                    seen = near if seen is None else seen & near
-                return seen
-
-            def clear_(step, slot):
-                """Zeroes values past the row's length: what lies there may be NaN, and 0 * NaN is NaN."""
-                left = length - block_of(step) * block  # slots of the block that hold tokens
-
-                @pl.when(left < block)
-                def _():
-                    for i in range(block // ROWS):
-                        part = v_smem.at[slot, pl.ds(i * ROWS, ROWS)]
-                        values = plgpu.load(part, layout=wgmma_layout)
-                        at = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=wgmma_layout) + i * ROWS
-                        part[...] = jnp.where(at < left, values, jnp.zeros_like(values))
-                    plgpu.commit_smem()
-
-            def flush_(step, _):
-                """Lets the other warpgroup's last steps pass."""
-                slot = rem(step, stages)
-                plgpu.barrier_wait(k_full.at[slot])
-                take_turn()
-                plgpu.barrier_arrive(k_free.at[slot])
-                plgpu.barrier_wait(v_full.at[slot])
-                take_turn()
-                plgpu.barrier_arrive(v_free.at[slot])
-
-            cast = plgpu.layout_cast
-            carry = (
-                cast(jnp.zeros((ROWS, head_dim), jnp.float32), wgmma_layout),
-                cast(jnp.full((ROWS,), LOWEST, jnp.float32), rows_layout),
-                cast(jnp.zeros((ROWS,), jnp.float32), rows_layout),
-            )
-            pl.when(wg == 1)(take_turn)
-            carry = lax.fori_loop(0, whole, functools.partial(step_, edge=False), carry)
-            carry = lax.fori_loop(whole, mine, functools.partial(step_, edge=True), carry)
-            lax.fori_loop(mine, steps, flush_, None)
-            pl.when(wg == 0)(take_turn)
-
-            acc, top, total = carry
-            if sink:
-                logit = plgpu.load(sink_ref.at[head], layout=rows_layout, optimized=False)
-                higher = jnp.maximum(top, logit)
-                shrink = jnp.exp2(top - higher)
-                acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-                total, top = total * shrink + jnp.exp2(logit - higher), higher
-            some = total > 0
-            lse_smem[wg] = jnp.where(some, top * math.log(2) + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
-            acc = acc * lax.broadcast_in_dim(1 / jnp.where(some, total, 1.0), acc.shape, [0])
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[item, head, pl.ds(wg * ROWS, ROWS)])
-            for c in range(head_dim // width):
-                columns = pl.ds(c * width, width)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                stage[...] = acc[:, c * width : (c + 1) * width].astype(dtype)
-                plgpu.commit_smem()
-
-                def store(i, _, columns=columns):
-                    target = out_ref.at[token + i, head, :, columns]
-                    plgpu.copy_smem_to_gmem(stage.at[pl.ds(i * group, group)], target)
-
-                lax.fori_loop(0, number, store, None)
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(tile_number > 0)
-        def _():
-            length = lengths_ref[list_head, row]
-            newest = length - behind  # slot of the tile's first query
-            last = jnp.minimum(newest + tile_number, length) if mask.causal else length
-            stop = div(jnp.maximum(last, 0) + block - 1, block)  # blocks [.., stop) hold what the tile sees
-            first = div(jnp.maximum(newest - mask.window + 1, 0), block) if window else jnp.int32(0)
-            skip = jnp.maximum(first - sink_blocks, 0)  # blocks between the sinks and the window
-            steps = jnp.maximum(stop - skip, 0)
-
-            pl.when(wg < COMPUTE)(lambda: compute(length, newest, steps, skip))
-            pl.when(wg == COMPUTE)(lambda: copy(length, steps, skip))
-
-    def entry(*refs):
-        swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        smem = plgpu.SMEM
-        copies = boxes * (2 if window else 1)
-        pl.run_scoped(
-            lambda *scratch: body(*refs, scratch=scratch),
-            smem((COMPUTE, ROWS, head_dim), dtype, transforms=swizzled),
-            smem((COMPUTE, ROWS, width), dtype),
-            smem((stages, block, head_dim), dtype, transforms=swizzled),
-            smem((stages, block, head_dim), dtype, transforms=swizzled),
-            smem((COMPUTE, ROWS), jnp.float32),
-            smem((stages, block), jnp.int32) if window else None,
-            smem((COMPUTE, ROWS, block), dtype, transforms=swizzled) if static.interpretable else None,
-            plgpu.Barrier(num_arrivals=per_wg, num_barriers=COMPUTE),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=boxes, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTE),
-            collective_axes="wg",
-        )
-
+def _attend(plan: Plan, q, pools, per_token, units, cuts, table, extra):
+    """-> out [T, N, H] and lse [rows of all units] of whole units, then partial results: of decodes values
+    float32[parts, 2, 16, H] and (maximum, sum) float32[parts, 2, 2, 64], of chunks [2 sms, 2, 64, H] and the same."""
+    t, h, dtype = plan.tiles, plan.head_dim, jnp.dtype(plan.dtype)
+    wide, f32 = _tiling(h, 16), jnp.float32
+    width = min(h, 128 if h <= 128 else 64)  # columns of q and out that pass through shared memory at once
+    ring = t.stages + t.raw
+    copies = plan.boxes * (2 + len(per_token)) if plan.packed else plan.boxes * (1 + len(per_token))
+    smem = plgpu.SMEM
+    scratch = {
+        "q_s": smem((COMPUTE, ROWS, h), dtype, transforms=wide),
+        "stage_s": smem((COMPUTE, ROWS, width), dtype),
+        "k_s": smem((t.stages, t.block_kv, h), dtype, transforms=wide),
+        "v_s": smem((t.stages, t.block_kv, h), dtype, transforms=wide),
+        "part_s": smem((COMPUTE, ROWS, t.columns), f32),
+        # A copy's target must be 128-byte aligned: what belongs to a box lies apart.
+        "token_s": [smem((ring, plan.boxes, max(plan.box, 128 // x.dtype.itemsize)), x.dtype) for x in per_token],
+        "q_full": plgpu.Barrier(num_arrivals=1 if plan.group == 1 else plan.per_wg, num_barriers=COMPUTE),
+        "q_one": plgpu.Barrier(num_barriers=COMPUTE),
+        "q_free": plgpu.Barrier(num_arrivals=COMPUTE),
+        "k_full": plgpu.Barrier(num_arrivals=1 if plan.packed else copies, num_barriers=t.stages),
+        "v_full": plgpu.Barrier(num_arrivals=1 if plan.packed else plan.boxes, num_barriers=t.stages),
+        "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=t.stages),
+        "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=t.stages),
+        "turn": plgpu.Barrier(num_arrivals=COMPUTE),
+    }
+    if plan.packed:
+        codes = smem((t.raw, t.block_kv, plan.stored), pools[0].dtype, transforms=_tiling(plan.stored, 8))
+        scratch |= {"k_raw": codes, "v_raw": codes, "raw_full": plgpu.Barrier(num_arrivals=copies, num_barriers=t.raw)}
+    if t.interpretable:
+        scratch["p_s"] = smem((COMPUTE, ROWS, t.block_kv), dtype, transforms=_tiling(t.block_kv, 16))
+        scratch["half_s"] = smem((COMPUTE, ROWS, plan.piece), dtype, transforms=_tiling(plan.piece, 16))
+    parts = t.sms + plan.kv_heads * plan.decodes
+    rows = plan.kv_heads * (KEPT * plan.decodes + COMPUTE * ROWS * plan.chunks)
+    kernel = _Kernel(plan, len(per_token), width, ring)
     return plgpu.kernel(
-        entry,
+        kernel,
         out_type=(
-            jax.ShapeDtypeStruct((tokens, kv_heads, group, head_dim), dtype),
-            jax.ShapeDtypeStruct((items, kv_heads, COMPUTE * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct((rows,), f32),
+            jax.ShapeDtypeStruct((parts, COMPUTE, KEPT, h), f32),
+            jax.ShapeDtypeStruct((parts, COMPUTE, 2, ROWS), f32),
+            jax.ShapeDtypeStruct((2 * t.sms, COMPUTE, ROWS, h), f32),
+            jax.ShapeDtypeStruct((2 * t.sms, COMPUTE, 2, ROWS), f32),
         ),
-        grid=(kv_heads, items),
-        grid_names=("heads", "items"),
+        grid=(t.sms,),
+        grid_names=("sm",),
         num_threads=COMPUTE + 1,
         thread_name="wg",
-        kernel_name="ragged_paged_attention",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )
+        scratch_types=scratch,
+        kernel_name=OP,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )(q, *pools, *per_token, units, cuts, table, *extra)
+
+
+def _wide(x, shape, axis):
+    return lax.broadcast_in_dim(x, shape, (axis,))
+
+
+def _rem(x, y):
+    return lax.rem(x, jnp.int32(y))
+
+
+def _div(x, y):
+    return lax.div(x, jnp.int32(y))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """The body of the kernel; a fresh object a trace, its fields are Python numbers."""
+
+    plan: Plan
+    per_token: int
+    width: int
+    ring: int
+
+    @property
+    def __name__(self):
+        return OP
+
+    def __call__(self, q, *refs, **scratch):
+        plan = self.plan
+        refs = list(refs)
+        take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
+        pools, per_token = take(2), take(self.per_token)
+        units, cuts, table = take(3)
+        sinks = take(1)[0] if plan.sinks else None
+        row_positions, q_positions = take(2) if plan.windowed else (None, None)
+        sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
+        begin, end = ([cuts[sm + i, j] for j in range(3)] for i in range(2))
+        where = _Where(self, units, sm, begin, end)
+
+        @pl.when(wg < COMPUTE)
+        def _():
+            plgpu.set_max_registers(plan.tiles.registers[0], action="increase")
+            _Compute(self, where, wg, sinks, row_positions, q_positions, refs, scratch).run()
+
+        @pl.when(wg == COMPUTE)
+        def _():
+            plgpu.set_max_registers(plan.tiles.registers[1], action="decrease")
+            _Copy(self, where, q, pools, per_token, table, scratch).run()
+
+    def block(self, step, skip):
+        """The block of cached tokens that a step meets: those of the sinks, then those of the window."""
+        return jnp.where(step < self.plan.sink_blocks, step, step + skip) if self.plan.windowed else step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Where:
+    """The part of one SM: units from `begin` to `end`, each (unit, step in it, steps before)."""
+
+    kernel: _Kernel
+    units: Any
+    sm: Any
+    begin: list
+    end: list
+
+    @property
+    def steps(self):
+        return self.end[2] - self.begin[2]
+
+    @property
+    def stop(self):
+        """One past the last unit."""
+        some = (self.end[1] > 0) & (self.steps > 0)
+        return jnp.where(self.steps > 0, jnp.where(some, self.end[0] + 1, self.end[0]), self.begin[0])
+
+    def span(self, unit, steps):
+        """Steps [first, last) of a unit that belong to this part."""
+        return (
+            jnp.where(unit == self.begin[0], self.begin[1], 0),
+            jnp.where(unit == self.end[0], self.end[1], steps),
+        )
+
+    def facts(self, unit, columns):
+        return [self.units[unit, c] for c in columns]
+
+
+class _Copy:
+    """The warpgroup that copies pages, and widens packed ones."""
+
+    def __init__(self, kernel, where, q, pools, per_token, table, scratch):
+        self.kernel, self.plan, self.where = kernel, kernel.plan, where
+        self.q, self.pools, self.per_token, self.table = q, pools, per_token, table
+        self.s = scratch
+
+    def run(self):
+        (self.run_packed if self.plan.packed else self.run_dense)()
+        for slot in range(self.plan.tiles.stages):  # every phase of a barrier is waited for
+            plgpu.barrier_wait(self.s["k_free"].at[slot])
+            plgpu.barrier_wait(self.s["v_free"].at[slot])
+        plgpu.barrier_wait(self.s["q_free"])
+
+    def run_dense(self):
+        def step(t, state):
+            cursor, found = state
+            slot = _rem(t, self.plan.tiles.stages)
+            self.start_unit(cursor)
+            after = self.advance(cursor, t)
+            ahead = self.pages(after)  # read while the copies of this step wait for room
+            self.copy_step(cursor, found, slot, slot)
+            return after, ahead
+
+        cursor = self.first()
+        lax.fori_loop(0, self.where.steps, step, (cursor, self.pages(cursor)))
+
+    def run_packed(self):
+        """Codes of later steps are in flight while those of one are widened."""
+        t_ = self.plan.tiles
+        steps = self.where.steps
+
+        def fetch(t, cursor):
+            slot = _rem(t, t_.raw)
+            self.copy_step(cursor, self.pages(cursor), slot, _rem(t, self.kernel.ring))
+            return self.advance(cursor, t)
+
+        def maybe(t, cursor):
+            return lax.cond(t < steps, lambda: tuple(fetch(t, cursor)), lambda: tuple(cursor))
+
+        def step(t, state):
+            cursor, ahead = state
+            self.start_unit(cursor)
+            slot, raw = _rem(t, t_.stages), _rem(t, t_.raw)
+            plgpu.barrier_wait(self.s["raw_full"].at[raw])
+            left = cursor[5] - self.kernel.block(cursor[1], cursor[6]) * t_.block_kv
+            for name in "kv":
+                plgpu.barrier_wait(self.s[f"{name}_free"].at[slot])
+                _widen(self.plan, self.s[f"{name}_raw"].at[raw], self.s[f"{name}_s"].at[slot], left)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(self.s[f"{name}_full"].at[slot])
+            ahead = maybe(t + t_.raw, ahead)
+            return tuple(self.advance(cursor, t)), ahead
+
+        ahead = lax.fori_loop(0, t_.raw, maybe, tuple(self.first()))
+        lax.fori_loop(0, steps, step, (tuple(self.first()), ahead))
+
+    def unit(self, unit, first):
+        """Cursor: unit, step in it, end of its steps, whether a unit begins, head, length, skip, row of the table."""
+        head, length, skip, listed, steps = self.where.facts(unit, (HEAD, LENGTH, SKIP, LISTED, STEPS))
+        end = self.where.span(unit, steps)[1]
+        return unit, first, end, jnp.int32(1), head, length, skip, listed
+
+    def first(self):
+        unit, step = self.where.begin[:2]
+        none = jnp.int32(0)
+        return lax.cond(self.where.steps > 0, lambda: self.unit(unit, step), lambda: (unit, step, *[none] * 6))
+
+    def advance(self, cursor, t):
+        unit, step, end, _, *rest = cursor
+        more = (step + 1 >= end) & (t + 1 < self.where.steps)
+        return lax.cond(
+            more, lambda: self.unit(unit + 1, jnp.int32(0)), lambda: (unit, step + 1, end, jnp.int32(0), *rest)
+        )
+
+    def pages(self, cursor):
+        """Pages that hold the step's boxes; past the length: beyond the pool, where TMA gives zeros."""
+        _, step, _, _, _, length, skip, listed = cursor
+        plan = self.plan
+        token = self.kernel.block(step, skip) * plan.tiles.block_kv
+        found = []
+        for i in range(plan.boxes):
+            slot = token + i * plan.box
+            page = self.table[listed * plan.width + jnp.minimum(_div(slot, plan.page), plan.width - 1)]
+            found.append(jnp.where(slot < length, page, plan.pool_pages))
+        return found
+
+    def start_unit(self, cursor):
+        """Copies the queries of a unit that begins here."""
+        plan, s = self.plan, self.s
+
+        @pl.when(cursor[3] == 1)
+        def _():
+            head, group = cursor[4], plan.group
+            token, decode = self.where.facts(cursor[0], (TOKEN, DECODE))
+            for c in range(plan.head_dim // self.kernel.width):
+                columns = pl.ds(c * self.kernel.width, self.kernel.width)
+                plgpu.barrier_wait(s["q_free"])
+                for wg in range(COMPUTE):
+                    target, first = s["stage_s"].at[wg], token + wg * plan.per_wg
+
+                    def one(i, first=first, target=target, wg=wg, columns=columns, full="q_full"):
+                        source = self.q.at[first + i, pl.ds(head * group, group), columns]
+                        at = pl.ds(pl.multiple_of(i * group, group), group)
+                        plgpu.copy_gmem_to_smem(source, target.at[at], s[full].at[wg])
+
+                    @pl.when(decode == 1)
+                    def _(one=one):
+                        one(jnp.int32(0), first=token, full="q_one")
+
+                    @pl.when(decode == 0)
+                    def _(one=one, first=first, target=target, wg=wg, columns=columns):
+                        if group == 1:
+                            source = self.q.at[pl.ds(first, ROWS), head, columns]
+                            plgpu.copy_gmem_to_smem(source, target, s["q_full"].at[wg])
+                        else:
+                            lax.fori_loop(0, plan.per_wg, lambda i, _: one(i), None)
+
+    def copy_step(self, cursor, found, slot, small_slot):
+        """Starts the copies of a step: keys and what belongs to tokens, then values."""
+        plan, s, head = self.plan, self.s, cursor[4]
+        inside = slice(None)
+        if plan.page > plan.box:
+            first = _rem(self.kernel.block(cursor[1], cursor[6]) * plan.tiles.block_kv, plan.page)
+
+        def part(i):
+            if plan.page == plan.box:
+                return inside
+            at = _rem(first + i * plan.box, plan.page)
+            return pl.ds(pl.multiple_of(at, plan.box), plan.box)
+
+        def copy(pool, target, full):
+            for i, page in enumerate(found):
+                source = pool.at[page * plan.kv_heads + head, part(i)]
+                plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(i * plan.box, plan.box)], full)
+
+        def small(full):
+            for n, (ref, to) in enumerate(zip(self.per_token, s["token_s"], strict=True)):
+                by_head = not (plan.windowed and n == self.kernel.per_token - 1)
+                for i, page in enumerate(found):
+                    row = page * plan.kv_heads + head if by_head else page
+                    plgpu.copy_gmem_to_smem(ref.at[row, part(i)], to.at[small_slot, i, pl.ds(0, plan.box)], full)
+
+        if plan.packed:
+            full = s["raw_full"].at[slot]
+            copy(self.pools[0], s["k_raw"], full)
+            small(full)
+            copy(self.pools[1], s["v_raw"], full)
+            return
+        plgpu.barrier_wait(s["k_free"].at[slot])
+        copy(self.pools[0], s["k_s"], s["k_full"].at[slot])
+        small(s["k_full"].at[slot])
+        plgpu.barrier_wait(s["v_free"].at[slot])
+        copy(self.pools[1], s["v_s"], s["v_full"].at[slot])
+
+
+def _widen(plan: Plan, codes, to, left):
+    """Codes of a step [tokens, stored] in SMEM -> the same as 16-bit numbers [tokens, H]; rows from `left` on as zeros."""
+    dtype = jnp.dtype(plan.dtype)
+    for first in range(0, plan.tiles.block_kv, ROWS):
+        rows = pl.ds(first, ROWS)
+        x = plgpu.load(codes.at[rows], layout=WGMMA, optimized=False)
+        if plan.format == "int4":
+            for n, nibble in enumerate((x & 15, x >> 4)):
+                at = pl.ds(n * plan.stored, plan.stored)
+                to.at[rows, at][...] = (nibble.astype(jnp.int32) - 8).astype(jnp.float32).astype(dtype)
+        elif plan.format == "int8":
+            x = x ^ jnp.int8(-128) if plan.zero else x
+            to.at[rows][...] = x.astype(dtype)
+        else:  # only fp8 has codes that are not a number
+            x = x.astype(jnp.float16).astype(jnp.float32)
+            at = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=WGMMA) + first
+            to.at[rows][...] = jnp.where(at < left, x, 0.0).astype(dtype)
+
+
+class _Compute:
+    """A warpgroup that computes."""
+
+    def __init__(self, kernel, where, wg, sinks, row_positions, q_positions, outputs, scratch):
+        self.kernel, self.plan, self.where, self.wg, self.s = kernel, kernel.plan, where, wg, scratch
+        self.sinks, self.row_positions, self.q_positions = sinks, row_positions, q_positions
+        self.out, self.lse, self.parts, self.marks, self.chunk_parts, self.chunk_marks = outputs
+        self.q_me, self.stage = scratch["q_s"].at[wg], scratch["stage_s"].at[wg]
+
+    def run(self):
+        s = self.s
+        for slot in range(self.plan.tiles.stages):
+            plgpu.barrier_arrive(s["k_free"].at[slot])
+            plgpu.barrier_arrive(s["v_free"].at[slot])
+        plgpu.barrier_arrive(s["q_free"])
+
+        def unit(unit, t):
+            facts = self.where.facts(unit, range(FACTS))
+            begin, end = self.where.span(unit, facts[STEPS])
+            self.load_queries(facts[DECODE])
+            pl.when(facts[DECODE] == 1)(lambda: self.decode(unit, facts, begin, end, t))
+            pl.when(facts[DECODE] == 0)(lambda: self.chunk(unit, facts, begin, end, t))
+            return t + end - begin
+
+        lax.fori_loop(self.where.begin[0], self.where.stop, unit, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def load_queries(self, decode):
+        parts = self.plan.head_dim // self.kernel.width
+        for c in range(parts):
+            pl.when(decode == 1)(lambda: plgpu.barrier_wait(self.s["q_one"].at[self.wg]))
+            pl.when(decode == 0)(lambda: plgpu.barrier_wait(self.s["q_full"].at[self.wg]))
+            columns = pl.ds(c * self.kernel.width, self.kernel.width)
+            self.q_me[:, columns] = plgpu.load(self.stage, layout=WGMMA, optimized=False)
+            if c + 1 < parts:
+                plgpu.barrier_arrive(self.s["q_free"])
+        plgpu.commit_smem()
+
+    def start(self):
+        """Values, maximum, sum, and what zero points of values take away, of no token."""
+        of = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), BY_ROW)  # noqa: E731
+        values = plgpu.layout_cast(jnp.zeros((ROWS, self.plan.head_dim), jnp.float32), WGMMA)
+        return values, of(LOWEST), of(0.0), of(0.0) if self.plan.zero else jnp.int32(0)
+
+    def q_sum(self):
+        if not self.plan.zero:
+            return None
+        return jnp.sum(plgpu.load(self.q_me, layout=WGMMA).astype(jnp.float32), axis=1)
+
+    # --- One step --------------------------------------------------------------------------------------------------
+
+    def vectors(self, t, first, count):
+        """By cached token of the step: what the kernel was given, from box `first` on, float32 but for positions."""
+        slot, box = _rem(t, self.kernel.ring), self.plan.box
+
+        def load(ref):
+            found = [
+                plgpu.load(ref.at[slot, first + i, pl.ds(0, box)], layout=BY_TOKEN, optimized=False)
+                for i in range(count)
+            ]
+            return found[0] if count == 1 else jnp.concatenate(found)
+
+        found = [load(ref) for ref in self.s["token_s"]]
+        plan = self.plan
+        names = (["k_scale", "v_scale"] if plan.packed else []) + (["k_zero", "v_zero"] if plan.zero else [])
+        names += ["logit_scale"] * plan.logit_scale + ["at"] * plan.windowed
+        named = dict(zip(names, found, strict=True))
+        return {name: x if name == "at" else x.astype(jnp.float32) for name, x in named.items()}
+
+    def logits(self, s, given, q_sum, seen):
+        """Products -> logits in powers of 2 by `rate`, -inf where not seen."""
+        plan = self.plan
+        shift = 128.0 if plan.format == "int8" else 8.0
+        if plan.zero:
+            s = s - _wide(q_sum, s.shape, 0) * _wide(given["k_zero"] - shift, s.shape, 1)
+        factor = None
+        for name in ("k_scale", "logit_scale"):
+            if name in given:
+                factor = given[name] if factor is None else factor * given[name]
+        if factor is not None:
+            s = s * _wide(factor * self.fold, s.shape, 1)
+        elif plan.softcap is not None or plan.scale <= 0:
+            s = s * self.fold
+        if plan.softcap is not None:  # c tanh(x / c) = c - 2c / (1 + exp(2x / c)); 1/y = rsqrt(y)^2 is one fast instruction
+            inverse = lax.rsqrt(1 + jnp.exp2(s))
+            s = plan.softcap * LOG2E * (1 - 2 * (inverse * inverse))
+        return s if seen is None else jnp.where(seen, s, -jnp.inf)
+
+    @property
+    def fold(self) -> float:
+        """What multiplies products before the softcap, in powers of 2."""
+        plan = self.plan
+        return plan.scale * LOG2E if plan.softcap is None else 2 * plan.scale * LOG2E / plan.softcap
+
+    @property
+    def rate(self) -> float:
+        """What is left to multiply logits by inside the exponent."""
+        plan = self.plan
+        plain = plan.softcap is None and plan.scale > 0 and not plan.packed and not plan.logit_scale
+        return plan.scale * LOG2E if plain else 1.0
+
+    def softmax(self, s, given, seen, state):
+        """-> weights in 16 bits, and the state scaled down to the new maximum."""
+        plan, rate = self.plan, self.rate
+        acc, top, total, zeros = state
+        higher = jnp.maximum(top, s.max(axis=1) * rate)
+        shrink = jnp.exp2(top - higher)
+        weights = jnp.exp2(s * rate - _wide(higher, s.shape, 0))
+        total = total * shrink + weights.sum(axis=1)
+        if plan.packed:
+            weights = weights * _wide(given["v_scale"], s.shape, 1)
+            weights = weights if seen is None else jnp.where(seen, weights, 0.0)  # past the length a scale may be NaN
+        weights = weights.astype(plan.dtype)
+        if plan.zero:
+            away = weights.astype(jnp.float32) * _wide(given["v_zero"] - (128.0 if plan.format == "int8" else 8.0), s.shape, 1)
+            zeros = zeros * shrink + jnp.sum(away if seen is None else jnp.where(seen, away, 0.0), axis=1)
+        acc = acc * _wide(shrink, acc.shape, 0)
+        return weights, (acc, higher, total, zeros)
+
+    def multiply(self, acc, weights, values, through):
+        """acc + weights values."""
+        if not self.plan.tiles.interpretable:
+            return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, values))(plgpu.ACC.init(acc))
+        through = self.s[through].at[self.wg]
+        through[...] = weights
+        plgpu.commit_smem()
+
+        def product(ref):
+            plgpu.wgmma(ref, through, values)
+            return ref[...]
+
+        return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+
+    def clear(self, slot, left):
+        """Zeroes values past the row's length: what lies there may be NaN, and 0 * NaN is NaN."""
+        block = self.plan.tiles.block_kv
+
+        @pl.when((left < block) & (_rem(left, self.plan.box) > 0) if not self.plan.packed else False)
+        def _():
+            for first in range(0, block, ROWS):
+                part = self.s["v_s"].at[slot, pl.ds(first, ROWS)]
+                values = plgpu.load(part, layout=WGMMA)
+                at = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=WGMMA) + first
+                part[...] = jnp.where(at < left, values, jnp.zeros_like(values))
+            plgpu.commit_smem()
+
+    def near(self, given, asking, shape):
+        """Which cached tokens a window or the sinks hold; asking: position by row, or one for all."""
+        mask = self.plan.mask
+        at = _wide(given["at"], shape, 1)
+        oldest = asking - mask.window
+        near = at > (_wide(oldest, shape, 0) if oldest.shape else oldest)
+        return near | (at < mask.sinks) if mask.sinks else near
+
+    # --- Decodes ---------------------------------------------------------------------------------------------------
+
+    def decode(self, unit, facts, begin, end, t):
+        """One query token; each warpgroup takes half of a step's cached tokens."""
+        plan, s, wg = self.plan, self.s, self.wg
+        plgpu.barrier_arrive(s["q_free"])
+        block, piece = plan.tiles.block_kv, plan.piece
+        shape, halved = (ROWS, piece), piece < block
+        first_piece = wg * piece if halved else 0
+        mine = pl.ds(pl.multiple_of(first_piece, piece), piece) if halved else slice(None)
+        length, skip = facts[LENGTH], facts[SKIP]
+        q_sum = self.q_sum()
+        asking = self.q_positions[facts[TOKEN]] if plan.windowed else None
+
+        def step(i, state):
+            now = t + i - begin
+            slot = _rem(now, plan.tiles.stages)
+            first = self.kernel.block(i, skip) * block
+            plgpu.barrier_wait(s["k_full"].at[slot])
+
+            def products(ref):
+                plgpu.wgmma(ref, self.q_me, s["k_s"].at[slot, mine].T)
+                return ref[...]
+
+            logits = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+            boxes = piece // plan.box
+            given = self.vectors(now, wg * boxes if halved else 0, boxes)
+            plgpu.barrier_arrive(s["k_free"].at[slot])
+            at = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+            seen = at < length - first - first_piece
+            if plan.windowed:
+                seen = seen & self.near(given, asking, shape)
+            logits = self.logits(logits, given, q_sum, seen)
+            weights, (acc, *rest) = self.softmax(logits, given, seen, state)
+            plgpu.barrier_wait(s["v_full"].at[slot])
+            self.clear(slot, length - first)
+            acc = self.multiply(acc, weights, s["v_s"].at[slot, mine], "half_s")
+            plgpu.barrier_arrive(s["v_free"].at[slot])
+            return acc, *rest
+
+        def every_other(n, state):
+            own = begin + 2 * n + wg
+            pl.when(wg == 1)(lambda: self.pass_by(own - 1, None, offset=t - begin, turns=False))
+            state = step(own, state)
+            pl.when((wg == 0) & (own + 1 < end))(lambda: self.pass_by(own + 1, None, offset=t - begin, turns=False))
+            return state
+
+        if halved:
+            state = lax.fori_loop(begin, end, step, self.start())
+        else:
+            count = end - begin
+            state = lax.fori_loop(0, _div(count + 1 - wg, 2), every_other, self.start())
+            last = (wg == 1) & (_rem(count, 2) == 1)
+            pl.when(last)(lambda: self.pass_by(end - 1, None, offset=t - begin, turns=False))
+        acc, top, total, zeros = state
+        if plan.zero:
+            acc = acc - _wide(zeros, acc.shape, 0)
+        part = self.where.sm + unit
+        self.marks.at[part, wg, 0][...] = top
+        self.marks.at[part, wg, 1][...] = total
+        through, columns = s["part_s"].at[wg], plan.tiles.columns
+        for c in range(0, plan.head_dim, columns):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            through[...] = acc[:, c : c + columns]
+            plgpu.commit_smem()
+            target = self.parts.at[part, wg, :, pl.ds(c, columns)]
+            plgpu.copy_smem_to_gmem(through.at[pl.ds(0, KEPT)], target)
+
+    # --- Chunks ----------------------------------------------------------------------------------------------------
+
+    def take_turn(self):
+        if self.plan.tiles.turns:
+            plgpu.barrier_arrive(self.s["turn"])
+            plgpu.barrier_wait(self.s["turn"])
+
+    def chunk(self, unit, facts, begin, end, t):
+        """64 query rows a warpgroup, alternating between tensor cores and softmax."""
+        plan, mask, wg = self.plan, self.plan.mask, self.wg
+        block = plan.tiles.block_kv
+        length, skip = facts[LENGTH], facts[SKIP]
+        number = jnp.clip(facts[NUMBER] - wg * plan.per_wg, 0, plan.per_wg)
+        newest = facts[NEWEST] + wg * plan.per_wg
+        if mask.causal:  # steps below `whole` are seen by all queries of this warpgroup, those from `mine` on by none
+            mine = _div(jnp.maximum(jnp.minimum(newest + number, length), 0) + block - 1, block)
+            whole = _div(jnp.maximum(jnp.minimum(newest + 1, length), 0), block)
+        else:
+            mine, whole = _div(length + block - 1, block), _div(length, block)
+        mine = jnp.where(number > 0, jnp.clip(mine - skip, begin, end), begin)
+        whole = jnp.clip(whole - skip, begin, mine)
+        asking = None
+        if plan.windowed:
+            asking = plgpu.load(self.row_positions.at[facts[ITEM], wg], layout=BY_ROW, optimized=False)
+        step = functools.partial(
+            self.chunk_step, length=length, newest=newest, skip=skip, asking=asking, q_sum=self.q_sum(), offset=t - begin
+        )
+        pl.when(wg == 1)(self.take_turn)
+        state = self.start()
+        state = lax.fori_loop(begin, whole, functools.partial(step, edge=False), state)
+        state = lax.fori_loop(whole, mine, functools.partial(step, edge=True), state)
+        lax.fori_loop(mine, end, functools.partial(self.pass_by, offset=t - begin), None)
+        pl.when(wg == 0)(self.take_turn)
+        acc, top, total, zeros = state
+        if plan.zero:
+            acc = acc - _wide(zeros, acc.shape, 0)
+        alone = facts[FROM] == facts[UPTO]
+
+        @pl.when(alone)
+        def _():
+            self.finish(facts, number, acc, top, total)
+
+        @pl.when(~alone)
+        def _():
+            part = 2 * self.where.sm + (begin == 0).astype(jnp.int32)
+            self.chunk_marks.at[part, wg, 0][...] = top
+            self.chunk_marks.at[part, wg, 1][...] = total
+            self.chunk_parts.at[part, wg][...] = acc
+
+        plgpu.barrier_arrive(self.s["q_free"])
+
+    def chunk_step(self, i, state, *, edge, length, newest, skip, asking, q_sum, offset):
+        plan, s = self.plan, self.s
+        block = plan.tiles.block_kv
+        shape, now = (ROWS, block), i + offset
+        slot = _rem(now, plan.tiles.stages)
+        first = self.kernel.block(i, skip) * block
+        plgpu.barrier_wait(s["k_full"].at[slot])
+
+        def products(ref):
+            plgpu.wgmma(ref, self.q_me, s["k_s"].at[slot].T)
+            self.take_turn()
+            return ref[...]
+
+        logits = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+        given = self.vectors(now, 0, plan.boxes)
+        plgpu.barrier_arrive(s["k_free"].at[slot])
+        seen = None
+        if edge:
+            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=WGMMA)
+            bound = length - 1
+            if plan.mask.causal:
+                bound = jnp.minimum(_div(iota(0), plan.group) + newest, bound)
+            seen = iota(1) + first <= bound
+        if plan.windowed:
+            near = self.near(given, asking, shape)
+            seen = near if seen is None else seen & near
+        logits = self.logits(logits, given, q_sum, seen)
+        weights, (acc, top, total, zeros) = self.softmax(logits, given, seen, state)
+        acc, top, total, weights = lax.optimization_barrier((acc, top, total, weights))
+        if plan.tiles.turns:
+            plgpu.barrier_arrive(s["turn"])
+        plgpu.barrier_wait(s["v_full"].at[slot])
+        if edge:
+            self.clear(slot, length - first)
+        if plan.tiles.turns:
+            plgpu.barrier_wait(s["turn"])
+        acc = self.multiply(acc, weights, s["v_s"].at[slot], "p_s")
+        plgpu.barrier_arrive(s["v_free"].at[slot])
+        return acc, top, total, zeros
+
+    def pass_by(self, i, _, *, offset, turns=True):
+        """Lets a step of the other warpgroup pass."""
+        slot, s = _rem(i + offset, self.plan.tiles.stages), self.s
+        take_turn = self.take_turn if turns else lambda: None
+        plgpu.barrier_wait(s["k_full"].at[slot])
+        take_turn()
+        plgpu.barrier_arrive(s["k_free"].at[slot])
+        plgpu.barrier_wait(s["v_full"].at[slot])
+        take_turn()
+        plgpu.barrier_arrive(s["v_free"].at[slot])
+
+    def finish(self, facts, number, acc, top, total):
+        """Results of a whole unit."""
+        plan, wg, width = self.plan, self.wg, self.kernel.width
+        head = facts[HEAD]
+        if plan.sinks:
+            logit = plgpu.load(self.sinks.at[head], layout=BY_ROW, optimized=False)
+            higher = jnp.maximum(top, logit)
+            shrink = jnp.exp2(top - higher)
+            acc = acc * _wide(shrink, acc.shape, 0)
+            total, top = total * shrink + jnp.exp2(logit - higher), higher
+        some = total > 0
+        total = jnp.where(some, total, 1.0)
+        self.lse.at[pl.ds(facts[ROW] + wg * ROWS, ROWS)][...] = jnp.where(some, top * (1 / LOG2E) + jnp.log(total), -jnp.inf)
+        acc = acc * _wide(1 / total, acc.shape, 0)
+        token = facts[TOKEN] + wg * plan.per_wg
+        for c in range(0, plan.head_dim, width):
+            columns = pl.ds(c, width)
+            self.stage[...] = acc[:, c : c + width].astype(plan.dtype)
+            plgpu.commit_smem()
+
+            def store(i, _, columns=columns):
+                at = pl.ds(pl.multiple_of(i * plan.group, plan.group), plan.group)
+                target = self.out.at[token + i, pl.ds(head * plan.group, plan.group), columns]
+                plgpu.copy_smem_to_gmem(self.stage.at[at], target)
+
+            lax.fori_loop(0, number, store, None)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+
+
+# --- The merge -------------------------------------------------------------------------------------------------------
+
+
+def _merge(plan: Plan, out, lse, parts, units, cuts, sinks):
+    """Writes the results of decodes and of units that were cut beside those of whole units -> out, lse."""
+    h, dtype = plan.head_dim, jnp.dtype(plan.dtype)
+    layout = plgpu.Layout.MMA_ACC(jnp.float32, m_warps=1)
+    by_row = layout.reduce(1)
+    decodes = plan.kv_heads * plan.decodes
+    blocks = ROWS // KEPT  # of rows of a warpgroup
+    full = lambda x: plgpu.layout_cast(jnp.full((KEPT,), x, jnp.float32), by_row)  # noqa: E731
+    load = functools.partial(plgpu.load, optimized=False)
+
+    def body(parts_g, marks_g, chunk_parts_g, chunk_marks_g, units_g, cuts_g, *refs):
+        *sinks_g, out_g, lse_g, row_s = refs
+        index = lax.axis_index("item")
+
+        def merge(unit, wg, block, count, part, number):
+            """`part(i)` -> (values, marks) of partial result i, of `count`; `number`: rows that are real."""
+            row = block * KEPT
+
+            def step(i, carry):
+                top, total, acc = carry
+                values, marks = part(i)
+                m, l = load(marks.at[0, pl.ds(row, KEPT)], layout=by_row), load(marks.at[1, pl.ds(row, KEPT)], layout=by_row)
+                higher = jnp.maximum(top, m)
+                a, b = jnp.exp2(top - higher), jnp.exp2(m - higher)
+                acc = acc * _wide(a, acc.shape, 0) + load(values, layout=layout) * _wide(b, acc.shape, 0)
+                return higher, total * a + l * b, acc
+
+            head = units_g[unit, HEAD]
+            if plan.sinks:
+                top, total = load(sinks_g[0].at[head, pl.ds(row, KEPT)], layout=by_row), full(1.0)
+            else:
+                top, total = full(LOWEST), full(0.0)
+            none = plgpu.layout_cast(jnp.zeros((KEPT, h), jnp.float32), layout)
+            top, total, acc = lax.fori_loop(0, count, step, (top, total, none))
+            some = total > 0
+            total = jnp.where(some, total, 1.0)
+            at = units_g[unit, ROW] + wg * ROWS + row
+            lse_g.at[pl.ds(at, KEPT)][...] = jnp.where(some, top * (1 / LOG2E) + jnp.log(total), -jnp.inf)
+            row_s[...] = (acc * _wide(1 / total, acc.shape, 0)).astype(dtype)
+            plgpu.commit_smem()
+            token = units_g[unit, TOKEN] + wg * plan.per_wg
+            for x in range(KEPT):
+                which, query = _div(row + x, plan.group), _rem(row + x, plan.group)
+
+                @pl.when(row + x < number)
+                def _(x=x, which=which, query=query):
+                    target = out_g.at[token + which, pl.ds(head * plan.group + query, 1), :]
+                    plgpu.copy_smem_to_gmem(row_s.at[pl.ds(x, 1)], target)
+
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(index < decodes)
+        def _():
+            first, last = units_g[index, FROM], units_g[index, UPTO]
+
+            def part(i):
+                at = first + _div(i, COMPUTE) + index
+                return parts_g.at[at, _rem(i, COMPUTE)], marks_g.at[at, _rem(i, COMPUTE)]
+
+            @pl.when(units_g[index, DECODE] == 1)
+            def _():
+                merge(index, jnp.int32(0), jnp.int32(0), (last - first + 1) * COMPUTE, part, plan.group)
+
+        @pl.when(index >= decodes)
+        def _():
+            inside = index - decodes
+            cut = 1 + _div(inside, COMPUTE * blocks)
+            wg, block = _rem(_div(inside, blocks), COMPUTE), _rem(inside, blocks)
+            unit = jnp.minimum(cuts_g[cut, 0], plan.units - 1)
+            first, last = units_g[unit, FROM], units_g[unit, UPTO]
+            number = jnp.clip(units_g[unit, NUMBER] - wg * plan.per_wg, 0, plan.per_wg) * plan.group
+
+            def part(i):
+                at = 2 * (first + i) + (i == 0).astype(jnp.int32)
+                return chunk_parts_g.at[at, wg, pl.ds(block * KEPT, KEPT)], chunk_marks_g.at[at, wg]
+
+            mine = (cuts_g[cut, 1] > 0) & (first == cut - 1) & (units_g[unit, DECODE] == 0)
+
+            @pl.when(mine & (number > block * KEPT))
+            def _():
+                merge(unit, wg, block, last - first + 1, part, number)
+
+    out, lse = jax.new_ref(out), jax.new_ref(lse)
+    plgpu.kernel(
+        body,
+        out_type=(),
+        scratch_types=[plgpu.SMEM((KEPT, h), dtype)],
+        grid=(decodes + (plan.tiles.sms - 1) * COMPUTE * blocks,),
+        grid_names=("item",),
+        num_threads=1,
+        thread_name="wg",
+        kernel_name=f"{OP}_merge",
+    )(*parts, units, cuts, *([sinks] if plan.sinks else []), out, lse)
+    return jax.freeze(out), jax.freeze(lse)
