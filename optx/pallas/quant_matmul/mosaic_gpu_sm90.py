@@ -30,7 +30,10 @@ from optx.tensor import QTensor
 
 SMS = 132  # of H100 SXM and H200; on a part with fewer some blocks wait their turn
 SHARED = 227 << 10  # bytes that a block may have
-REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 40)}  # by consumers: of each, of the producer
+REGISTERS = (
+    232,
+    40,
+)  # of a consumer, of the producer, where two consume; the assembler gives one or three all they can use
 PART = 64  # rows of a tile that leave together
 BAND = 16  # row tiles that pass over the outputs together: x then stays in the L2 cache
 
@@ -186,13 +189,14 @@ def _pair(op, a, b):
 
 
 def _int4(word, h, j):
-    """128 + code in both halves."""
-    return _or(_and(_shift(word, 8 * j + 4 * h), 0x000F000F), 0x43004300)
+    """128 + code in both halves. Left to itself the assembler makes two instructions of the "and" and the "or"."""
+    word = _shift(word, 8 * j + 4 * h)
+    return utils.inline_ptx("lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;", word, result_types=word.type)
 
 
 def _int8(word, h):
     """The signed byte h of both halves: the low 7 bits from 128 on, less 128 or (bit 7 set) 256."""
-    code = _or(_and(_shift(word, 8 * h), 0x00FF00FF), 0x43004300)
+    code = utils.prmt(_const(0x43434343), word, _const(0x0705 if h else 0x0604))
     return _pair("sub", _and(code, 0xFF7FFF7F), _and(code, 0xFF80FF80))
 
 
@@ -371,7 +375,8 @@ def _body(*refs, plan: Plan):
     items, steps = row_tiles * column_tiles, plan.depth // plan.step // tiles.split
     stride = tiles.grid // tiles.cluster
     mine = lax.div(items - block + (stride - 1), stride)
-    consumer, producer = REGISTERS[tiles.consumers]
+    consumer, producer = REGISTERS
+    trade = tiles.registers and tiles.consumers == 2
 
     def each_item(body):
         def turn(i, _):
@@ -382,7 +387,8 @@ def _body(*refs, plan: Plan):
 
     @pl.when(wg == tiles.consumers)
     def _():
-        plgpu.set_max_registers(producer, action="decrease")
+        if trade:
+            plgpu.set_max_registers(producer, action="decrease")
 
         def produce(first, row, column):
             strips = pl.ds(column * tiles.strips, tiles.strips)
@@ -420,7 +426,7 @@ def _body(*refs, plan: Plan):
 
     @pl.when(wg < tiles.consumers)
     def _():
-        if tiles.registers:
+        if trade:
             plgpu.set_max_registers(consumer, action="increase")
         lane, turn = lax.rem(wg, tiles.lanes), lax.div(wg, tiles.lanes)
 
