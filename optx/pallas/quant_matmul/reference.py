@@ -13,5 +13,8 @@ def quant_matmul(x: jax.Array, w: QTensor, activations: Format | None = None) ->
     activations: the format that rows of x are rounded to first, one scale a row or a group of D (w8a8); None: x as it is.
     """
     if activations is not None:
-        x = tensor.quantize(x, activations, axis=-1).dequantize()
+        codes = jax.lax.optimization_barrier(
+            tensor.quantize(x, activations, axis=-1)
+        )  # XLA drops a conversion to fp8 and back
+        x = codes.dequantize()
     return tensor.matmul(x, w)
