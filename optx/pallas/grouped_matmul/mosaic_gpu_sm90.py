@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from optx.errors import LoweringError
 from optx.pallas.grouped_matmul import packed_sm90, reference
 from optx.pallas.grouped_matmul.packed_sm90 import Experts, PackedTiles, packed_tiles_for, relayout, restore  # noqa: F401
+from optx.pallas.grouped_matmul.ring_sm90 import Copy, Ring, scratch
 from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table
 from optx.tensor import QTensor
 
@@ -48,12 +49,12 @@ def tiles_for(tokens: int, experts: int, d: int, f: int) -> Tiles:
     return Tiles(rows=128, cols=256, short=64, stages=4)
 
 
-def _dense_body(sizes, x, w, out, entries, x_smem, w_smem, out_smem, full, empty, *, tiles: Tiles):
+def _dense_body(sizes, x, w, out, entries, x_smem, w_smem, out_smem, marks, *, tiles: Tiles):
     tokens, d = x.shape
     experts, _, f = w.shape
-    steps_of_item, stages = d // WIDE, tiles.stages
     x_rows, x_tiles = x_smem if tiles.alias else (x_smem, x_smem)
     wg = lax.axis_index("wg")
+    ring = Ring(marks, stages=tiles.stages, readers=2)
     columns = -(-f // tiles.cols)
     schedule = Schedule(
         sizes, entries, tokens=tokens, experts=experts, tiles=tiles, columns=columns, interpreted=not tiles.alias
@@ -63,23 +64,23 @@ def _dense_body(sizes, x, w, out, entries, x_smem, w_smem, out_smem, full, empty
         expert, row, rows, column = place
 
         def load(k, _):
-            slot = lax.rem(step + k, stages)
-
-            @pl.when(step + k >= stages)
-            def _():
-                plgpu.barrier_wait(empty.at[slot])
-
-            depth = pl.ds(k * WIDE, WIDE)
-            plgpu.copy_gmem_to_smem(
-                w.at[expert, depth, pl.ds(column * tiles.cols, tiles.cols)], w_smem.at[slot], full.at[slot]
+            slot = ring.stage(step + k)
+            ring.wait_free(step + k)
+            weights = Copy(
+                source=w,
+                starts=(expert, k * WIDE, column * tiles.cols),
+                sizes=(0, WIDE, tiles.cols),
+                to=w_smem.at[slot],
+                tiling=(8, WIDE),
+                swizzle=128,
             )
             for size, fits in ((tiles.short, rows <= tiles.short), (tiles.rows, rows > tiles.short)):
 
                 @pl.when(fits)
                 def _(size=size):
-                    plgpu.copy_gmem_to_smem(
-                        x.at[pl.ds(row, size), depth], x_rows.at[slot, pl.ds(0, size)], full.at[slot]
-                    )
+                    to = x_rows.at[slot, pl.ds(0, size)]
+                    rows = Copy(source=x, starts=(row, k * WIDE), sizes=(size, WIDE), to=to, swizzle=128)
+                    ring.load(step + k, [weights, rows])
 
         lax.fori_loop(0, steps, load, None)
         return after()
@@ -94,14 +95,14 @@ def _dense_body(sizes, x, w, out, entries, x_smem, w_smem, out_smem, full, empty
 
         def accumulate(acc):
             def multiply(k, _):
-                slot = lax.rem(step + k, stages)
-                plgpu.barrier_wait(full.at[slot])
+                ring.wait_loaded(step + k)
+                slot = ring.stage(step + k)
                 plgpu.wgmma(acc, x_tiles.at[slot, x_at], w_smem.at[slot, :, w_at])
                 plgpu.wgmma_wait(1)
 
                 @pl.when(k > 0)  # the step before is through: its tiles may be overwritten
                 def _():
-                    plgpu.barrier_arrive(empty.at[lax.rem(step + k - 1, stages)])
+                    ring.free(step + k - 1)
 
             lax.fori_loop(0, busy, multiply, None)
             following = after()  # while the matrix units finish
@@ -111,12 +112,11 @@ def _dense_body(sizes, x, w, out, entries, x_smem, w_smem, out_smem, full, empty
 
         @pl.when(busy > 0)
         def _():
-            plgpu.barrier_arrive(empty.at[lax.rem(step + busy - 1, stages)])
+            ring.free(step + busy - 1)
 
         def skip(k, _):
-            slot = lax.rem(step + k, stages)
-            plgpu.barrier_wait(full.at[slot])
-            plgpu.barrier_arrive(empty.at[slot])
+            ring.wait_loaded(step + k)
+            ring.free(step + k)
 
         lax.fori_loop(busy, steps, skip, None)
 
@@ -133,20 +133,16 @@ def _dense_body(sizes, x, w, out, entries, x_smem, w_smem, out_smem, full, empty
 
         return tuple(following)
 
+    steps = d // WIDE
+
     @pl.when(wg < 2)
     def _():
-        schedule.run(consume, steps_of_item, 232, "increase")
+        schedule.run(consume, steps, 232, "increase")
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(wg == 2)
     def _():
-        total = schedule.run(produce, steps_of_item, 40, "decrease")
-
-        def drain(step, _):  # every arrival is awaited: barriers end in a known phase
-            plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
-
-        lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
-
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        ring.drain(schedule.run(produce, steps, 40, "decrease"))
 
 
 @functools.partial(jax.jit, static_argnames="tiles")
@@ -169,10 +165,11 @@ def _dense(x, w, sizes, *, tiles: Tiles):
             x_smem,
             plgpu.SMEM((tiles.stages, WIDE, tiles.cols), w.dtype, transforms=tiled),
             plgpu.SMEM((2, 2, 64, WIDE), x.dtype, transforms=(swizzle,)),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+            scratch(tiles.stages, readers=2, copies=2, interpreted=not tiles.alias),
         ),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=tiles.alias
+        ),
         kernel_name="grouped_matmul",
     )
     return kernel(sizes, x, w)

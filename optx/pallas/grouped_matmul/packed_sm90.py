@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.formats import Float8, Int
 from optx.pallas.grouped_matmul import registers_sm90 as registers
+from optx.pallas.grouped_matmul.ring_sm90 import Copy, Ring, scratch
 from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table
 from optx.pallas.quant_matmul import mosaic_gpu_sm90_fragments as fragments
 from optx.tensor import QTensor
@@ -150,45 +151,46 @@ def _body(*refs, plan: Plan, has_zero: bool):
     tiles, refs = plan.tiles, list(refs)
     sizes, x, codes, scale = refs[:4]
     zero = refs[4] if has_zero else None
-    out, entries, x_smem, w_smem, s_smem, z_smem, a_smem, out_smem, full, empty = refs[4 + has_zero :]
-    x_rows, x_tiles = x_smem if tiles.registers else (x_smem, x_smem)
-    tokens, experts, stages = x.shape[0], plan.experts, tiles.stages
+    out, entries, x_smem, w_smem, s_smem, z_smem, a_smem, out_smem, marks = refs[4 + has_zero :]
+    interpreted = not tiles.registers
+    tokens, experts, depth = x.shape[0], plan.experts, plan.step
     strips = codes.shape[0] // experts  # of an expert
     columns = -(-strips // tiles.strips)
     wg = lax.axis_index("wg")
+    ring = Ring(marks, stages=tiles.stages, readers=tiles.strips)
     schedule = Schedule(
-        sizes, entries, tokens=tokens, experts=experts, tiles=tiles, columns=columns, interpreted=not tiles.registers
+        sizes, entries, tokens=tokens, experts=experts, tiles=tiles, columns=columns, interpreted=interpreted
     )
+
+    def x_of(slot, width):
+        """-> (rows of x as copies take them, and as the matrix units do): [blocks, width, 64]."""
+        if interpreted:
+            return (x_smem.at[slot, :, pl.ds(0, width)],) * 2
+        at = 2 * tiles.widths.index(width)
+        return tuple(ref.at[slot, pl.ds(0, tiles.blocks)] for ref in x_smem[at : at + 2])
 
     def produce(step, steps, place, after):
         expert, row, rows, column = place
         # Past the last strip of an expert lie those of the next one, past the last expert zeros: both are never stored.
-        strip = pl.ds(expert * strips + column * tiles.strips, tiles.strips)
+        strip = expert * strips + column * tiles.strips
 
         def load(k, _):
-            slot = lax.rem(step + k, stages)
-
-            @pl.when(step + k >= stages)
-            def _():
-                plgpu.barrier_wait(empty.at[slot])
-
-            copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
-            copy(codes.at[strip, pl.ds(k * plan.words, plan.words)], w_smem)
-            group = lax.div(k * plan.step, plan.group)
-            if plan.grouped:
-                copy(scale.at[strip, pl.ds(group, plan.scales)], s_smem)
-            if has_zero:
-                copy(zero.at[strip, pl.ds(group, plan.scales)], z_smem)
+            slot, group = ring.stage(step + k), lax.div(k * depth, plan.group)
+            ring.wait_free(step + k)
+            starts, sizes = (strip, k * plan.words, 0), (tiles.strips, plan.words, fragments.WORDS)
+            copies = [Copy(source=codes, starts=starts, sizes=sizes, to=w_smem.at[slot])]
+            for on, source, to in ((plan.grouped, scale, s_smem), (has_zero, zero, z_smem)):
+                if on:
+                    sizes = (tiles.strips, plan.scales, WIDE)
+                    copies.append(Copy(source=source, starts=(strip, group, 0), sizes=sizes, to=to.at[slot]))
             for low, width in zip((0, *tiles.widths), tiles.widths):
 
                 @pl.when((rows > low) & (rows <= width))
                 def _(width=width):
-                    for b in range(tiles.blocks):
-                        plgpu.copy_gmem_to_smem(
-                            x.at[pl.ds(row, width), pl.ds(k * plan.step + b * WIDE, WIDE)],
-                            x_rows.at[slot, b, pl.ds(0, width)],
-                            full.at[slot],
-                        )
+                    starts, sizes = (row, k * depth), (width, depth)
+                    to = x_of(slot, width)[0]
+                    tokens = Copy(source=x, starts=starts, sizes=sizes, to=to, swizzle=128, split=True)
+                    ring.load(step + k, [*copies, tokens])
 
         lax.fori_loop(0, steps, load, None)
         return after()
@@ -204,23 +206,22 @@ def _body(*refs, plan: Plan, has_zero: bool):
                 def turn(i, _):
                     for u in range(tiles.unroll):
                         at = step + i * tiles.unroll + u
-                        slot = lax.rem(at, stages)
-                        plgpu.barrier_wait(full.at[slot])
+                        ring.wait_loaded(at)
                         for b in range(tiles.blocks):
-                            multiply(acc, slot, b, width)
+                            multiply(acc, ring.stage(at), b, width)
                             overlap = tiles.blocks * tiles.unroll > 1  # a fragment's registers are free two blocks on
                             plgpu.wgmma_wait(1 if overlap and tiles.registers else 0)
                             if b == 0:
 
                                 @pl.when(at > step)  # the step before is through
                                 def _(at=at):
-                                    plgpu.barrier_arrive(empty.at[lax.rem(at - 1, stages)])
+                                    ring.free(at - 1)
 
                 lax.fori_loop(0, steps // tiles.unroll, turn, None)
                 return acc[...]
 
             acc = pl.run_scoped(accumulate, plgpu.ACC((WIDE, width)))
-            plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, stages)])
+            ring.free(step + steps - 1)
             part = min(width, PART)
             for i in range(width // part):
                 store_part(i, part, acc[:, i * part : (i + 1) * part], scaled=not plan.grouped)
@@ -235,7 +236,7 @@ def _body(*refs, plan: Plan, has_zero: bool):
             words = w_smem.at[slot, wg]
             scales = s_smem.at[slot, wg] if plan.grouped else None
             zeros = z_smem.at[slot, wg] if has_zero else None
-            tokens = x_tiles.at[slot, b, pl.ds(0, width)].T
+            tokens = x_of(slot, width)[1].at[b].T
             if tiles.registers:
                 a = registers.widen(words, scales, zeros, block=b, plan=plan)
             else:
@@ -271,12 +272,7 @@ def _body(*refs, plan: Plan, has_zero: bool):
 
     @pl.when(wg == tiles.strips)
     def _():
-        total = schedule.run(produce, plan.depth // plan.step, producer, "decrease")
-
-        def drain(step, _):  # every arrival is awaited: barriers end in a known phase
-            plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
-
-        lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+        ring.drain(schedule.run(produce, plan.depth // plan.step, producer, "decrease"))
 
 
 @functools.partial(jax.jit, static_argnames="tiles")
@@ -289,12 +285,13 @@ def packed(x, w: Experts, sizes, *, tiles: PackedTiles):
     swizzle = plgpu.SwizzleTransform(128)
     tiled = (plgpu.TilingTransform((8, WIDE)), swizzle)
     has_zero = w.zero is not None
-    shape = (tiles.stages, tiles.blocks, tiles.rows, WIDE)
-    x_smem = plgpu.SMEM(shape, x.dtype, transforms=tiled)
-    if (
-        tiles.registers
-    ):  # the same bytes as rows, which copies take at any offset of x, and as the tiles of matrix units
-        x_smem = plgpu.RefUnion(plgpu.SMEM(shape, x.dtype, transforms=(swizzle,)), x_smem)
+    if tiles.registers:  # the same bytes for each width, as rows at any offset of x and as the tiles of matrix units
+        shapes = [(tiles.stages, tiles.blocks * tiles.rows // width, width, WIDE) for width in tiles.widths]
+        views = [tuple(plgpu.SMEM(s, x.dtype, transforms=t) for t in ((swizzle,), tiled)) for s in shapes]
+        x_smem = plgpu.RefUnion(*(view for pair in views for view in pair))
+    else:
+        x_smem = plgpu.SMEM((tiles.stages, tiles.blocks, tiles.rows, WIDE), x.dtype, transforms=tiled)
+    copies = 1 + tiles.blocks + plan.grouped + has_zero
     kernel = plgpu.kernel(
         functools.partial(_body, plan=plan, has_zero=has_zero),
         out_type=jax.ShapeDtypeStruct((x.shape[0], f), x.dtype),
@@ -310,8 +307,7 @@ def packed(x, w: Experts, sizes, *, tiles: PackedTiles):
             plgpu.SMEM((tiles.stages if has_zero else 1, tiles.strips, plan.scales, WIDE), jnp.bfloat16),
             plgpu.SMEM((tiles.strips, 8 if tiles.registers else WIDE, WIDE), x.dtype, transforms=tiled),
             plgpu.SMEM((tiles.strips, 2, min(tiles.rows, PART), WIDE), x.dtype, transforms=(swizzle,)),
-            plgpu.Barrier(num_arrivals=1 + tiles.blocks + plan.grouped + has_zero, num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=tiles.strips, num_barriers=tiles.stages),
+            scratch(tiles.stages, tiles.strips, copies, interpreted=not tiles.registers),
         ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=tiles.registers
