@@ -5,7 +5,6 @@ ahead of time, for three generations. Neither says anything of speed.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,16 @@ import pytest
 
 from optx import formats, target, tensor
 from optx.cache import Ragged
-from optx.errors import LoweringError
-from optx.nn.attention import paged_spec
-from optx.pallas.attention import paged_tpu, reference
+from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
 from optx.pallas.flash_attention import mosaic_tpu as flash
+from optx.pallas.grouped_matmul import mosaic_tpu as grouped
+from optx.pallas.grouped_matmul import reference as grouped_reference
 from optx.pallas.paged_decode import mosaic_tpu as paged_decode
+from optx.pallas.quant_matmul import mosaic_tpu as quant
+from optx.pallas.quant_matmul import reference as quant_reference
 from optx.pallas.ragged_paged_attention import mosaic_tpu as ragged_attention
+from optx.pallas.tpu_common import Tiles
 
 TPUS = [target.TARGETS[name] for name in ("tpu-v5e", "tpu-v6e", "tpu-v7x")]
 EXACT = 3e-5  # float32 against float32
@@ -259,3 +261,84 @@ def test_flash_attention(name, rng):
         *(arrays, optional),
     )
     close(got, want, 2e-2 if case.dtype == "bfloat16" else EXACT)
+
+
+# Packed weights.
+
+
+def matrix(rng, *shape, dtype="float32"):
+    return jnp.asarray(rng.standard_normal(shape) / 8, dtype)
+
+
+def same(got, want, tolerance=EXACT):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    error = np.abs(got - want).max() / np.abs(want).max()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+FORMATS = {
+    "int8": ("int8", "int8_g128", "int8_g64_asym"),
+    "int4": ("int4", "int4_g32", "int4_g128_asym", "int4_g256"),
+    "int2": ("int2_g64_asym",),
+    "fp8": ("fp8_e4m3", "fp8_e5m2_g128"),
+}
+QUANT = [name for names in FORMATS.values() for name in names]
+FEW, MANY = Tiles(tokens=16, outputs=128), Tiles(tokens=16, outputs=128, dequantize=True)
+
+
+@pytest.mark.parametrize("cut", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("format_", QUANT)
+def test_quant_matmul(format_, cut, rng):
+    x, w = matrix(rng, 19, 512), tensor.quantize(matrix(rng, 512, 160), formats.parse(format_))
+    got = interpreted(lambda x, w: quant.quant_matmul(x, w, tiles=cut, interpret=True), x, w)
+    same(got, jax.jit(quant_reference.quant_matmul)(x, w))
+
+
+@pytest.mark.parametrize(
+    "weights, activations", [("int8", "int8"), ("fp8_e4m3", "fp8_e4m3"), ("int4_g64", "int8_g128")]
+)
+def test_quant_matmul_of_rounded_activations(weights, activations, rng):
+    x, w = matrix(rng, 3, 2, 256), tensor.quantize(matrix(rng, 256, 128), formats.parse(weights))
+    activations = formats.parse(activations)
+    got = interpreted(lambda x, w: quant.quant_matmul(x, w, activations, interpret=True), x, w)
+    same(got, jax.jit(lambda x, w: quant_reference.quant_matmul(x, w, activations))(x, w), 1e-4)
+
+
+GROUPS = {
+    "plain": (5, 16, 0, 21, 3),
+    "rows_past_the_sum": (0, 7, 0, 9, 1),
+    "none": (0, 0, 0, 0, 0),
+    "one": (0, 0, 45, 0, 0),
+    "more_than_there_are": (40, 0, 10, 3, 3),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_visits_of_grouped_matmul(name):
+    """Every row with an expert is in one visit of it, every tile is visited, and the list has room."""
+    sizes, tokens, size = np.array(GROUPS[name]), 45, 16
+    tile, expert, start, stop, first, fresh = np.asarray(grouped.schedule(jnp.asarray(sizes), tokens, size))
+    owner = np.full(48, -1)
+    for t, e, a, b in zip(tile, expert, start, stop):
+        assert (owner[t * size + a : t * size + b] == -1).all()
+        owner[t * size + a : t * size + b] = e
+    want = np.repeat(np.arange(len(sizes)), sizes)[:tokens]
+    assert np.array_equal(owner[: len(want)], want) and (owner[len(want) :] == -1).all()
+    assert np.array_equal(tile[first == 1], np.arange(3)) and (np.diff(tile) >= 0).all()
+    assert np.array_equal(fresh[1:], np.diff(expert) != 0) and (np.diff(expert) >= 0).all()
+    assert set(expert) <= set(np.flatnonzero(sizes)) or not sizes.any(), "weights of an idle expert are copied"
+
+
+@pytest.mark.parametrize("cut", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("format_", [None, "int8", "int4_g64_asym", "fp8_e4m3_g128"])
+def test_grouped_matmul(format_, cut, rng):
+    if format_ is None:
+        cut = dataclasses.replace(cut, dequantize=False)
+    sizes = jnp.asarray(GROUPS["rows_past_the_sum" if cut is FEW else "plain"], jnp.int32)
+    x, w = matrix(rng, 45, 256), matrix(rng, 5, 256, 256)
+    w = w if format_ is None else tensor.quantize(w, formats.parse(format_))
+    total = int(sizes.sum())
+    x = x.at[total:].set(jnp.nan)
+    got = interpreted(lambda *args: grouped.grouped_matmul(*args, tiles=cut, interpret=True), x, w, sizes)
+    same(got, jax.jit(grouped_reference.grouped_matmul)(x, w, sizes))
+    assert not np.asarray(got[total:]).any()

@@ -31,7 +31,9 @@ from optx import formats, tensor  # noqa: E402
 from optx.cache import Ragged  # noqa: E402
 from optx.pallas.attention.reference import Mask  # noqa: E402
 from optx.pallas.flash_attention import mosaic_tpu as flash  # noqa: E402
+from optx.pallas.grouped_matmul import mosaic_tpu as grouped  # noqa: E402
 from optx.pallas.paged_decode import mosaic_tpu as paged_decode  # noqa: E402
+from optx.pallas.quant_matmul import mosaic_tpu as quant  # noqa: E402
 from optx.pallas.ragged_paged_attention import mosaic_tpu as ragged_attention  # noqa: E402
 
 CHIPS = {"v5e": ("v5e:2x2", "TPU v5 lite"), "v6e": ("v6e:2x2", "TPU v6 lite"), "v7x": ("tpu7x:2x2x1", "TPU7x")}
@@ -98,6 +100,23 @@ def flash_of(length=4096, heads=32, kv_heads=8, head_dim=128, value_dim=None, ba
     return Compile(lambda args: flash.flash_attention(**args, **more)[:2], (args,))
 
 
+def weight(*shape, format_=None):
+    dense = array(shape, bf16)
+    return dense if format_ is None else jax.eval_shape(lambda x: tensor.quantize(x, formats.parse(format_)), dense)
+
+
+def quant_of(format_, tokens=16, d=4096, outputs=12288, activations=None):
+    activations = activations and formats.parse(activations)
+    w = weight(d, outputs, format_=format_)
+    return Compile(lambda x, w: quant.quant_matmul(x, w, activations), (array((tokens, d), bf16), w), kept=w.data)
+
+
+def grouped_of(format_, tokens=64, experts=64, d=2048, outputs=1536):
+    w = weight(experts, d, outputs, format_=format_)
+    kept = jax.tree.leaves(w)[0]
+    return Compile(grouped.grouped_matmul, (array((tokens, d), bf16), w, array((experts,), i32)), kept=kept)
+
+
 SLIDING = Mask(window=1024, sinks=4)
 CASES = {
     **{f"paged_decode/page{page}": paged(page=page) for page in (16, 32, 64, 128)},
@@ -112,6 +131,21 @@ CASES = {
     "flash_attention/all_masks": flash_of(mask=SLIDING, softcap=30.0, sink=True, valid=True, segments=True),
     "flash_attention/32k": flash_of(length=32768),
     "flash_attention/short": flash_of(length=11, batch=4, valid=True),
+    **{
+        f"quant_matmul/{f}": quant_of(f) for f in ("int8", "int4", "int4_g128", "int4_g32_asym", "int8_g64", "fp8_e4m3")
+    },
+    **{
+        f"quant_matmul/{f}_2k": quant_of(f, tokens=2048)
+        for f in ("int8", "int4_g128_asym", "int4_g32", "fp8_e5m2_g128")
+    },
+    "quant_matmul/one_token": quant_of("int4_g64", tokens=1, d=14336, outputs=4096),
+    "quant_matmul/odd_outputs": quant_of("int8_g128", d=1024, outputs=1000),
+    "quant_matmul/few_outputs": quant_of("int8_g128", d=1024, outputs=100),
+    "quant_matmul/w8a8_int8": quant_of("int8", activations="int8"),
+    "quant_matmul/w8a8_int8_2k": quant_of("int8", activations="int8", tokens=2048),
+    "quant_matmul/w8a8_fp8_2k": quant_of("fp8_e4m3", activations="fp8_e4m3", tokens=2048),
+    **{f"grouped_matmul/{f}": grouped_of(f) for f in (None, "int8", "int4_g128", "int4_g64_asym", "fp8_e4m3")},
+    **{f"grouped_matmul/{f}_4k": grouped_of(f, tokens=4096, experts=8) for f in (None, "int4_g128", "fp8_e4m3_g128")},
     "paged_decode/head64": paged(head_dim=64),
     "paged_decode/head256": paged(head_dim=256, heads=16, batch=32),
     "paged_decode/all_masks": paged(mask=SLIDING, softcap=30.0, sink=True, batch=16, queries=4),
