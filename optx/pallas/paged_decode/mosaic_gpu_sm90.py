@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fragmented
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import launch_context, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
@@ -345,8 +345,14 @@ def _attend(plan: Plan, q, pools, aux):
         "v_s": plgpu.SMEM((slots, t.tokens, wide), stored, transforms=layout),
         # A copy's target must be 128-byte aligned: the numbers of a page lie apart.
         "small_s": [plgpu.SMEM((slots, per, max(piece, 128 // x.dtype.itemsize)), x.dtype) for x in small],
-        "full": plgpu.Barrier(num_arrivals=per * (2 + len(small)), num_barriers=slots),
-        "free": plgpu.Barrier(num_barriers=slots),
+        "barriers": [
+            plgpu.SMEM((2, slots, 2), jnp.int32)  # of words; filled, free again
+            if t.registers
+            else (
+                plgpu.Barrier(num_arrivals=per * (2 + len(small)), num_barriers=slots),
+                plgpu.Barrier(num_barriers=slots),
+            )
+        ],
         "sum_s": plgpu.SMEM((t.wgs, SHARE), jnp.float32),
         "top_s": plgpu.SMEM((t.wgs, 4 * 2 * TILE), jnp.float32),
         "q_s": plgpu.SMEM((t.wgs, plan.staged), jnp.int32),
@@ -368,7 +374,7 @@ def _attend(plan: Plan, q, pools, aux):
     )(q, *pools, *aux)
 
 
-def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, small_s, full, free, sum_s, top_s, q_s):
+def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, small_s, barriers, sum_s, top_s, q_s):
     pools, (qpos_g, table_g, lengths_g, offsets_g, *position_g), (parts_g, marks_g) = (
         refs[:pool_count],
         refs[pool_count : pool_count + aux_count],
@@ -377,8 +383,8 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
     t = plan.tiles
     sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
     consumer, producer = REGISTERS[t.wgs]
-    position_s = small_s[len(pools) - 2 :]
-    copied = [*zip(pools[:2], (k_s, v_s), strict=True), *zip(pools[2:], small_s, strict=False)]
+    sources = (*pools, *position_g)
+    step = (_Warps if t.registers else _Plain)(plan, per, piece, barriers[0])
 
     def share(wg):
         """A warpgroup's part of the list of tiles: (its number, first tile, end, first unit, end of units)."""
@@ -424,23 +430,9 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
             offset, begin, end, listed, length = enter(unit, start, stop)
 
             def tile_loop(i, pages):
-                slot = slot_of(wg, i - start)
                 following = pages_of(i + 1 - offset, listed, length)  # under way while this tile waits for room
-
-                @pl.when(i - start >= t.stages)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-
-                inside = slice(None)
-                if plan.page > piece:
-                    inside = pl.ds(lax.rem(first_token(i - offset, length), jnp.int32(plan.page)), piece)
-                for j, page in enumerate(pages):
-                    at = pl.ds(j * piece, piece)
-                    for n, (source, to) in enumerate(copied):
-                        to = to.at[slot, at] if n < 2 else to.at[slot, j, pl.ds(0, piece)]
-                        plgpu.copy_gmem_to_smem(source.at[page, head, inside], to, full.at[slot])
-                    for source, to in zip(position_g, position_s, strict=True):
-                        plgpu.copy_gmem_to_smem(source.at[page, inside], to.at[slot, j, pl.ds(0, piece)], full.at[slot])
+                inside = lax.rem(first_token(i - offset, length), jnp.int32(plan.page))
+                step.copy(sources, (k_s, v_s, *small_s), pages, head, inside, slot_of(wg, i - start), i - start)
                 return following
 
             lax.fori_loop(begin, end, tile_loop, pages_of(begin - offset, listed, length))
@@ -449,7 +441,6 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
 
     def consume():
         worker, start, stop, first_unit, last_unit = share(wg)
-        step = _Warps(plan, per, piece) if t.registers else _Plain(plan, per, piece)
 
         def unit_loop(unit, _):
             row, head, block = _locate(plan, unit)
@@ -457,13 +448,9 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
             asked = step.ask(q_g, q_s.at[wg], qpos_g, row, head, block, length)
 
             def tile_loop(i, state):
-                slot = slot_of(wg, i - start)
-                plgpu.barrier_wait(full.at[slot])
-                small = [ref.at[slot] for ref in small_s]
-                token = first_token(i - offset, length)
-                state = step.tile(k_s.at[slot], v_s.at[slot], small, q_s.at[wg], asked, state, token, length)
-                plgpu.barrier_arrive(free.at[slot])
-                return state
+                token, slot = first_token(i - offset, length), slot_of(wg, i - start)
+                buffers = [ref.at[slot] for ref in (k_s, v_s, *small_s)]
+                return step.tile(buffers, q_s.at[wg], asked, state, token, length, slot, i - start)
 
             state = lax.fori_loop(begin, end, tile_loop, step.empty())
 
@@ -472,6 +459,8 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
                 step.finish(state, sum_s.at[wg], top_s.at[wg], parts_g, marks_g, worker + unit)
 
         lax.fori_loop(first_unit, last_unit, unit_loop, None)
+
+    step.begin()
 
     @pl.when(wg == t.wgs)
     def _():
@@ -497,8 +486,23 @@ def _locate(plan, unit):
 class _Plain:
     """One tile by plain array operations: what the warps compute, for the interpreter."""
 
-    def __init__(self, plan, per, piece):
+    def __init__(self, plan, per, piece, barriers):
         self.plan, self.per, self.piece = plan, per, piece
+        self.full, self.free = barriers
+
+    def begin(self):
+        pass
+
+    def copy(self, sources, to, pages, head, inside, slot, step):
+        @pl.when(step >= self.plan.tiles.stages)
+        def _():
+            plgpu.barrier_wait(self.free.at[slot])
+
+        for j, page in enumerate(pages):
+            for n, (source, target) in enumerate(zip(sources, to, strict=True)):
+                source = source.at[page] if n >= 2 and self.plan.small[n - 2] == "position" else source.at[page, head]
+                at = target.at[slot, pl.ds(j * self.piece, self.piece)] if n < 2 else target.at[slot, j, : self.piece]
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(inside, self.piece)], at, self.full.at[slot])
 
     def empty(self):
         kept = self.plan.kept
@@ -530,8 +534,10 @@ class _Plain:
     def row(self, ref):
         return jnp.concatenate([ref[j, : self.piece] for j in range(self.per)]).astype(jnp.float32)[None]
 
-    def tile(self, k_s, v_s, small, q_s, asked, state, token, length):
+    def tile(self, buffers, q_s, asked, state, token, length, slot, step):
         plan = self.plan
+        plgpu.barrier_wait(self.full.at[slot])
+        k_s, v_s, *small = buffers
         (q, limits, positions), (top, total, out) = asked, state
         at = token + jnp.arange(plan.tiles.tokens)
         small = dict(zip(plan.small, small, strict=True))
@@ -555,6 +561,7 @@ class _Plain:
         p, alpha = jnp.exp2(logits - base), jnp.exp2(top - base)
         total = total * alpha + jnp.sum(p, axis=1, keepdims=True)
         p = p if "v_scale" not in small else jnp.where(seen, p * self.row(small["v_scale"]), 0)
+        plgpu.barrier_arrive(self.free.at[slot])
         return new, total, out * alpha + jnp.dot(p.astype(plan.dtype).astype(jnp.float32), v)
 
     def finish(self, state, sum_s, top_s, parts_g, marks_g, part):
@@ -682,8 +689,8 @@ SCALAR = plgpu.Layout.WG_SPLAT()
 class _Warps:
     """One tile by a warpgroup: warps share out the tokens, or (rows > 16) the query rows."""
 
-    def __init__(self, plan, per, piece):
-        self.plan, self.per, self.piece = plan, per, piece
+    def __init__(self, plan, per, piece, barriers):
+        self.plan, self.per, self.piece, self.barriers = plan, per, piece, barriers
         self.row_warps = plan.row_warps
         self.token_warps = 4 // self.row_warps
         self.mine = plan.tiles.tokens // self.token_warps  # tokens of a warp
@@ -814,6 +821,78 @@ class _Warps:
             x = op(x, utils.shfl_bfly(x, distance))
         return x
 
+    # Copies and their barriers: a lane alone arrives, where Pallas has every thread arrive for every copy.
+
+    def begin(self):
+        """Makes the barriers: one arrival fills a slot, each warp's frees it."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
+        def make(_, barriers):
+            first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), _i32(0))
+            slots = self.plan.tiles.wgs * self.plan.tiles.stages
+            for i in range(2 * slots):
+                ptx = f"mbarrier.init.shared::cta.b64 [$0], {1 if i < slots else 4};"
+                utils.inline_ptx(ptx, _pointer(barriers, _i32(8 * i)), predicate=first, has_side_effects=True)
+            utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
+            utils.inline_ptx("bar.sync 0;", has_side_effects=True, convergent=True)
+            return ()
+
+        make(self.barriers)
+
+    def barrier(self, barriers, slot, *, free: bool):
+        slots = self.plan.tiles.wgs * self.plan.tiles.stages
+        pointer = _pointer(barriers, _times(_add(slot, slots if free else 0), 8))
+        return utils.BarrierRef(pointer, _i32(0), None, 1)
+
+    def parity(self, step, turns: int):
+        """How often a slot has been used before, odd or even."""
+        use = _add(arith.divui(step, _i32(self.plan.tiles.stages)), turns)
+        return arith.trunci(ir.IntegerType.get_signless(1), _and(use, 1))
+
+    def copy(self, sources, to, pages, head, inside, slot, step):
+        """One lane waits for room and starts the copies of a step."""
+        plan, tokens = self.plan, self.plan.tiles.tokens
+        blocks = plgpu.RefType(self.transforms)
+        size = 2 * tokens * plan.wide * self.itemsize
+        size += sum(tokens * jnp.dtype(x).itemsize for x in plan.small_dtypes)
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                [plgpu.RefType()] * len(sources),
+                [blocks, blocks, *[plgpu.RefType()] * len(plan.small)],
+                plgpu.RefType(),
+                [SCALAR] * (4 + self.per),
+            ),
+            return_type=(),
+        )
+        def start(context, sources, to, barriers, scalars):
+            head, inside, slot, step, *pages = (x.registers.item() for x in scalars)
+            index = lambda x: arith.index_cast(ir.IndexType.get(), x)  # noqa: E731
+            again = arith.cmpi(arith.CmpIPredicate.sge, step, _i32(plan.tiles.stages))
+            with utils.when(again):
+                self.barrier(barriers, slot, free=True).wait_parity(self.parity(step, 1))
+            full = self.barrier(barriers, slot, free=False)
+            lane = arith.cmpi(arith.CmpIPredicate.eq, _and(utils.thread_idx(), 31), _i32(0))
+            full.arrive_expect_tx(size, predicate=lane)
+            for j, page in enumerate(pages):
+                for n, (source, target) in enumerate(zip(sources, to, strict=True)):
+                    tokens = utils.DynamicSlice(index(inside), self.piece)
+                    at = (index(page),) if n >= 2 and plan.small[n - 2] == "position" else (index(page), index(head))
+                    kwargs = {"gmem_slice": (*at, tokens)}
+                    if n < 2:
+                        groups = self.piece // 8
+                        target = utils.memref_slice(target, (index(slot), utils.DynamicSlice(j * groups, groups)))
+                        tiling = launch_context.TileTransform((8, self.swizzle // self.itemsize))
+                        kwargs |= {"gmem_transform": (tiling,), "swizzle": self.swizzle}
+                    else:
+                        target = utils.memref_slice(target, (index(slot), j, slice(0, self.piece)))
+                    context.async_copy(
+                        src_ref=source, dst_ref=target, barrier=full, arrive=False, predicate=lane, **kwargs
+                    )
+            return ()
+
+        start(list(sources), list(to), self.barriers, [head, inside, slot, step, *pages])
+
     # The steps
 
     def empty(self):
@@ -883,26 +962,26 @@ class _Warps:
         lane = _add(_times(self.g, 4), self.c)
         return _add(_times(_add(_right(self.first_row, 4), s * self.row_warps), 512), _times(lane, 16))
 
-    def tile(self, k_s, v_s, small, q_s, asked, state, token, length):
+    def tile(self, buffers, q_s, asked, state, token, length, slot, step):
         plan = self.plan
         ref = plgpu.RefType(self.transforms)
 
         @plgpu.inline_mgpu(
             arg_types=(
-                ref,
-                ref,
-                [plgpu.RefType()] * len(small),
+                [ref, ref, *[plgpu.RefType()] * len(plan.small)],
+                plgpu.RefType(),
                 plgpu.RefType(),
                 _threadwise_layout(self.asked),
                 _threadwise_layout(self.state),
-                SCALAR,
-                SCALAR,
+                [SCALAR] * 4,
             ),
             return_type=_threadwise(self.state, jnp.float32),
         )
-        def make(_, k, v, small, staged, asked, state, token, length):
+        def make(_, buffers, barriers, staged, asked, state, scalars):
             self.thread()
-            token, length = token.registers.item(), length.registers.item()
+            k, v, *small = buffers
+            token, length, slot, step = (x.registers.item() for x in scalars)
+            self.barrier(barriers, slot, free=False).wait_parity(self.parity(step, 0))
             asked, state = _values(asked), _values(state)
             count = 0 if self.staged else plan.head_dim // 8
             words = [asked[:count], asked[count : 2 * count]]
@@ -928,9 +1007,12 @@ class _Warps:
             self.mask_(logits, numbers, places, limits, positions, [utils.bitcast(s, ir.F32Type.get()) for s in sums])
             p, top, total, zeros, alpha = self.softmax(logits, numbers, places, length, top, total, zeros)
             outs = self.values(v, p, self.decay(outs, alpha), places, length)
+            utils.warp_barrier()
+            lane = arith.cmpi(arith.CmpIPredicate.eq, _and(utils.thread_idx(), 31), _i32(0))
+            self.barrier(barriers, slot, free=True).arrive(predicate=lane)
             return _array([x for out in outs for x in out] + top + total + zeros, jnp.float32)
 
-        return make(k_s, v_s, small, q_s, asked, state, token, length)
+        return make(buffers, self.barriers, q_s, asked, state, [token, length, slot, step])
 
     def group(self, j):
         """Offset of tokens 8 j .. of the warp."""
