@@ -334,7 +334,7 @@ def _schedule(plan: Plan, ragged: Ragged, lengths):
     inside = jnp.where(decode, index, index - heads * n_decodes)
     per = jnp.maximum(jnp.where(decode, n_decodes, n_chunks), 1)
     head, item = inside // per, inside % per
-    real = head < heads
+    real = index < heads * (n_decodes + n_chunks)
     head = jnp.minimum(head, heads - 1)
     row = rows[jnp.where(decode, item, plan.decodes + jnp.minimum(item, plan.chunks - 1))]
     first = jnp.where(decode, 0, (item - (chunks - tiles_of)[row]) * tile)
@@ -426,7 +426,7 @@ def _run(plan: Plan, q, k_pool, v_pool, ragged, positions, table, lengths, sink_
         per_token += [scalar(k_pool.scale), scalar(v_pool.scale)]
         per_token += [scalar(k_pool.zero), scalar(v_pool.zero)] if plan.zero else []
         pools = [k_pool.data, v_pool.data]
-        if plan.format == "int8" and plan.zero:
+        if plan.format in ("int8", "int4"):
             pools = [lax.bitcast_convert_type(x, jnp.int8) for x in pools]
     pools = [merge_rows(x) for x in pools]
     if plan.logit_scale:
@@ -770,9 +770,10 @@ def _widen(plan: Plan, codes, to, left):
         rows = pl.ds(first, ROWS)
         x = plgpu.load(codes.at[rows], layout=WGMMA, optimized=False)
         if plan.format == "int4":
-            for n, nibble in enumerate((x & 15, x >> 4)):
-                at = pl.ds(n * plan.stored, plan.stored)
-                to.at[rows, at][...] = (nibble.astype(jnp.int32) - 8).astype(jnp.float32).astype(dtype)
+            even = (x & jnp.int8(15)).astype(dtype) - jnp.asarray(8, dtype)
+            odd = ((x ^ jnp.int8(-128)) & jnp.int8(-16)).astype(dtype) * jnp.asarray(1 / 16, dtype)
+            to.at[rows, pl.ds(0, plan.stored)][...] = even
+            to.at[rows, pl.ds(plan.stored, plan.stored)][...] = odd
         elif plan.format == "int8":
             x = x ^ jnp.int8(-128) if plan.zero else x
             to.at[rows][...] = x.astype(dtype)
