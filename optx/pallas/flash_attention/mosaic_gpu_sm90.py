@@ -33,6 +33,7 @@ SMEM_BYTES = 226 << 10  # of a thread block, barriers apart
 LOWEST = float(jnp.finfo(jnp.float32).min)
 LOG2E = math.log2(math.e)
 NOT_REAL = -(2**31)  # the segment of keys that nobody sees
+PARTS = 8  # columns of a row's running sum: the narrowest array in the layout of wgmma
 BETWEEN = 1.5  # steps that the change from one tile to the next costs
 
 
@@ -47,6 +48,7 @@ class Tiles:
     overlap: bool = True  # softmax beside the P V product of the step before; costs block_kv / 2 registers
     turns: bool = True  # warpgroups alternate at the tensor cores
     blocks: int = 132  # thread blocks that share the tiles: the cores of an H100 or H200 SXM; 0: one a tile
+    spread: bool = False  # tiles start at different blocks of keys where all see all
     registers: bool = True  # P enters the second product from registers; False: from shared memory, for the interpreter
 
 
@@ -217,7 +219,7 @@ def _run(call: _Call, q, k, v, sink_logits, valid, segments):
         grid_names=("block",),
         num_threads=tile.warpgroups + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name="flash_attention",
     )(q, k, v, sink, ids, jnp.asarray(table))
     return out[:, :s], jnp.moveaxis(lse[..., :s], 1, 2)
@@ -453,11 +455,11 @@ class _Kernel:
         rows = pl.ds(row, ROWS)
         by_row = plgpu.Layout.WGMMA.reduce(1)
         if sink is None:
-            top = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), by_row)
-            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
+            top, total = jnp.full((ROWS,), LOWEST, jnp.float32), jnp.zeros((ROWS, PARTS), jnp.float32)
         else:
-            top = plgpu.layout_cast(jnp.full((ROWS,), sink[where.head] * LOG2E, jnp.float32), by_row)
-            total = plgpu.layout_cast(jnp.ones((ROWS,), jnp.float32), by_row)
+            top = jnp.full((ROWS,), sink[where.head] * LOG2E, jnp.float32)
+            total = jnp.full((ROWS, PARTS), 1 / PARTS, jnp.float32)
+        top, total = plgpu.layout_cast(top, by_row), plgpu.layout_cast(total, plgpu.Layout.WGMMA)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), plgpu.Layout.WGMMA)
         mine = None if ids is None else plgpu.load(ids[0].at[where.b, rows], layout=by_row, optimized=False)
         logits = functools.partial(self.logits, where, row, mine, ids)
@@ -471,6 +473,7 @@ class _Kernel:
         run = self.overlapped if self.call.tiles.overlap and self.call.tiles.registers else self.plain
         acc, top, total = run(where, done, wg, q_at, q_used, logits, (acc, top, total), **scratch)
 
+        total = jnp.sum(total, axis=1)
         empty = total == 0.0
         scale = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
         acc = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
@@ -661,12 +664,16 @@ class _Kernel:
         return jnp.where(seen, s, -jnp.inf)
 
     def softmax(self, s, top, total):
-        """-> weights, the factor for what was summed before, the new top (in powers of 2) and the new total."""
+        """-> weights, the factor for what was summed before, the new top (in powers of 2) and the new sums of PARTS columns:
+        a thread adds up what it holds, threads meet at the end of the tile."""
         rate = self.rate
         new = jnp.maximum(top, jnp.max(s, axis=1) * rate)
         alpha = jnp.exp2(top - new)
         p = jnp.exp2(s * rate - lax.broadcast_in_dim(new, s.shape, [0]))
-        return p, alpha, new, total * alpha + jnp.sum(p, axis=1)
+        parts = [p[:, at : at + PARTS] for at in range(0, p.shape[1], PARTS)]
+        while len(parts) > 1:
+            parts = [functools.reduce(jnp.add, parts[i : i + 2]) for i in range(0, len(parts), 2)]
+        return p, alpha, new, total * lax.broadcast_in_dim(alpha, total.shape, [0]) + parts[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -682,12 +689,16 @@ class _Where:
     sinks: jax.Array | None  # blocks before it that hold sinks; None where the mask has no sinks
     sink_stop: jax.Array
     whole: tuple | None  # blocks without a mask by segments
+    shift: jax.Array | None  # of the block that comes first
 
     @property
     def steps(self):
         return jnp.maximum(self.band if self.sinks is None else self.band + self.sinks, 1)
 
     def block(self, step):
+        if self.shift is not None:
+            step = step + self.shift
+            return self.stop - 1 - jnp.where(step < self.band, step, step - self.band)
         at = self.stop - 1 - step
         if self.sinks is not None:
             at = jnp.where(step < self.band, at, self.sink_stop - 1 - (step - self.band))
@@ -702,6 +713,7 @@ class _Where:
         # Plus a zero that is traced: lowering wants no Python numbers where it expects values.
         start, stop, sinks = (tile * 0 + x for x in _band(call.mask, call.tiles, row, kernel.blocks))
         sink_stop, whole = sinks, None
+        spread = call.tiles.spread and not call.mask.causal and call.mask.window is None and ids is None
         if ids is not None:
             low, high, first, last = (ids[2][b, tile_at, i] for i in range(4))
             start, stop, whole = jnp.maximum(start, low), jnp.minimum(stop, high), (first, last)
@@ -717,4 +729,5 @@ class _Where:
             sinks=sinks if call.mask.window is not None and call.mask.sinks else None,
             sink_stop=sink_stop,
             whole=whole,
+            shift=lax.rem(tile_at * 5, kernel.blocks) if spread else None,
         )
