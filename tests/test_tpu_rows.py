@@ -22,7 +22,7 @@ from optx.pallas.paged_decode import mosaic_tpu as paged_decode
 from optx.pallas.quant_matmul import mosaic_tpu as quant
 from optx.pallas.quant_matmul import reference as quant_reference
 from optx.pallas.ragged_paged_attention import mosaic_tpu as ragged_attention
-from optx.pallas.tpu_common import Tiles
+from optx.pallas.tpu_matmul import Tiles
 
 TPUS = [target.TARGETS[name] for name in ("tpu-v5e", "tpu-v6e", "tpu-v7x")]
 EXACT = 3e-5  # float32 against float32

@@ -1,4 +1,6 @@
-"""Compiles the TPU rows with libtpu on a machine without a TPU: `python tpu_compile.py v5e v6e v7x [-k text]`, one JSON line a compile.
+"""Compiles the TPU rows with libtpu on a machine without a TPU, one JSON line a compile.
+
+    python tests/tpu_compile.py v5e v6e v7x [-k text]
 
 A process of its own, because libtpu reads the environment when it is loaded. Nothing is executed: that a kernel compiles
 says that Mosaic takes it, that it fits VMEM and how its operands lie, nothing of its speed or of its numbers.
@@ -179,7 +181,7 @@ def copies(text: str, operand) -> list[str]:
     names = {1: ("s8", "u8", "f8e4m3fn"), 2: ("bf16",), 4: ("f32",)}[operand.dtype.itemsize]
     found = []
     for kind, shape, op in re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", text):
-        if op in ("parameter", "bitcast", "get-tuple-element") or kind not in names:
+        if op in ("parameter", "bitcast", "get-tuple-element", "custom-call") or kind not in names:
             continue
         if math.prod(int(n) for n in shape.split(",") if n) == operand.size:
             found.append(f"{op} -> {kind}[{shape}]")

@@ -25,17 +25,15 @@ from jax.experimental.pallas import tpu as pltpu
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
 from optx.pallas.attention.reference import Mask
+from optx.pallas.tpu_common import LANES, VMEM, arch_reason, float16_bits, number
 from optx.tensor import Tensor, is_qtensor, leaf_bytes
 
-ARCHS = ("v5e", "v6e", "v7x")
-LANES = 128
 PAGES = (16, 32, 64, 128)  # tokens a page
 BLOCK_BYTES = 2 << 20  # keys and values a block: long enough to hide the latency of HBM, two of them in VMEM
 SLOTS = 1024  # most cached slots a block
 ROWS = 4096  # kv heads * query rows an item: bounds the accumulators
 UNROLL = 64  # query rows up to which heads are unrolled, to overlap; above, one head fills the units and code grows
 SMEM = 512 << 10  # bytes of page table and schedule
-VMEM = 48 << 20  # of 64 MB (v7x) or 128 MB (v5e, v6e)
 FACTORS = ("k_scale", "k_zero", "v_scale", "v_zero", "logit_scale")  # one number a token and head
 
 
@@ -77,8 +75,8 @@ def _power_below(n: int) -> int:
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
     """None, or why the kernel declines: reads `cache`, `heads`, `kv_heads` and, where given, `page_size`, `want_scores`."""
-    if target.platform != "tpu" or target.arch not in ARCHS:
-        return f"built for tpu {', '.join(ARCHS)}; the target is {target.platform}/{target.arch}"
+    if reason := arch_reason(target):
+        return reason
     cache = args["cache"]
     if not cache.holds_tokens:
         return f"a {cache.kind} cache holds no tokens"
@@ -391,15 +389,10 @@ def _streams(pools: Pools, logit_scale) -> dict[str, jax.Array]:
         for part in ("scale", "zero") if is_qtensor(pool) else ():
             factor = getattr(pool, part)
             if factor is not None:
-                found[f"{name}_{part}"] = _plain(factor[..., 0])
+                found[f"{name}_{part}"] = float16_bits(factor[..., 0])
     if logit_scale is not None:
-        found["logit_scale"] = _plain(logit_scale)
+        found["logit_scale"] = float16_bits(logit_scale)
     return found
-
-
-def _plain(x):
-    """float16 as its bits: the vector unit has no float16."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.float16 else x
 
 
 def _parts(pool: Tensor) -> int:
@@ -545,17 +538,7 @@ def _clear(buffer, slot, stored, turned: bool, spec: Spec):
 
 def _factor(x, group, spec: Spec):
     """Factors of one page [K, P] in any dtype -> float32[heads, P]."""
-    if x.dtype == jnp.uint16:  # float16 bits; subnormals by their value, as the unit flushes them
-        bits = x.astype(jnp.int32)
-        sign = jnp.where(bits >= 0x8000, -1.0, 1.0)
-        size = bits & 0x7FFF
-        normal = jax.lax.bitcast_convert_type((size << 13) + (112 << 23), jnp.float32)
-        normal = jnp.where(size >= 0x7C00, jnp.float32(jnp.inf), normal)
-        x = sign * jnp.where(size < 0x400, size.astype(jnp.float32) * 2.0**-24, normal)
-    elif jnp.issubdtype(x.dtype, jnp.integer):
-        x = x.astype(jnp.int32).astype(jnp.float32)
-    else:
-        x = x.astype(jnp.float32)
+    x = number(x)
     if spec.groups > 1:
         mine = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) == group
         x = jnp.sum(jnp.where(mine, x, 0), axis=0, keepdims=True)

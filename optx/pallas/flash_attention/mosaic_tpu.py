@@ -20,14 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from optx.errors import LoweringError
 from optx.pallas.attention.reference import Mask
+from optx.pallas.tpu_common import LANES, VMEM, arch_reason
 
-ARCHS = ("v5e", "v6e", "v7x")
-LANES = 128
 ROWS = 1024  # query rows a step: the heads that share a block of keys times the queries of a block
 KEYS = 512  # keys a step
 WIDEST = 512  # of keys and values
 SMEM = 384 << 10  # bytes of the list of pairs
-VMEM = 48 << 20
 ABSENT = -(2**31)  # the segment of keys that nobody sees
 
 
@@ -64,8 +62,8 @@ def _power(n: int) -> int:
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
     """None, or why the kernel declines: reads head_dim and, where given, heads, kv_heads, value_dim, dtype (or cache)."""
-    if target.platform != "tpu" or target.arch not in ARCHS:
-        return f"built for tpu {', '.join(ARCHS)}; the target is {target.platform}/{target.arch}"
+    if reason := arch_reason(target):
+        return reason
     cache = args.get("cache")
     dtype = args.get("dtype") or getattr(cache, "dtype", "bfloat16")
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):

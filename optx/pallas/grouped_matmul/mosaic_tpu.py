@@ -1,4 +1,4 @@
-"""`grouped_matmul` on TPU: the kernel of `tpu_common.py` over visits of (tile of tokens, expert).
+"""`grouped_matmul` on TPU: the kernel of `tpu_matmul.py` over visits of (tile of tokens, expert).
 
 A tile that holds the end of one expert's tokens and the start of the next is visited once for each, and keeps the other's
 rows. Experts without tokens are not visited, so their weights are not read. The number of visits is bounded by shapes:
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from optx import tensor
 from optx.errors import LoweringError
-from optx.pallas.tpu_common import LONGEST, Plan, Tiles, arch_reason, product, weight_reason
-from optx.pallas.tpu_common import tiles as tiles_for
+from optx.pallas.tpu_common import arch_reason, weight_reason
+from optx.pallas.tpu_matmul import LONGEST, Plan, Tiles, product
+from optx.pallas.tpu_matmul import tiles as tiles_for
 from optx.tensor import Tensor
 
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -82,7 +83,7 @@ def _call(x, w, group_sizes, *, plan: Plan):
 
 
 def schedule(group_sizes: jax.Array, tokens: int, size: int) -> jax.Array:
-    """int32[6, tiles + E] visits of `tpu_common.product`: experts in order, tiles in order, every tile at least once."""
+    """int32[6, tiles + E] visits of `tpu_matmul.product`: experts in order, tiles in order, every tile at least once."""
     experts, tiles = group_sizes.shape[0], -(-tokens // size)
     count = tiles + experts
     # What follows the last expert's rows is a group of its own without rows to fill: its tiles are written as 0.

@@ -1,4 +1,4 @@
-"""`quant_matmul` on TPU: the kernel of `tpu_common.py` with one matrix.
+"""`quant_matmul` on TPU: the kernel of `tpu_matmul.py` with one matrix.
 
 w8a8 (`activations`): int8 by int8 or fp8 by fp8 goes to the matrix unit as codes where both have one scale a row and a
 channel; other activation formats are rounded outside the kernel and multiplied as numbers.
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from optx import tensor
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
-from optx.pallas.tpu_common import LONGEST, Plan, Tiles, all_tiles, arch_reason, product, weight_reason
-from optx.pallas.tpu_common import tiles as tiles_for
+from optx.pallas.tpu_common import arch_reason, weight_reason
+from optx.pallas.tpu_matmul import LONGEST, Plan, Tiles, all_tiles, product
+from optx.pallas.tpu_matmul import tiles as tiles_for
 from optx.tensor import QTensor
 
 
