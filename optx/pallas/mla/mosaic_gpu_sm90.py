@@ -5,9 +5,11 @@ fills 256 registers of each thread of one warpgroup, so two warpgroups own half 
 Warpgroup 0 computes the logits of the first block of a pair, warpgroup 1 those of the second; the weights cross through
 shared memory, so that one softmax runs beside the other warpgroup's products:
 
-    left    S0 = Q K0'   m0 = max(m1, S0)   O_l += P0 V0_l    P0 *= 2^(m0 - m1)    O_l += P1 V1_l
-    right   S1 = Q K1'   m1 = max(m0, S1)   O_r += P1 V1_r                         O_r += P0 V0_r
+    left    S0 = Q K0'   P0 = 2^(S0 - m0)   O_l += P0 V0_l                     O_l += P1 V1_l
+    right                S1 = Q K1'         O_r += P0 V0_r   P1 = 2^(S1 - m1)  O_r += P1 V1_r
 
+The first block's place is free before the second's, so it is full again when the next pair begins; the second's fills
+while the left warpgroup multiplies.
 Keys and values are the same tile in shared memory, read once. Programs of the same cached tokens (128 heads are two blocks
 of 64 rows) form a cluster, whose copies each read half of a block from L2 and deliver it to both. Source of the schedule
 ("seesaw"): FlashMLA, "A Deep-Dive Into the New Flash MLA Kernel", 2025; of the online softmax: Milakov and Gimelshein
@@ -291,7 +293,7 @@ def _produce(plan, r, blocks, where, length):
 
         # In the order in which the consumers let go of them.
         left, right = plan.halves
-        for half, slot in ((left, 0), (right, 1), (right, 0), (left, 1)):
+        for half, slot in ((left, 0), (right, 0), (right, 1), (left, 1)):
             load(half, slot, pair, *found[slot])
         return ahead
 
@@ -330,8 +332,8 @@ def _consume(plan, r, blocks, where, *, left: bool):
         ]
         return parts[0] if plan.copies == 1 else jnp.concatenate(parts)
 
-    def logits(pair, masked: bool):
-        """float32[ROWS, block] in units of log 2, masked."""
+    def logits(pair, masked: bool, meanwhile=lambda: None):
+        """(float32[ROWS, block] in units of log 2, masked; what `meanwhile` returned beside the product)."""
 
         def product(acc):
             for side in "lr" if left else "rl":
@@ -340,9 +342,10 @@ def _consume(plan, r, blocks, where, *, left: bool):
                     if (side == "l") == (part == "l"):
                         columns = pl.ds(low - (0 if part == "l" else plan.cut), high - low)
                         plgpu.wgmma(acc, r["q_" + part], r["kv_" + side].at[own, :, columns].T)
-            return acc[...]
+            found = meanwhile()
+            return acc[...], found
 
-        s = pl.run_scoped(product, plgpu.ACC((ROWS, size), jnp.float32))
+        s, found = pl.run_scoped(product, plgpu.ACC((ROWS, size), jnp.float32))
         if plan.scaled:
             s = s * across(vector(r["scales"]))
         if plan.softcap is None:
@@ -351,92 +354,86 @@ def _consume(plan, r, blocks, where, *, left: bool):
             s = jnp.exp2(s * (2 * LOG2E * plan.scale / plan.softcap))
             s = (plan.softcap * LOG2E) - (2 * plan.softcap * LOG2E) / (1 + s)
         if not masked:
-            return s
+            return s, found
         slots = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 1, layout=WGMMA) + blocks.at(pair, own)
         seen = slots < over(limit, size)
         if plan.windowed:
             key, query = across(vector(r["at"])), over(asked, size)
             near = key > query - plan.mask.window
             seen = seen & (near | (key < plan.mask.sinks) if plan.mask.sinks else near)
-        return jnp.where(seen, s, -jnp.inf)
+        return jnp.where(seen, s, -jnp.inf), found
 
-    def multiply(acc, body):
-        """acc after `body`, which issues products into a reference to it."""
-        if registers:
-            return pl.run_state(body)(plgpu.ACC.init(acc))
+    def multiply(acc, a, b, meanwhile=lambda: ()):
+        """(acc + a b, what `meanwhile` returned beside the product)."""
+        if not registers:
+            product = pl.run_scoped(lambda ref: _product(ref, a, b), plgpu.ACC(acc.shape, jnp.float32))
+            return acc + product, meanwhile()
+        kinds = jax.eval_shape(meanwhile)
 
-        def scope(ref):
-            body(ref)
-            return ref[...]
+        def body(refs):
+            plgpu.wgmma(refs[0], a, b)
+            for ref, x in zip(refs[1:], meanwhile(), strict=True):
+                ref[...] = x
 
-        return acc + pl.run_scoped(scope, plgpu.ACC(acc.shape, jnp.float32))
+        places = [jnp.zeros(x.shape, x.dtype) for x in kinds]
+        places = [plgpu.layout_cast(x, WGMMA if x.ndim == 2 else BY_ROW) for x in places]
+        acc, *found = pl.run_state(body)((plgpu.ACC.init(acc), *places))
+        return acc, found
 
     def stat(i):
         return plgpu.load(r["stats"].at[i], layout=BY_ROW, optimized=False)
 
+    def weights(s, m, place):
+        """2^(s - m) in 16 bits, also in shared memory, and its sum by row."""
+        p = jnp.exp2(s - over(m, size))
+        p16 = p.astype(dtype)
+        place[...] = p16
+        r["stats"][own] = m
+        plgpu.commit_smem()
+        return p16, p
+
     def step_left(pair, carry, *, masked):
         acc, m, total = carry
-        s = logits(pair, masked)
+        s, _ = logits(pair, masked)
         m0 = jnp.maximum(m, jnp.max(s, axis=1))
-        r["stats"][0] = m0
-        plgpu.barrier_arrive(r["m0_ready"])
+        p16, p = weights(s, m0, p0())
+        plgpu.barrier_arrive(r["p0_ready"])
         decay = jnp.exp2(m - m0)
-        p = jnp.exp2(s - over(m0, size))
-        total = total * decay + jnp.sum(p, axis=1)
-        p16 = p.astype(dtype)
         acc = acc * over(decay, wide)
-        if not registers:
-            p0()[...] = p16
-            plgpu.commit_smem()
-            acc = multiply(acc, lambda acc: plgpu.wgmma(acc, p0(), values(0)))
-
-        def first(acc):
-            if registers:
-                plgpu.wgmma(acc, p16, values(0))
-            plgpu.barrier_wait(r["p1_ready"])
-            p0()[...] = (p * over(jnp.exp2(m0 - stat(1)), size)).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(r["p0_ready"])
-
-        if registers:
-            acc = multiply(acc, first)
-        else:
-            first(None)
+        acc, _ = multiply(acc, p16 if registers else p0(), values(0))
+        total = total * decay + jnp.sum(p, axis=1)
         plgpu.barrier_arrive(r["free_l"].at[0])
+        plgpu.barrier_wait(r["p1_ready"])
         m1 = stat(1)
         decay = jnp.exp2(m0 - m1)
         acc = acc * over(decay, wide)
         plgpu.barrier_wait(r["full_l"].at[1])
-        acc = multiply(acc, lambda acc: plgpu.wgmma(acc, r["p1"], values(1)))
+        acc, _ = multiply(acc, r["p1"], values(1))
         plgpu.barrier_arrive(r["free_l"].at[1])
         return acc, m1, total * decay
 
     def step_right(pair, carry, *, masked):
         acc, m, total = carry
-        s = logits(pair, masked)
-        top = jnp.max(s, axis=1)
-        plgpu.barrier_wait(r["m0_ready"])
-        m1 = jnp.maximum(stat(0), top)
-        p = jnp.exp2(s - over(m1, size))
-        p16 = p.astype(dtype)
-        r["p1"][...] = p16
-        r["stats"][1] = m1
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(r["p1_ready"])
-        decay = jnp.exp2(m - m1)
-        total = total * decay + jnp.sum(p, axis=1)
-        acc = acc * over(decay, wide)
-        plgpu.barrier_wait(r["full_r"].at[0])
 
-        def products(acc):
-            plgpu.wgmma(acc, p16 if registers else r["p1"], values(1))
+        def rescaled():
             plgpu.barrier_wait(r["p0_ready"])
-            plgpu.wgmma(acc, p0(), values(0))
-            plgpu.wgmma_wait(1)
-            plgpu.barrier_arrive(r["free_r"].at[1])
+            m0 = stat(0)
+            return m0, acc * over(jnp.exp2(m - m0), wide)
 
-        acc = multiply(acc, products)
+        s, (m0, acc) = logits(pair, masked, rescaled)
+
+        def softmax():
+            m1 = jnp.maximum(m0, jnp.max(s, axis=1))
+            p16, p = weights(s, m1, r["p1"])
+            plgpu.barrier_arrive(r["p1_ready"])
+            return p16, m1, total * jnp.exp2(m - m1) + jnp.sum(p, axis=1)
+
+        plgpu.barrier_wait(r["full_r"].at[0])
+        acc, (p16, m1, total) = multiply(acc, p0(), values(0), softmax)
         plgpu.barrier_arrive(r["free_r"].at[0])
+        acc = acc * over(jnp.exp2(m0 - m1), wide)
+        acc, _ = multiply(acc, p16 if registers else r["p1"], values(1))
+        plgpu.barrier_arrive(r["free_r"].at[1])
         return acc, m1, total
 
     plgpu.barrier_wait(r["q_full"])
@@ -450,6 +447,11 @@ def _consume(plan, r, blocks, where, *, left: bool):
         carry = lax.fori_loop(0, blocks.plain, functools.partial(step, masked=False), carry)
     carry = lax.fori_loop(blocks.plain, blocks.pairs, functools.partial(step, masked=True), carry)
     _finish(plan, r, where, limit > 0, carry, left=left)
+
+
+def _product(ref, a, b):
+    plgpu.wgmma(ref, a, b)
+    return ref[...]
 
 
 def _by_row(plan, r, where, name: str):
@@ -535,7 +537,7 @@ def _scratch(plan: _Plan, dtype):
             found["free_" + side] = plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=2)
         else:
             found["free_" + side] = plgpu.Barrier(num_barriers=2)
-    found |= {name: plgpu.Barrier() for name in ("m0_ready", "p0_ready", "p1_ready")}
+    found |= {name: plgpu.Barrier() for name in ("p0_ready", "p1_ready")}
     found["sums"] = plgpu.Barrier(num_arrivals=2)
     found["q_full"] = plgpu.Barrier(num_arrivals=len(plan.parts))
     return found
