@@ -491,7 +491,7 @@ def _body(*refs, plan: Plan):
             for n, (t, at) in enumerate(parts):
                 strip = column * tiles.strips + lane * tiles.tall + t
                 slot = out_smem.at[lane, n % 2]
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                plgpu.wait_smem_to_gmem(min(len(parts) - 1, 1), wait_read_only=True)
                 rows = acc[t * BLOCK : (t + 1) * BLOCK, at : at + size]
                 factors = outer.at[jnp.minimum(strip, plan.strips - 1)]
                 if tiles.registers:
@@ -501,7 +501,7 @@ def _body(*refs, plan: Plan):
                     slot[...] = rows.astype(out.dtype).T
                 plgpu.commit_smem()
 
-                @pl.when(strip < plan.strips)
+                @pl.when((strip < plan.strips) | tiles.registers)  # the copy engine clips; the interpreter does not
                 def _(slot=slot, strip=strip, at=at):
                     to = out.at[pl.ds(row * tiles.rows + at, size), pl.ds(strip * BLOCK, BLOCK)]
                     plgpu.copy_smem_to_gmem(slot, to)
