@@ -50,7 +50,7 @@ CASES = (
     case("e5m2", 64, 512, 512, FP8, Float8(kind="e5m2"), small=False),
     case("float16", 65, 512, 264, FP8, FP8, dtype=jnp.float16, lead=(2,), small=False),
     case("int8_groups_of_x", 17, 1024, 136, INT8_BLOCKS, INT8_BLOCKS, small=False),
-    case("one_output", 2, 128, 1, INT8, INT8, small=False),
+    case("one_output", 40, 128, 1, INT8, INT8, small=False),
     case("decode_fp8", 16, 4096, 6144, FP8, FP8, small=False),
     case("decode_int8", 64, 11008, 4096, INT8, INT8, small=False),
     case("decode_blocks", 33, 7168, 2304, FP8_BLOCKS, FP8_BLOCKS, shared=128, small=False),

@@ -37,13 +37,12 @@ class Tiles:
     rows: int  # of x; 64 a warpgroup and `wgmma`
     cols: int  # outputs
     stages: int  # steps in flight
+    chunks: int = 1  # times 128 contracted numbers in a step: memory likes to read more than 128 bytes of a row at once
     by_rows: bool = True
     consumers: int = 2  # warpgroups that compute: 2 or 3
     band: int = 16  # row tiles that pass over the columns together: what they share stays in the L2 cache
-    overlap: bool = True  # block scales: two steps in flight, one is added up while the other runs
     programs: int = BLOCKS  # thread blocks at most; each takes every so many-th item
     interpretable: bool = False  # one view of shared memory instead of two: what the interpreter can run
-    cluster: str | None = None  # "rows", "cols": two blocks beside each other that way share copies of w, of x
 
     @property
     def wg_rows(self) -> int:
@@ -67,23 +66,22 @@ def tiles_for(m: int, f: int, blocks: bool) -> Tiles:
     if m <= 64:  # streams weights: an item costs its weights, x comes from the L2 cache
         widths = range(16, 129 if blocks else 257, 16)
         cols = min(widths, key=lambda c: (_turns(-(-f // c)) * (c + m // 4 + 8), -c))
-        return _fill(rows=64, cols=cols, by_rows=False, blocks=blocks)
+        return _fill(Tiles(rows=64, cols=cols, stages=0, by_rows=False), blocks)
     best = min(
         ((128, c) for c in (256, 192, 128, 96, 64, 32) if c <= (128 if blocks else 256)),
         key=lambda t: (
             _turns(-(-m // t[0]) * -(-f // t[1])) * (t[1] + 96)
         ),  # what the L2 cache brings: 128 rows and t[1]
     )
-    return _fill(rows=best[0], cols=best[1], by_rows=True, blocks=blocks)
+    return _fill(Tiles(rows=best[0], cols=best[1], stages=0), blocks)
 
 
 def _turns(items: int) -> int:
     return -(-items // BLOCKS)
 
 
-def _fill(*, rows, cols, by_rows, blocks) -> Tiles:
-    """Tiles with as many stages as shared memory holds."""
-    tiles = Tiles(rows=rows, cols=cols, by_rows=by_rows, stages=1)
+def _fill(tiles: Tiles, blocks: bool) -> Tiles:
+    """tiles with as many stages as shared memory holds."""
     return dataclasses.replace(tiles, stages=min(8, (SHARED - _fixed(tiles)) // _stage(tiles, blocks)))
 
 
@@ -92,7 +90,8 @@ def _fixed(tiles):
 
 
 def _stage(tiles, blocks):
-    return (tiles.rows + tiles.cols) * DEPTH + (4 * (tiles.rows + _padded(tiles.cols)) if blocks else 0)
+    one = (tiles.rows + tiles.cols) * DEPTH + (4 * (tiles.rows + _padded(tiles.cols)) if blocks else 0)
+    return one * tiles.chunks
 
 
 def _padded(n: int) -> int:
@@ -200,54 +199,50 @@ def _beside(scale, groups):
 
 
 def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
-    tiles, blocks = plan.tiles, plan.blocks
-    pair = 1 if tiles.cluster is None else 2
-    tall, long = 1 + (tiles.cluster == "rows"), 1 + (tiles.cluster == "cols")
-    shape = (-(-m // (tiles.rows * tall)), -(-f // (tiles.cols * long)))  # of a pair of blocks, where they pair up
+    tiles, blocks, chunks = plan.tiles, plan.blocks, plan.tiles.chunks
+    shape = (-(-m // tiles.rows), -(-f // tiles.cols))
     items = shape[0] * shape[1]
-    programs = min(tiles.programs // pair, items)
-    steps, stages = d // DEPTH, tiles.stages
+    programs = min(tiles.programs, items)
+    steps, stages = d // (DEPTH * chunks), tiles.stages
     sums = jnp.int32 if q_dtype == jnp.int8 else jnp.float32
     rows_layout, columns_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     width, pieces = tiles.width, tiles.wg_cols // tiles.width
     product = (tiles.wg_rows, tiles.wg_cols)
 
-    def after(slot, count=stages):
+    def after(slot):
         """The slot of the next step; a remainder by a number that is no power of two would hold up every step."""
-        return jnp.where(slot == count - 1, 0, slot + 1)
+        return jnp.where(slot == stages - 1, 0, slot + 1)
 
     def body(q, s, w, w_scale, out, q_smem, w_smem, s_smem, c_smem, out_smem, full, empty, s_full, s_empty):
         views = (lambda ref: (ref, ref)) if tiles.interpretable else lambda ref: ref
         (q_rows, q_tiles), (w_rows, w_tiles) = views(q_smem), views(w_smem)
         wg, block = lax.axis_index("wg"), lax.axis_index("block")
-        peer = lax.axis_index("peer") if pair > 1 else 0
         mine = lax.div(items - block + (programs - 1), jnp.int32(programs))
 
         def place(turn):
             """-> first row, first column of the block's item."""
             row, col = plgpu.planar_snake(block + turn * programs, shape, 0, tiles.band)
-            row, col = (row * 2 + peer if tall > 1 else row), (col * 2 + peer if long > 1 else col)
             return row * tiles.rows, col * tiles.cols
 
         def produce(turn, slot):
             row, col = place(turn)
             rows, cols, scales = pl.ds(row, tiles.rows), pl.ds(col, tiles.cols), pl.ds(col, _padded(tiles.cols))
+            copy = plgpu.copy_gmem_to_smem
             if not blocks:
                 two = lax.rem(turn, 2)
                 pl.when(turn >= 2)(lambda: plgpu.barrier_wait(s_empty.at[two]))
-                plgpu.copy_gmem_to_smem(s.at[rows], s_smem.at[two], s_full.at[two])
-                plgpu.copy_gmem_to_smem(w_scale.at[scales], c_smem.at[two], s_full.at[two])
+                copy(s.at[rows], s_smem.at[two, 0], s_full.at[two])
+                copy(w_scale.at[scales], c_smem.at[two, 0], s_full.at[two])
 
             def load(k, slot):
                 pl.when(turn * steps + k >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                depth = pl.ds(k * DEPTH, DEPTH)
-                shared = lambda way: ("peer",) if tiles.cluster == way else None  # noqa: E731
-                copy = plgpu.copy_gmem_to_smem
-                copy(q.at[rows, depth], q_rows.at[slot], full.at[slot], collective_axes=shared("cols"))
-                copy(w.at[cols, depth], w_rows.at[slot], full.at[slot], collective_axes=shared("rows"))
-                if blocks:
-                    copy(s.at[k, rows], s_smem.at[slot], full.at[slot])
-                    copy(w_scale.at[k, scales], c_smem.at[slot], full.at[slot])
+                for c in range(chunks):
+                    depth = pl.ds((k * chunks + c) * DEPTH, DEPTH)
+                    copy(w.at[cols, depth], w_rows.at[slot, c], full.at[slot])
+                    copy(q.at[rows, depth], q_rows.at[slot, c], full.at[slot])
+                    if blocks:
+                        copy(s.at[k * chunks + c, rows], s_smem.at[slot, c], full.at[slot])
+                        copy(w_scale.at[k * chunks + c, scales], c_smem.at[slot, c], full.at[slot])
                 return after(slot)
 
             return lax.fori_loop(0, steps, load, slot)
@@ -256,20 +251,17 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
         cols_at = 0 if tiles.by_rows else wg * tiles.wg_cols
         my_rows, my_cols = pl.ds(rows_at, tiles.wg_rows), pl.ds(cols_at, tiles.wg_cols)
 
-        def row_scales(slot):
-            scales = plgpu.load(s_smem.at[slot, my_rows], layout=rows_layout, optimized=False)
+        def row_scales(slot, c=0):
+            scales = plgpu.load(s_smem.at[slot, c, my_rows], layout=rows_layout, optimized=False)
             return lax.broadcast_in_dim(scales, (tiles.wg_rows, width), [0])
 
-        def column_scales(slot, piece):
+        def column_scales(slot, piece, c=0):
             at = pl.ds(cols_at + piece * width, width)
-            scales = plgpu.load(c_smem.at[slot, at], layout=columns_layout, optimized=False).astype(jnp.float32)
+            scales = plgpu.load(c_smem.at[slot, c, at], layout=columns_layout, optimized=False).astype(jnp.float32)
             return lax.broadcast_in_dim(scales, (tiles.wg_rows, width), [1])
 
-        def ready(slot):
-            plgpu.barrier_wait(full.at[slot])
-
-        def wgmma(acc, slot):
-            plgpu.wgmma(acc, q_tiles.at[slot, my_rows], w_tiles.at[slot, my_cols].T)
+        def wgmma(acc, slot, c):
+            plgpu.wgmma(acc, q_tiles.at[slot, c, my_rows], w_tiles.at[slot, c, my_cols].T)
 
         def cut(acc):
             return [acc[:, i * width : (i + 1) * width].astype(jnp.float32) for i in range(pieces)]
@@ -278,20 +270,23 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
             """Sums over all of D: scales come last."""
 
             def accumulate(acc):
-                wgmma(acc, slot)
+                def add(slot):
+                    for c in range(chunks):
+                        wgmma(acc, slot, c)
 
                 def step(_, slots):
                     before, slot = slots
-                    ready(slot)
-                    wgmma(acc, slot)
-                    plgpu.wgmma_wait(1)
+                    plgpu.barrier_wait(full.at[slot])
+                    add(slot)
+                    plgpu.wgmma_wait(chunks)
                     plgpu.barrier_arrive(empty.at[before])  # the step before is through
                     return slot, after(slot)
 
+                add(slot)
                 last, slot_ = lax.fori_loop(1, steps, step, (slot, after(slot)))
                 return acc[...], last, slot_
 
-            ready(slot)
+            plgpu.barrier_wait(full.at[slot])  # nothing between zeroed sums and their first use: the zeros cost nothing
             acc, last, slot = pl.run_scoped(accumulate, plgpu.ACC(product, sums))
             plgpu.barrier_arrive(empty.at[last])
             two = lax.rem(turn, 2)
@@ -301,47 +296,28 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
             plgpu.barrier_arrive(s_empty.at[two])
             return total, slot
 
-        def promoted(turn, slot):
-            """Sums of 128 terms, scaled and added up in float32; a step runs while the one before is added."""
+        def promoted(_, slot):
+            """Sums of 128 terms, scaled and added up in float32."""
 
-            def add(total, acc, slot):
-                by_row = row_scales(slot)
-                parts = [part * column_scales(slot, i) for i, part in enumerate(cut(acc))]
-                plgpu.barrier_arrive(empty.at[slot])
-                return [sum_ + part * by_row for sum_, part in zip(total, parts, strict=True)]
-
-            def two_steps(_, carry):
+            def step(_, carry):
                 slot, *total = carry
-                then = after(slot)
+                plgpu.barrier_wait(full.at[slot])
+                for c in range(chunks):
 
-                def run(first, second):
-                    wgmma(first, slot)
-                    wgmma(second, then)
-                    added = add(total, plgpu.wgmma_accumulator_load(first, wait_n=1), slot)
-                    return add(added, second[...], then)
+                    def run(acc, c=c):
+                        wgmma(acc, slot, c)
+                        by_row = row_scales(slot, c)  # while the tensor cores work
+                        return cut(acc[...]), by_row
 
-                ready(slot)
-                ready(then)  # nothing between zeroed sums and their first use: the zeros cost nothing
-                return after(then), *pl.run_scoped(run, plgpu.ACC(product, sums), plgpu.ACC(product, sums))
-
-            def one_step(carry):
-                slot, *total = carry
-
-                def run(acc):
-                    wgmma(acc, slot)
-                    return add(total, acc[...], slot)
-
-                ready(slot)
-                return after(slot), *pl.run_scoped(run, plgpu.ACC(product, sums))
+                    parts, by_row = pl.run_scoped(run, plgpu.ACC(product, sums))
+                    parts = [part * column_scales(slot, i, c) for i, part in enumerate(parts)]
+                    if c == chunks - 1:
+                        plgpu.barrier_arrive(empty.at[slot])
+                    total = [sum_ + part * by_row for sum_, part in zip(total, parts, strict=True)]
+                return after(slot), *total
 
             zeros = plgpu.layout_cast(jnp.zeros((tiles.wg_rows, width), jnp.float32), plgpu.Layout.WGMMA)
-            carry = slot, *[zeros] * pieces
-            if tiles.overlap:
-                carry = lax.fori_loop(0, steps // 2, two_steps, carry)
-                carry = one_step(carry) if steps % 2 else carry
-            else:
-                carry = lax.fori_loop(0, steps, lambda _, carry: one_step(carry), carry)
-            slot, *total = carry
+            slot, *total = lax.fori_loop(0, steps, step, (slot, *[zeros] * pieces))
             return total, slot
 
         def consume(turn, slot):
@@ -379,37 +355,32 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
         rows may end inside one."""
         swizzle = plgpu.SwizzleTransform(128)
         tiled = (plgpu.TilingTransform((8, DEPTH)), swizzle)
-        smem = functools.partial(plgpu.SMEM, (stages, rows, DEPTH), dtype)
+        smem = functools.partial(plgpu.SMEM, (stages, chunks, rows, DEPTH), dtype)
         if tiles.interpretable:
             return smem(transforms=tiled)
         return plgpu.RefUnion(smem(transforms=(swizzle,)), smem(transforms=tiled))
 
     swizzle = width * plan.out.itemsize
-    slots = stages if blocks else 2
-    freed = functools.partial(plgpu.Barrier, num_arrivals=tiles.consumers)
-    if pair > 1:
-        freed = functools.partial(plgpu.ClusterBarrier, collective_axes=("peer",), num_arrivals=tiles.consumers)
+    slots = (stages, chunks) if blocks else (2, 1)
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, -(-f // 8) * 8), plan.out),
         grid=(programs,),
         grid_names=("block",),
-        cluster=(pair,) if pair > 1 else (),
-        cluster_names=("peer",) if pair > 1 else (),
         num_threads=tiles.consumers + 1,
         thread_name="wg",
         scratch_types=(
             ring(tiles.rows, q_dtype),
             ring(tiles.cols, w_dtype),
-            plgpu.SMEM((slots, tiles.rows), jnp.float32),
-            plgpu.SMEM((slots, _padded(tiles.cols)), scale_dtype),
+            plgpu.SMEM((*slots, tiles.rows), jnp.float32),
+            plgpu.SMEM((*slots, _padded(tiles.cols)), scale_dtype),
             plgpu.SMEM(
                 (tiles.consumers, 2, tiles.wg_rows, width),
                 plan.out,
                 transforms=(plgpu.SwizzleTransform(swizzle),) if swizzle >= 32 else (),
             ),
-            plgpu.Barrier(num_arrivals=4 if blocks else 2, num_barriers=stages),
-            freed(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=(4 if blocks else 2) * chunks, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=tiles.consumers, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             plgpu.Barrier(num_arrivals=tiles.consumers, num_barriers=2),
         ),
