@@ -319,7 +319,7 @@ def _schedule(plan: Plan, ragged: Ragged, lengths):
     counts = ragged.counts.astype(jnp.int32)
     is_decode = counts == 1
     tiles_of = jnp.where(counts > 1, -(-counts // tile), 0)
-    decodes, chunks = jnp.cumsum(is_decode, dtype=jnp.int32), jnp.cumsum(tiles_of, dtype=jnp.int32)
+    decodes, chunks = _sums(jnp.stack([is_decode.astype(jnp.int32), tiles_of]))
     n_decodes, n_chunks = decodes[-1], chunks[-1]
     last_row = plan.batch - 1
 
@@ -350,8 +350,8 @@ def _schedule(plan: Plan, ragged: Ragged, lengths):
 
     cost, unit_cost = _costs(plan, decode, steps)
     each = jnp.where(real, steps * cost + unit_cost, 0)
-    ends, total_steps = jnp.cumsum(each), jnp.cumsum(steps)
-    cuts = _cuts(plan, heads * (n_decodes + n_chunks), ends, ends - each, cost, unit_cost, steps, total_steps - steps)
+    ends, steps_until = _sums(jnp.stack([each, steps]))
+    cuts = _cuts(plan, heads * (n_decodes + n_chunks), ends, ends - each, cost, unit_cost, steps, steps_until - steps)
     # The first and the last part that a unit lies in.
     at, step = cuts[1:-1, 0], cuts[1:-1, 1]
     before = (at[None, :] < index[:, None]) | ((at[None, :] == index[:, None]) & (step[None, :] == 0))
@@ -372,6 +372,14 @@ def _schedule(plan: Plan, ragged: Ragged, lengths):
     where = jnp.where(is_decode[token_row][:, None], as_decode, KEPT * heads * plan.decodes + as_chunk)
     where = (where[:, :, None] + jnp.arange(plan.group, dtype=jnp.int32)).reshape(plan.tokens, plan.heads)
     return units, cuts, where
+
+
+def _sums(x):
+    """Running sums along the last axis. A masked sum is one kernel, XLA's `cumsum` four."""
+    size = x.shape[-1]
+    if size > 2048:
+        return jnp.cumsum(x, axis=-1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(jnp.tri(size, dtype=bool), x[..., None, :], 0), axis=-1, dtype=jnp.int32)
 
 
 def _row(plan: Plan, token):
@@ -472,7 +480,7 @@ def _attend(plan: Plan, q, pools, per_token, units, cuts, table, extra):
     """-> out [T, N, H] and lse [rows of all units] of whole units, then partial results: of decodes values
     float32[parts, 2, 16, H] and (maximum, sum) float32[parts, 2, 2, 64], of chunks [2 sms, 2, 64, H] and the same."""
     t, h, dtype = plan.tiles, plan.head_dim, jnp.dtype(plan.dtype)
-    wide, f32 = _tiling(h, 16), jnp.float32
+    wide, f32 = _tiling(min(h, plan.stored), 16), jnp.float32
     width = min(h, 128 if h <= 128 else 64)  # columns of q and out that pass through shared memory at once
     ring = t.stages + t.raw
     copies = plan.boxes * (2 + len(per_token)) if plan.packed else plan.boxes * (1 + len(per_token))
