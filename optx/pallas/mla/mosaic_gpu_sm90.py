@@ -221,7 +221,7 @@ def _produce(plan, r, blocks, where, length):
     first_row = where["token"] * plan.heads + where["head_block"] * plan.tiles.heads
     for side, low, high in plan.parts:
         source = r["q"].at[pl.ds(first_row, rows), pl.ds(low, high - low)]
-        plgpu.copy_gmem_to_smem(source, r["q_" + side].at[pl.ds(0, rows)], r["q_full"])
+        plgpu.copy_gmem_to_smem(source, r["q_" + side].at[0, pl.ds(0, rows)], r["q_full"])
     last_page = jnp.maximum(lax.div(length - 1, jnp.int32(page)), 0)
     both = {"collective_axes": "pair"} if plan.tiles.cluster else {}
     beside = [("positions", "at")] * plan.windowed + [("logit_scale", "scales")] * plan.scaled
@@ -336,12 +336,13 @@ def _consume(plan, r, blocks, where, *, left: bool):
         """(float32[ROWS, block] in units of log 2, masked; what `meanwhile` returned beside the product)."""
 
         def product(acc):
+            zero = _opaque_zero()
             for side in "lr" if left else "rl":
                 plgpu.barrier_wait(r["full_" + side].at[own])
                 for part, low, high in plan.parts:
                     if (side == "l") == (part == "l"):
                         columns = pl.ds(low - (0 if part == "l" else plan.cut), high - low)
-                        plgpu.wgmma(acc, r["q_" + part], r["kv_" + side].at[own, :, columns].T)
+                        plgpu.wgmma(acc, r["q_" + part].at[zero], r["kv_" + side].at[own + zero, :, columns].T)
             found = meanwhile()
             return acc[...], found
 
@@ -418,7 +419,7 @@ def _consume(plan, r, blocks, where, *, left: bool):
         def rescaled():
             plgpu.barrier_wait(r["p0_ready"])
             m0 = stat(0)
-            return m0, acc * over(jnp.exp2(m - m0), wide)
+            return m0, lax.optimization_barrier(acc * over(jnp.exp2(m - m0), wide))
 
         s, (m0, acc) = logits(pair, masked, rescaled)
 
@@ -447,6 +448,11 @@ def _consume(plan, r, blocks, where, *, left: bool):
         carry = lax.fori_loop(0, blocks.plain, functools.partial(step, masked=False), carry)
     carry = lax.fori_loop(blocks.plain, blocks.pairs, functools.partial(step, masked=True), carry)
     _finish(plan, r, where, limit > 0, carry, left=left)
+
+
+def _opaque_zero():
+    """0, but computed anew: descriptors that hang on it are not hoisted out of the loop, where they would spill."""
+    return lax.optimization_barrier(jnp.int32(0))
 
 
 def _product(ref, a, b):
@@ -492,7 +498,7 @@ def _finish(plan, r, where, real, carry, *, left: bool):
             r["lse"].at[where["program"]][...] = log
     else:
         # Both warpgroups have read the queries for the last time: their place takes the output.
-        place = r["q_l"] if left else r["q_r"]
+        place = (r["q_l"] if left else r["q_r"]).at[0]
         place[...] = out.astype(place.dtype)
         if left:
             r["stats"][1] = log / LOG2E
@@ -528,7 +534,7 @@ def _scratch(plan: _Plan, dtype):
     if plan.scaled:
         found["scales"] = lined(jnp.float32)
     for part, low, high in plan.parts:
-        found["q_" + part] = plgpu.SMEM((ROWS, high - low), dtype, transforms=tile)
+        found["q_" + part] = plgpu.SMEM((1, ROWS, high - low), dtype, transforms=tile)
     for side, low, high in plan.halves:
         found["kv_" + side] = plgpu.SMEM((2, size, high - low), dtype, transforms=tile)
         found["full_" + side] = plgpu.Barrier(num_barriers=2, num_arrivals=plan.arrivals(side))
@@ -561,7 +567,10 @@ def _attend(plan: _Plan, q, pool, table, lengths, items, limits, *extra):
         thread_name="wg",
         kernel_name="mla",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # between warpgroups: barriers that all threads arrive at; inside: commit_smem
         ),
         **cluster,
     )
