@@ -24,8 +24,7 @@ LOWERED = ("decode", "prefill", "fp16", "one_token", "decode_int4_g64_asym", "pr
 
 def interpretable(x, w, **more):
     """Tiles of the call, few blocks, without what the interpreter cannot run."""
-    plain = {"registers": False} if kernel.packed(w) else {"alias": False}
-    return dataclasses.replace(kernel.tiles_of(x, w), grid=2, stages=3, **plain, **more)
+    return dataclasses.replace(kernel.tiles_of(x, w), grid=2, stages=3, registers=False, **more)
 
 
 def interpret(x, w, sizes, **more):
@@ -133,7 +132,6 @@ def test_declines_other_chips():
         ({"group_sizes": jnp.zeros(5, jnp.int32)}, OptxError, "group_sizes"),
         ({"group_sizes": jnp.zeros(3)}, OptxError, "group_sizes float32"),
         ({"x": jnp.zeros((3, 128))}, LoweringError, "x of float32"),
-        ({"tiles": "packed"}, LoweringError, "tiles"),
     ],
 )
 def test_refuses(change, error, said):

@@ -25,7 +25,7 @@ WARPS = 4  # of a warpgroup
 class Copy:
     """One copy of a step: source[starts : starts + sizes] to a place in shared memory.
 
-    sizes: 0 takes a single index and drops the axis. tiling: of the last axes; `split`: [rows, n * 64] lands as [n, rows, 64].
+    sizes: 0 takes a single index and drops the axis. tiling: of the last axes.
     """
 
     source: object
@@ -34,7 +34,6 @@ class Copy:
     to: object
     tiling: tuple[int, ...] = ()
     swizzle: int | None = None
-    split: bool = False
 
     @property
     def bytes(self) -> int:
@@ -119,12 +118,7 @@ class Ring:
         if self.interpreted:
             for copy in copies:
                 at = [pl.ds(start, size) if size else start for start, size in zip(copy.starts, copy.sizes)]
-                if not copy.split:
-                    plgpu.copy_gmem_to_smem(copy.source.at[*at], copy.to, self.marks[0].at[self.stage(step)])
-                else:
-                    for n in range(copy.sizes[1] // 64):
-                        part = copy.source.at[at[0], pl.ds(copy.starts[1] + n * 64, 64)]
-                        plgpu.copy_gmem_to_smem(part, copy.to.at[n], self.marks[0].at[self.stage(step)])
+                plgpu.copy_gmem_to_smem(copy.source.at[*at], copy.to, self.marks[0].at[self.stage(step)])
             return
         types, args = [plgpu.RefType()], [self.marks.at[self.stage(step)]]
         for copy in copies:
@@ -146,8 +140,6 @@ class Ring:
                     starts = [arith.index_cast(index, flat.pop(0).registers.flat[0]) for _ in copy.starts]
                     at = tuple(utils.ds(start, n) if n else start for start, n in zip(starts, copy.sizes, strict=True))
                     change = (mgpu.TileTransform(copy.tiling),) if copy.tiling else ()
-                    if copy.split:
-                        change = (mgpu.TileTransform((64,)), mgpu.TransposeTransform((1, 0, 2)))
                     launch.async_copy(
                         src_ref=source,
                         dst_ref=to,
