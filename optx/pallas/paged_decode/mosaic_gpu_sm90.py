@@ -759,16 +759,21 @@ class _Warps:
     def bf16_of_bytes(self, word, high: bool):
         """Bytes (0, 1), or (2, 3) where `high`, of a word -> two bfloat16."""
         if self.plan.format == "int8":  # 128 + the low 7 bits, less 128 or, where bit 7 is set, 256
-            code = _permute(word, _i32(0x43434343), 0x4342 if high else 0x4140)
+            code = _permute(word, self.magic, 0x4342 if high else 0x4140)
             return _pair("sub", _and(code, 0xFF7FFF7F), _and(code, 0xFF80FF80))
         # e4m3 shifted into place is 2^-120 of the number
         code = _permute(word, word, 0x3727 if high else 0x1505)
         bits = _or(_and(code, 0x80008000), _and(_right(code, 4), 0x07F007F0))
         return _pair("mul", bits, _i32(0x7B807B80))
 
+    def biased(self, word):
+        """Lowest nibbles of both halves -> two bfloat16: code + 128."""
+        ptx = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # (a & b) | c
+        return utils.inline_ptx(ptx, word, _i32(0x000F000F), _i32(0x43004300), result_types=word.type)
+
     def bf16_of_nibbles(self, word):
         """Lowest nibbles of both halves -> two bfloat16: code - 8."""
-        return _pair("sub", _or(_and(word, 0x000F000F), 0x43004300), _i32(0x43084308))
+        return _pair("sub", self.biased(word), _i32(0x43084308))
 
     def signed(self, word):
         """Asymmetric int8 as signed bytes."""
@@ -779,7 +784,7 @@ class _Warps:
         if self.plan.format == "dense":
             return words
         if self.plan.format == "int4":
-            return [self.bf16_of_nibbles(_right(w, 4 * i)) for w in words for i in range(4)]
+            return [self.biased(_right(w, 4 * i)) for w in words for i in range(4)]
         return [self.bf16_of_bytes(self.signed(w), high) for w in words for high in (False, True)]
 
     def query_operands(self, words):
@@ -791,6 +796,12 @@ class _Warps:
             for a in (0, 1):
                 found += [_permute(words[i + a], words[i + a + 2], s) for s in PERMUTES.values()]
         return found
+
+    def fresh(self, word):
+        """The same word by way of a shuffle: else the assembler keeps q as it was loaded and moves it for each product."""
+        lane = _add(_times(self.g, 4), self.c)
+        ptx = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
+        return utils.inline_ptx(ptx, word, lane, result_types=word.type, has_side_effects=True, convergent=True)
 
     def value_operands(self, one, two):
         """Words of two tokens' shares -> a word of both for each head dim."""
@@ -927,7 +938,7 @@ class _Warps:
                     byte = _times(_add(_times(_add(at, column), 4), self.c), 2 * share)
                     for chunk in range(2 * share // 16):
                         mine += _load(q, _add(byte, 16 * chunk), i32, 4)
-                words.append(self.query_operands(mine))
+                words.append([self.fresh(w) for w in self.query_operands(mine)])
                 base = _times(row, plan.queries * 4)
                 asked = [_load(qpos, _add(base, 4 * i), i32)[0] for i in range(plan.queries)]
                 own = asked[0]
@@ -940,7 +951,7 @@ class _Warps:
                 limits.append(_choose(_less(own, _i32(0)), _i32(0), limit))
                 positions.append(own)
                 total = _f32(0.0)
-                if plan.zero:
+                if plan.zero or plan.format == "int4":
                     for word in mine:
                         for half in (arith.shli(word, _i32(16)), _and(word, 0xFFFF0000)):
                             total = arith.addf(total, utils.bitcast(half, f32))
@@ -981,6 +992,8 @@ class _Warps:
             self.thread()
             k, v, *small = buffers
             token, length, slot, step = (x.registers.item() for x in scalars)
+            if plan.format == "int8":  # an instruction takes one constant, the selector: this must not look like one
+                self.magic = arith.xori(_i32(0x43434343), arith.shrsi(token, _i32(31)))
             self.barrier(barriers, slot, free=False).wait_parity(self.parity(step, 0))
             asked, state = _values(asked), _values(state)
             count = 0 if self.staged else plan.head_dim // 8
@@ -1003,8 +1016,9 @@ class _Warps:
                 [_add(_add(token, self.first), _add(_times(self.c, 2), 8 * j + e)) for e in range(2)]
                 for j in range(self.mine // 8)
             ]
-            logits = self.logits(k, q)
-            self.mask_(logits, numbers, places, limits, positions, [utils.bitcast(s, ir.F32Type.get()) for s in sums])
+            sums = [utils.bitcast(s, ir.F32Type.get()) for s in sums]
+            logits = self.logits(k, q, sums)
+            self.mask_(logits, numbers, places, limits, positions, sums)
             p, top, total, zeros, alpha = self.softmax(logits, numbers, places, length, top, total, zeros)
             outs = self.values(v, p, self.decay(outs, alpha), places, length)
             utils.warp_barrier()
@@ -1019,12 +1033,15 @@ class _Warps:
         pitch = self.columns * 8 * self.swizzle
         return _add(_times(_right(self.first, 3), pitch), j * pitch)
 
-    def logits(self, k, q):
-        """q k^T: [tokens / 8][4] float32."""
+    def logits(self, k, q, sums):
+        """q k^T, of integers q (k - middle)^T: [tokens / 8][4] float32."""
         found = []
+        start = [_f32(0.0)] * 4
+        if self.plan.format == "int4":  # keys are code + 128
+            start = [arith.mulf(sums[r], _f32(-136.0)) for r in (0, 0, 1, 1)]
         for j in range(self.mine // 8):
             b = self.key_operands(self.read(k, self.group(j), self.g, self.swizzle // 4, self.c))
-            chains = [[_f32(0.0)] * 4 for _ in range(2)]  # two products wait for nothing but each other's loads
+            chains = [start, [_f32(0.0)] * 4]  # two products wait for nothing but each other's loads
             for s in range(self.plan.head_dim // 16):
                 chains[s % 2] = self.multiply(chains[s % 2], q[s], b[2 * s : 2 * s + 2])
             found.append([arith.addf(x, y) for x, y in zip(*chains, strict=True)])
