@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.errors import LoweringError
-from optx.formats import Float8
+from optx.formats import Float8, Int
 from optx.pallas.grouped_matmul import packed_sm90, reference, registers_sm90
-from optx.pallas.grouped_matmul.packed_sm90 import Experts, relayout, restore  # noqa: F401 - of the row in dispatch
+from optx.pallas.grouped_matmul.packed_sm90 import Experts, relayout
 from optx.pallas.grouped_matmul.ring_sm90 import Copy, Ring, scratch
 from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table
 from optx.pallas.quant_matmul.mosaic_gpu_sm90_fragments import WORDS
@@ -322,8 +322,10 @@ def packed(w) -> bool:
 def tiles_of(x, w) -> Tiles:
     """The cut of a call; x, w may be abstract."""
     experts, d, _ = w.shape
-    bits, group = (w.format.width if hasattr(w.format, "width") else 8, w.format.group or d) if packed(w) else (16, d)
-    return tiles_for(x.shape[0], experts, d, bits, group)
+    if not packed(w):
+        return tiles_for(x.shape[0], experts, d, 16, d)
+    bits = w.format.width if isinstance(w.format, Int) else 8
+    return tiles_for(x.shape[0], experts, d, bits, w.format.group or d)
 
 
 def grouped_matmul(x, w, group_sizes, *, tiles: Tiles | None = None):

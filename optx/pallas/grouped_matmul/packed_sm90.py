@@ -6,12 +6,12 @@ import jax
 
 from optx.formats import Float8, Int
 from optx.pallas.quant_matmul import mosaic_gpu_sm90_fragments as fragments
-from optx.tensor import QTensor
+from optx.tensor import Arranged, QTensor
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experts:
+class Experts(Arranged):
     """Packed weights [E, D, F] in the order of `wgmma` fragments. Made by `relayout`, never exported."""
 
     rows: fragments.Fragments  # of the weight [D, E * F]
@@ -42,20 +42,15 @@ class Experts:
     def format(self):
         return self.rows.format
 
-    def dequantize(self) -> jax.Array:
-        """dtype[E, D, F]."""
-        return restore(self).dequantize()
+    def qtensor(self) -> QTensor:
+        """The inverse of `relayout`."""
+        return jax.tree.map(lambda part: part.reshape(self.experts, -1, part.shape[-1]), self.rows.qtensor())
 
 
 def relayout(w: QTensor) -> Experts:
     """The same weights [E, D, F] as `Experts`; w: what `supports` takes."""
     flat = jax.tree.map(lambda part: part.reshape(-1, part.shape[-1]), w)
     return Experts(rows=fragments.relayout(flat), experts=w.shape[0])
-
-
-def restore(w: Experts) -> QTensor:
-    """The inverse of `relayout`."""
-    return jax.tree.map(lambda part: part.reshape(w.experts, -1, part.shape[-1]), w.rows.qtensor())
 
 
 def declines(format_, d: int) -> str | None:
