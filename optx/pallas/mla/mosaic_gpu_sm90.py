@@ -54,6 +54,7 @@ class Tiles:
     block: int = 64  # cached tokens a step of one warpgroup: 64, or 32 where latents are wide
     cluster: bool = False  # two blocks of heads share their copies
     prefetch: bool = True  # brings the next pair of blocks to L2
+    held: int = 1  # tiles of 64 columns of queries in registers
     registers: bool = True  # weights as the left side of products from registers; False: what the interpreter can run
 
 
@@ -112,6 +113,13 @@ class _Plan:
         """The same of queries; the place of the first two takes the output's halves."""
         rope = [("e", self.rank, self.width)] if self.width > self.rank else []
         return [("l", 0, self.cut), ("r", self.cut, self.rank), *rope]
+
+    @property
+    def held(self):
+        """Of each part of the queries, how many columns at its end warpgroups keep in registers, to spare shared memory."""
+        if not self.tiles.registers or self.unit != 64:
+            return {}
+        return {part: 64 for part, _, _ in self.parts[::-1][: self.tiles.held]}
 
     @property
     def windowed(self) -> bool:
@@ -341,8 +349,12 @@ def _consume(plan, r, blocks, where, *, left: bool):
                 plgpu.barrier_wait(r["full_" + side].at[own])
                 for part, low, high in plan.parts:
                     if (side == "l") == (part == "l"):
-                        columns = pl.ds(low - (0 if part == "l" else plan.cut), high - low)
-                        plgpu.wgmma(acc, r["q_" + part].at[zero], r["kv_" + side].at[own + zero, :, columns].T)
+                        base, end = (0 if part == "l" else plan.cut), high - plan.held.get(part, 0)
+                        keys = lambda low, high: r["kv_" + side].at[own + zero, :, pl.ds(low - base, high - low)].T  # noqa: B023, E731
+                        if end > low:
+                            plgpu.wgmma(acc, r["q_" + part].at[zero, :, pl.ds(0, end - low)], keys(low, end))
+                        if end < high:
+                            plgpu.wgmma(acc, held[part], keys(end, high))
             found = meanwhile()
             return acc[...], found
 
@@ -438,6 +450,11 @@ def _consume(plan, r, blocks, where, *, left: bool):
         return acc, m1, total
 
     plgpu.barrier_wait(r["q_full"])
+    held = {}
+    for part, low, high in plan.parts:
+        if part in plan.held:
+            n = plan.held[part]
+            held[part] = plgpu.load(r["q_" + part].at[0, :, pl.ds(high - low - n, n)], layout=WGMMA, optimized=False)
     carry = (
         plgpu.layout_cast(jnp.zeros((ROWS, wide), jnp.float32), WGMMA),
         plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), BY_ROW),
