@@ -75,6 +75,48 @@ def test_lowers_for_cuda(case):
     assert [x.shape for x in exported.out_avals] == [(*q.shape[:3], v.shape[3]), q.shape[:3]]
 
 
+def e4m3(length, n, kv_heads, h, value_dim):
+    """q, k and v in e4m3 with their scales, and what they stand for."""
+    rng = np.random.default_rng(3)
+    widths = ((n, h), (kv_heads, h), (kv_heads, value_dim))
+    stored = [jnp.asarray(rng.standard_normal((1, length, *width)), jnp.float8_e4m3fn) for width in widths]
+    scales = [jnp.asarray(0.5 + rng.random((1, heads)), jnp.float32) for heads, _ in widths]
+    meant = [x.astype(jnp.float32) * y[:, None, :, None] for x, y in zip(stored, scales, strict=True)]
+    return stored, dict(zip(("q_scale", "k_scale", "v_scale"), scales, strict=True)), meant
+
+
+def test_e4m3_interpreted():
+    stored, scales, meant = e4m3(100, 2, 1, 64, 64)
+    tiles = kernel.Tiles(block_kv=128, registers=False, blocks=2)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        found = kernel.flash_attention_e4m3(*stored, **scales, tiles=tiles)
+    right = reference.flash_attention(*meant)
+    assert found[0].dtype == jnp.bfloat16
+    assert relative_error(found[0], right[0]) < 4e-2  # weights have 4 bits of mantissa
+    assert relative_error(found[1], right[1]) < 1e-5
+
+
+def test_e4m3_lowers_for_cuda():
+    stored, scales, _ = e4m3(300, 4, 2, 192, 128)
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    run = jax.jit(lambda stored, scales: kernel.flash_attention_e4m3(*stored, **scales, dtype=jnp.float16)[:2])
+    exported = jax.export.export(run, platforms=["cuda"], disabled_checks=unchecked)(stored, scales)
+    assert [(x.shape, x.dtype) for x in exported.out_avals] == [
+        ((1, 300, 4, 128), jnp.float16),
+        ((1, 300, 4), jnp.float32),
+    ]
+
+
+def test_e4m3_refuses():
+    stored, scales, meant = e4m3(20, 2, 1, 64, 64)
+    with pytest.raises(LoweringError, match="k_scale is"):
+        kernel.flash_attention_e4m3(*stored, **{**scales, "k_scale": jnp.ones((1, 2))})
+    with pytest.raises(LoweringError, match="scale is -1.0"):
+        kernel.flash_attention_e4m3(*stored, **scales, scale=-1.0)
+    with pytest.raises(LoweringError, match="q's dtype is float32; allowed: float8_e4m3fn"):
+        kernel.flash_attention_e4m3(*meant, **scales)
+
+
 @pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window=700, sinks=3)], ids=str)
 def test_lists_hold_every_tile_once_and_take_the_same_time(mask):
     tiles = kernel.Tiles(blocks=7)

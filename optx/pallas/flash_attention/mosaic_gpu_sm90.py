@@ -20,6 +20,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
 
 from optx.errors import LoweringError
 from optx.pallas.attention import reference
@@ -28,6 +31,8 @@ from optx.pallas.attention.reference import Mask
 ROWS = 64  # query rows of a warpgroup: the M of a wgmma
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))  # (query and key width, value width)
 DTYPES = (jnp.bfloat16, jnp.float16)
+E4M3 = jnp.float8_e4m3fn
+PEAK = 8  # weights in e4m3 reach 2^PEAK, so that small ones keep their bits; bf16 ones reach 1
 L2_BYTES = 24 << 20  # keys and values that tiles in flight may share: half of the L2 cache
 SMEM_BYTES = 226 << 10  # of a thread block, barriers apart
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -60,6 +65,7 @@ class _Call:
     scale: float
     softcap: float | None
     tiles: Tiles
+    dtype: Any  # of the result
 
 
 def tiles(length: int, head_dim: int, value_dim: int) -> Tiles:
@@ -109,6 +115,7 @@ def flash_attention(
         scale=float(1 / math.sqrt(q.shape[-1]) if scale is None else scale),
         softcap=None if softcap is None else float(softcap),
         tiles=tiles or _tiles(q.shape[1], q.shape[-1], v.shape[-1]),
+        dtype=q.dtype,
     )
     out, lse = _differentiable(call, q, k, v, sink_logits, valid, segments)
     return out, lse, None
@@ -117,15 +124,56 @@ def flash_attention(
 _tiles = tiles
 
 
-def _check(q, k, v, sink_logits, valid, segments):
-    def refuse(name, got, allowed):
-        raise LoweringError(f"flash_attention (mosaic_gpu/sm90): {name} is {got}; allowed: {allowed}")
+def flash_attention_e4m3(
+    q,
+    k,
+    v,
+    *,
+    q_scale,
+    k_scale,
+    v_scale,
+    mask: Mask = Mask(),
+    scale=None,
+    softcap=None,
+    sink_logits=None,
+    valid=None,
+    segments=None,
+    dtype=jnp.bfloat16,
+    tiles: Tiles | None = None,
+):
+    """`flash_attention` of q, k and v stored in float8_e4m3fn, each to be multiplied by its scale; both products in e4m3.
 
+    q_scale float32[B, N], k_scale and v_scale float32[B, K], positive. No gradient. -> as there, out in `dtype`.
+    Raises: LoweringError naming the argument.
+    """
+    _check(q, k, v, sink_logits, valid, segments, (E4M3,))
+    scale = float(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    n, group = q.shape[2], q.shape[2] // k.shape[2]
+    for name, x, width in (("q_scale", q_scale, n), ("k_scale", k_scale, k.shape[2]), ("v_scale", v_scale, k.shape[2])):
+        if x.shape != (q.shape[0], width):
+            _refuse(name, x.shape, f"[{q.shape[0]}, {width}]")
+    if scale <= 0:
+        _refuse("scale", scale, "a positive number")
+    k_scale, v_scale = (jnp.repeat(x.astype(jnp.float32), group, axis=1) for x in (k_scale, v_scale))
+    scales = jnp.stack([q_scale.astype(jnp.float32) * k_scale * scale, v_scale])
+    softcap = None if softcap is None else float(softcap)
+    tiles = tiles or dataclasses.replace(_tiles(q.shape[1], q.shape[-1], v.shape[-1]), block_kv=128)
+    call = _Call(mask=mask, scale=scale, softcap=softcap, tiles=tiles, dtype=jnp.dtype(dtype))
+    out, lse = _run(call, q, k, v, sink_logits, valid, segments, scales)
+    return out, lse, None
+
+
+def _refuse(name, got, allowed):
+    raise LoweringError(f"flash_attention (mosaic_gpu/sm90): {name} is {got}; allowed: {allowed}")
+
+
+def _check(q, k, v, sink_logits, valid, segments, dtypes=DTYPES):
+    refuse = _refuse
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             refuse(name, x.shape, "[B, S, heads, width]")
-        if x.dtype not in DTYPES:
-            refuse(f"{name}'s dtype", x.dtype, "bfloat16, float16")
+        if x.dtype not in dtypes:
+            refuse(f"{name}'s dtype", x.dtype, ", ".join(jnp.dtype(d).name for d in dtypes))
         if x.dtype != q.dtype:
             refuse(f"{name}'s dtype", x.dtype, f"q's, {q.dtype}")
     b, s, n, h = q.shape
@@ -167,7 +215,7 @@ _differentiable.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(call: _Call, q, k, v, sink_logits, valid, segments):
+def _run(call: _Call, q, k, v, sink_logits, valid, segments, scales=None):
     """The kernel's call, alike for all layers of a model: assembled once."""
     tile = call.tiles
     b, s, n, h = q.shape
@@ -178,17 +226,22 @@ def _run(call: _Call, q, k, v, sink_logits, valid, segments):
     sharing = _sharing(b * n, n // kv_heads, s, h + value_dim)
     # How long a tile takes is known here unless segments decide it: then the hardware hands tiles out.
     table = _lists(call.mask, tile, b * n, row_tiles, blocks, sharing, tile.blocks if ids is None else 0)
-    kernel = _Kernel(call, s, n, kv_heads, row_tiles, blocks)
+    narrow = q.dtype == E4M3
+    kernel = _Kernel(call, s, n, kv_heads, row_tiles, blocks, narrow)
     if rest := -s % 8:  # copies of tiles want a multiple of 8 tokens
         q, k, v = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (q, k, v))
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    if narrow:
+        v = _transposed(v, tile.block_kv, tile.registers)
+    k_shape, v_shape = (tile.block_kv, h), (value_dim, tile.block_kv) if narrow else (tile.block_kv, value_dim)
 
-    def shared(*shape):
-        return plgpu.SMEM(shape, q.dtype, transforms=tiled)
+    def shared(*shape, dtype=q.dtype):
+        swizzle = min(128, math.gcd(shape[-1] * jnp.dtype(dtype).itemsize, 128))
+        tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
     scratch = {
-        "k_smem": shared(tile.stages, tile.block_kv, h),
-        "v_smem": shared(tile.stages, tile.block_kv, value_dim),
+        "k_smem": shared(tile.stages, *k_shape),
+        "v_smem": shared(tile.stages, *v_shape),
         "lse_smem": plgpu.SMEM((tile.warpgroups, ROWS), jnp.float32),
         "q_here": plgpu.Barrier(num_barriers=tile.warpgroups),
         "q_free": plgpu.Barrier(num_barriers=tile.warpgroups),
@@ -202,16 +255,17 @@ def _run(call: _Call, q, k, v, sink_logits, valid, segments):
         scratch["p_smem"] = shared(tile.warpgroups, ROWS, tile.block_kv)
     # Results leave from memory of their own where there is room: the queries of the next tile come in beside them.
     q_shape, o_shape = (tile.warpgroups, ROWS, h), (tile.warpgroups, ROWS * h // value_dim, value_dim)
-    separate = 2 * (h + value_dim) * (rows + tile.stages * tile.block_kv) + 4 * rows <= SMEM_BYTES
-    if separate:
-        scratch |= {"q_smem": shared(*q_shape), "o_smem": shared(tile.warpgroups, ROWS, value_dim)}
+    results = rows * (value_dim * jnp.dtype(call.dtype).itemsize + 4)
+    separate = q.dtype.itemsize * (rows * h + tile.stages * tile.block_kv * (h + value_dim)) + results <= SMEM_BYTES
+    if separate or narrow:
+        scratch |= {"q_smem": shared(*q_shape), "o_smem": shared(tile.warpgroups, ROWS, value_dim, dtype=call.dtype)}
     else:  # as many bytes a warpgroup for results as for queries
         scratch["qo_smem"] = plgpu.RefUnion(shared(*q_shape), shared(*o_shape))
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
     out, lse = plgpu.kernel(
         kernel,
         out_type=(
-            jax.ShapeDtypeStruct((*q.shape[:3], value_dim), q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[:3], value_dim), call.dtype),
             jax.ShapeDtypeStruct((b, n, row_tiles * rows), jnp.float32),
         ),
         scratch_types=scratch,
@@ -221,8 +275,20 @@ def _run(call: _Call, q, k, v, sink_logits, valid, segments):
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name="flash_attention",
-    )(q, k, v, sink, ids, jnp.asarray(table))
+    )(q, k, v, sink, ids, scales, jnp.asarray(table))
     return out[:, :s], jnp.moveaxis(lse[..., :s], 1, 2)
+
+
+def _transposed(v, block: int, permuted: bool):
+    """v [B, S, K, Hv] -> [B, K, Hv, S in whole blocks]: products in 8 bits want keys side by side.
+
+    permuted: keys in the order in which a thread's weights come out of the first product, 16 by 16 (see `_pack`).
+    """
+    v = jnp.pad(v, ((0, 0), (0, -v.shape[1] % block), (0, 0), (0, 0)))
+    b, length, heads, width = v.shape
+    if permuted:  # place 4 t + 2 i + j holds key 8 i + 2 t + j
+        v = v.reshape(b, length // 16, 2, 4, 2, heads, width).swapaxes(2, 3)
+    return jnp.moveaxis(v.reshape(b, length, heads, width), 1, 3)
 
 
 def _sharing(heads: int, group: int, length: int, widths: int) -> int:
@@ -332,12 +398,13 @@ class _Kernel:
     kv_heads: int
     row_tiles: int
     blocks: int
+    narrow: bool  # 8-bit operands
 
     @property
     def __name__(self):
         return "flash_attention"
 
-    def __call__(self, q, k, v, sink, ids, table, out, lse, *, qo_smem=None, **scratch):
+    def __call__(self, q, k, v, sink, ids, scales, table, out, lse, *, qo_smem=None, **scratch):
         if qo_smem is not None:
             scratch["q_smem"], scratch["o_smem"] = qo_smem
         scratch["separate"] = qo_smem is None
@@ -349,7 +416,7 @@ class _Kernel:
             plgpu.set_max_registers(self.call.tiles.max_registers, action="increase")
             if self.call.tiles.turns:
                 pl.when(wg == last - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-            self.each_tile(ids, table, functools.partial(self.compute, wg, q, sink, ids, out, lse, **scratch))
+            self.each_tile(ids, table, functools.partial(self.compute, wg, sink, ids, scales, out, lse, **scratch))
             plgpu.wait_smem_to_gmem(0)
             if self.call.tiles.turns:
                 pl.when(wg == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
@@ -407,7 +474,8 @@ class _Kernel:
                 plgpu.barrier_wait(free.at[slot])
 
             at = pl.ds(where.block(step) * tile.block_kv, tile.block_kv)
-            plgpu.copy_gmem_to_smem(source.at[where.b, at, where.kv_head], target.at[slot], here.at[slot])
+            index = (where.kv_head, slice(None), at) if self.narrow and source is v else (at, where.kv_head)
+            plgpu.copy_gmem_to_smem(source.at[where.b, *index], target.at[slot], here.at[slot])
 
         fetch(0, k, k_smem, k_here, k_free)
         for wg in range(tile.warpgroups):
@@ -433,9 +501,9 @@ class _Kernel:
     def compute(
         self,
         wg,
-        q,
         sink,
         ids,
+        scales,
         out,
         lse,
         where,
@@ -458,11 +526,17 @@ class _Kernel:
             top, total = jnp.full((ROWS,), LOWEST, jnp.float32), jnp.zeros((ROWS, PARTS), jnp.float32)
         else:
             top = jnp.full((ROWS,), sink[where.head] * LOG2E, jnp.float32)
-            total = jnp.full((ROWS, PARTS), 1 / PARTS, jnp.float32)
+            total = jnp.full((ROWS, PARTS), 2.0**self.peak / PARTS, jnp.float32)
         top, total = plgpu.layout_cast(top, by_row), plgpu.layout_cast(total, plgpu.Layout.WGMMA)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), plgpu.Layout.WGMMA)
         mine = None if ids is None else plgpu.load(ids[0].at[where.b, rows], layout=by_row, optimized=False)
-        logits = functools.partial(self.logits, where, row, mine, ids)
+        factor = self.call.scale if scales is None else scales[0, where.b, where.head]
+        folded = self.call.softcap is None and self.call.scale > 0  # into the exponent, behind the largest logit
+        rate = factor * LOG2E if folded else 1.0
+
+        def weights(s, step, *state):
+            return self.softmax(rate, self.logits(factor, folded, where, row, mine, ids, s, step), *state)
+
         q_at, o_at = q_smem.at[wg], o_smem.at[wg] if separate else o_smem.at[wg, pl.ds(0, ROWS)]
 
         def q_used():
@@ -471,21 +545,33 @@ class _Kernel:
 
         plgpu.barrier_wait(q_here.at[wg])
         run = self.overlapped if self.call.tiles.overlap and self.call.tiles.registers else self.plain
-        acc, top, total = run(where, done, wg, q_at, q_used, logits, (acc, top, total), **scratch)
+        acc, top, total = run(where, done, wg, q_at, q_used, weights, (acc, top, total), **scratch)
 
         total = jnp.sum(total, axis=1)
         empty = total == 0.0
-        scale = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, total))
+        scale = jnp.where(
+            empty, 0.0, (1.0 if scales is None else scales[1, where.b, where.head]) / jnp.where(empty, 1.0, total)
+        )
         acc = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_at[...] = acc.astype(out.dtype)
-        lse_smem.at[wg][...] = jnp.where(empty, -jnp.inf, top * (1 / LOG2E) + jnp.log(jnp.where(empty, 1.0, total)))
+        lse_smem.at[wg][...] = jnp.where(
+            empty, -jnp.inf, (top - self.peak) * (1 / LOG2E) + jnp.log(jnp.where(empty, 1.0, total))
+        )
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_at, out.at[where.b, rows, where.head])
         plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse.at[where.b, where.head, rows])
         if not separate:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free.at[wg])
+
+    @property
+    def peak(self) -> int:
+        return PEAK if self.narrow else 0
+
+    def values(self, v_smem, slot):
+        """[keys, Hv] of one step."""
+        return v_smem.at[slot].transpose((1, 0)) if self.narrow else v_smem.at[slot]
 
     def turns(self, wg, turn):
         """(wait for the tensor cores, pass them on)."""
@@ -496,7 +582,7 @@ class _Kernel:
         return (lambda: plgpu.barrier_wait(turn.at[wg])), (lambda: plgpu.barrier_arrive(turn.at[following]))
 
     def overlapped(
-        self, where, done, wg, q, q_used, logits, state, *, k_smem, v_smem, k_here, v_here, k_free, v_free, turn, **_
+        self, where, done, wg, q, q_used, weights, state, *, k_smem, v_smem, k_here, v_here, k_free, v_free, turn, **_
     ):
         """Q K of step t and P V of step t - 1 are in flight together; the softmax of t waits for the first of them only."""
         tile = self.call.tiles
@@ -519,8 +605,8 @@ class _Kernel:
 
         s = pl.run_scoped(only_qk, plgpu.ACC((ROWS, tile.block_kv), jnp.float32))
         plgpu.barrier_arrive(k_free.at[first])
-        p, _, top, total = self.softmax(logits(s, 0), top, total)
-        p = p.astype(v_smem.dtype)
+        p, _, top, total = weights(s, 0, top, total)
+        p = _pack(p, v_smem.dtype)
         keys_of(1)
 
         def step(t, carry):
@@ -531,12 +617,12 @@ class _Kernel:
                 s_ref, acc_ref, alpha_ref, next_ref, top_ref, total_ref = refs
                 plgpu.wgmma(s_ref, q, k_smem.at[slot].transpose((1, 0)))
                 plgpu.barrier_wait(v_here.at[before])
-                plgpu.wgmma(acc_ref, p, v_smem.at[before])
+                plgpu.wgmma(acc_ref, p, self.values(v_smem, before))
                 pass_on()
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                 s = lax.optimization_barrier(s)
                 plgpu.barrier_arrive(k_free.at[slot])
-                new, alpha, top_ref[...], total_ref[...] = self.softmax(logits(s, t), top_ref[...], total_ref[...])
+                new, alpha, top_ref[...], total_ref[...] = weights(s, t, top_ref[...], total_ref[...])
                 next_ref[...], alpha_ref[...] = lax.optimization_barrier((new, alpha))
                 keys_of(t + 1)
                 plgpu.wgmma_wait(0)
@@ -549,13 +635,13 @@ class _Kernel:
             )
             acc = lax.optimization_barrier(acc)
             acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
-            return acc, new.astype(p.dtype), top, total
+            return acc, _pack(new, p.dtype), top, total
 
         acc, p, top, total = lax.fori_loop(1, where.steps, step, (acc, p, top, total))
         q_used()
         slot = slot_of(where.steps - 1)
         plgpu.barrier_wait(v_here.at[slot])
-        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
+        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, self.values(v_smem, slot)))(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(v_free.at[slot])
         return acc, top, total
 
@@ -566,7 +652,7 @@ class _Kernel:
         wg,
         q,
         q_used,
-        logits,
+        weights,
         state,
         *,
         k_smem,
@@ -595,19 +681,19 @@ class _Kernel:
 
             s = pl.run_scoped(qk, plgpu.ACC((ROWS, tile.block_kv), jnp.float32))
             plgpu.barrier_arrive(k_free.at[slot])
-            p, alpha, top, total = self.softmax(logits(s, t), top, total)
+            p, alpha, top, total = weights(s, t, top, total)
             acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
-            p = p.astype(v_smem.dtype)
+            p = _pack(p, v_smem.dtype) if tile.registers else p.astype(v_smem.dtype)
             plgpu.barrier_wait(v_here.at[slot])
             if tile.registers:
-                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
+                acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, self.values(v_smem, slot)))(plgpu.ACC.init(acc))
             else:
                 p_smem = scratch["p_smem"].at[wg]
                 p_smem[...] = p
                 plgpu.commit_smem()
 
                 def pv(ref):
-                    plgpu.wgmma(ref, p_smem, v_smem.at[slot])
+                    plgpu.wgmma(ref, p_smem, self.values(v_smem, slot))
                     return ref[...]
 
                 acc = acc + pl.run_scoped(pv, plgpu.ACC(acc.shape, jnp.float32))
@@ -618,23 +704,19 @@ class _Kernel:
         q_used()
         return state
 
-    def logits(self, where, row, mine, ids, s, step):
-        """Products of one step -> masked logits in units that `softmax` scales by `rate`."""
+    def logits(self, factor, folded, where, row, mine, ids, s, step):
+        """Products of one step -> masked logits in units that `softmax` multiplies by `rate`."""
         call = self.call
         if call.softcap is not None:
             # 1 - 2 / (e^2x + 1): the hardware's own tanh is good to 2^-11 only.
-            power = jnp.exp2(s * (2 * call.scale / call.softcap * LOG2E))
+            power = jnp.exp2(s * (factor * (2 / call.softcap * LOG2E)))
             s = call.softcap * LOG2E * (1.0 - 2.0 / (power + 1.0))
-        elif call.scale <= 0:
-            s = s * (call.scale * LOG2E)
+        elif not folded:
+            s = s * (factor * LOG2E)
         block = where.block(step)
         key = block * call.tiles.block_kv
         edge = self.edge(where, row, key, block)
         return lax.cond(edge, lambda s: self.masked(where, row, key, mine, ids, s), lambda s: s, s)
-
-    @property
-    def rate(self) -> float:
-        return self.call.scale * LOG2E if self.call.softcap is None and self.call.scale > 0 else 1.0
 
     def edge(self, where, row, key, block):
         """Whether any of ROWS queries from `row` on may not see any of the keys from `key` on."""
@@ -663,17 +745,49 @@ class _Kernel:
             seen = seen & (theirs == lax.broadcast_in_dim(mine, s.shape, [0]))
         return jnp.where(seen, s, -jnp.inf)
 
-    def softmax(self, s, top, total):
+    def softmax(self, rate, s, top, total):
         """-> weights, the factor for what was summed before, the new top (in powers of 2) and the new sums of PARTS columns:
         a thread adds up what it holds, threads meet at the end of the tile."""
-        rate = self.rate
         new = jnp.maximum(top, jnp.max(s, axis=1) * rate)
         alpha = jnp.exp2(top - new)
-        p = jnp.exp2(s * rate - lax.broadcast_in_dim(new, s.shape, [0]))
+        p = jnp.exp2(s * rate - lax.broadcast_in_dim(new - self.peak if self.peak else new, s.shape, [0]))
         parts = [p[:, at : at + PARTS] for at in range(0, p.shape[1], PARTS)]
         while len(parts) > 1:
             parts = [functools.reduce(jnp.add, parts[i : i + 2]) for i in range(0, len(parts), 2)]
         return p, alpha, new, total * lax.broadcast_in_dim(alpha, total.shape, [0]) + parts[0]
+
+
+def _pack(p, dtype):
+    """Weights float32[ROWS, keys] as the register operand of a product.
+
+    In 8 bits a thread holds 4 keys side by side there, and 2 of each 8 here: rather than trade them between threads, the
+    keys change places 16 by 16, the same way as `_transposed` has put the values.
+    """
+    if dtype != E4M3:
+        return p.astype(dtype)
+    wanted = plgpu.ShapeDtypeStruct(p.shape, E4M3, layout=plgpu.Layout.WGMMA_8BIT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=wanted)
+    def packed(_, p):
+        i32 = ir.IntegerType.get_signless(32)
+        layout = plgpu.Layout.WGMMA_8BIT.to_mgpu()
+        out = np.empty(layout.registers_shape(p.shape), dtype=object)
+        four = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+        text = (
+            "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
+            "mov.b32 $0, {a, b}; }"
+        )
+        for index in np.ndindex(out.shape):
+            row, column, *rest = index
+            pairs = [p.registers[(row, 2 * column + i, *rest)] for i in range(2)]
+            numbers = [
+                vector.extract(pair, dynamic_position=[], static_position=[i]) for pair in pairs for i in range(2)
+            ]
+            word = llvm.inline_asm(i32, numbers, text, "=r,f,f,f,f", asm_dialect=0)
+            out[index] = vector.bitcast(four, vector.broadcast(ir.VectorType.get((1,), i32), word))
+        return mgpu.FragmentedArray(_registers=out, _layout=layout, _is_signed=None)
+
+    return packed(p)
 
 
 @dataclasses.dataclass(frozen=True)
