@@ -76,6 +76,7 @@ class Plan:
     softcap: float | None
     sinks: bool  # sink logits
     tiles: Tiles
+    keys_only: bool = False  # the pass over keys for scores
 
     @property
     def group(self) -> int:
@@ -189,7 +190,7 @@ def paged_decode(
     q [B, Q, N, H]; pools [pages + 1, K, P, H], dense or QTensor (int8, int4, fp8 e4m3); positions int32[pages + 1, P];
     table int32[G, B, pages]; lengths int32[G, B]; q_positions int32[B, Q], -1 where there is no query: a row's queries are
     its newest slots; logit_scale [pages, K, P]. -> (out [B, Q, N, H], lse float32[B, Q, N], scores float32[B, S, K] or None).
-    Scores cost one more pass over the keys, by XLA.
+    Scores cost one more pass over the keys (by XLA where query tokens x query heads a kv head exceed 16).
     Raises: LoweringError for what the kernel does not take.
     """
     _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale, value_dim)
@@ -319,7 +320,10 @@ def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_posi
     out, lse = _merge(plan, parts, marks, offsets, sink_logits)
     scores = None
     if want_scores:
-        scores = _scores(plan, q, k_pool, positions, table, lengths, q_positions, lse, logit_scale)
+        if plan.tiles.registers and plan.rows <= TILE:
+            scores = _scores(plan, q, pools, positions, table, lengths, q_positions, lse)
+        else:
+            scores = _scores_by_xla(plan, q, k_pool, positions, table, lengths, q_positions, lse, logit_scale)
     return out, lse, scores
 
 
@@ -864,13 +868,14 @@ class _Warps:
         """One lane waits for room and starts the copies of a step."""
         plan, tokens = self.plan, self.plan.tiles.tokens
         blocks = plgpu.RefType(self.transforms)
-        size = 2 * tokens * plan.wide * self.itemsize
+        count = 1 if plan.keys_only else 2
+        size = count * tokens * plan.wide * self.itemsize
         size += sum(tokens * jnp.dtype(x).itemsize for x in plan.small_dtypes)
 
         @plgpu.inline_mgpu(
             arg_types=(
                 [plgpu.RefType()] * len(sources),
-                [blocks, blocks, *[plgpu.RefType()] * len(plan.small)],
+                [*[blocks] * count, *[plgpu.RefType()] * len(plan.small)],
                 plgpu.RefType(),
                 [SCALAR] * (4 + self.per),
             ),
@@ -888,9 +893,10 @@ class _Warps:
             for j, page in enumerate(pages):
                 for n, (source, target) in enumerate(zip(sources, to, strict=True)):
                     tokens = utils.DynamicSlice(index(inside), self.piece)
-                    at = (index(page),) if n >= 2 and plan.small[n - 2] == "position" else (index(page), index(head))
+                    shared = n >= count and plan.small[n - count] == "position"
+                    at = (index(page),) if shared else (index(page), index(head))
                     kwargs = {"gmem_slice": (*at, tokens)}
-                    if n < 2:
+                    if n < count:
                         groups = self.piece // 8
                         target = utils.memref_slice(target, (index(slot), utils.DynamicSlice(j * groups, groups)))
                         tiling = launch_context.TileTransform((8, self.swizzle // self.itemsize))
@@ -995,16 +1001,8 @@ class _Warps:
             if plan.format == "int8":  # an instruction takes one constant, the selector: this must not look like one
                 self.magic = arith.xori(_i32(0x43434343), arith.shrsi(token, _i32(31)))
             self.barrier(barriers, slot, free=False).wait_parity(self.parity(step, 0))
-            asked, state = _values(asked), _values(state)
-            count = 0 if self.staged else plan.head_dim // 8
-            words = [asked[:count], asked[count : 2 * count]]
-            q = [
-                _load(staged, self.staged_at(s), ir.IntegerType.get_signless(32), 4)
-                if self.staged
-                else self.left(words, s)
-                for s in range(plan.head_dim // 16)
-            ]
-            limits, positions, sums = (asked[2 * count + 2 * i : 2 * count + 2 * i + 2] for i in range(3))
+            state = _values(state)
+            q, limits, positions, sums = self.answers(_values(asked), staged)
             outs = [state[4 * i : 4 * i + 4] for i in range(self.outs)]
             top, total, zeros = (state[4 * self.outs + 2 * i : 4 * self.outs + 2 * i + 2] for i in range(3))
             small = dict(zip(plan.small, small, strict=True))
@@ -1016,17 +1014,110 @@ class _Warps:
                 [_add(_add(token, self.first), _add(_times(self.c, 2), 8 * j + e)) for e in range(2)]
                 for j in range(self.mine // 8)
             ]
-            sums = [utils.bitcast(s, ir.F32Type.get()) for s in sums]
             logits = self.logits(k, q, sums)
             self.mask_(logits, numbers, places, limits, positions, sums)
             p, top, total, zeros, alpha = self.softmax(logits, numbers, places, length, top, total, zeros)
             outs = self.values(v, p, self.decay(outs, alpha), places, length)
-            utils.warp_barrier()
-            lane = arith.cmpi(arith.CmpIPredicate.eq, _and(utils.thread_idx(), 31), _i32(0))
-            self.barrier(barriers, slot, free=True).arrive(predicate=lane)
+            self.release(barriers, slot)
             return _array([x for out in outs for x in out] + top + total + zeros, jnp.float32)
 
         return make(buffers, self.barriers, q_s, asked, state, [token, length, slot, step])
+
+    def heights(self, lse_g, row, head):
+        """What the exponents of a thread's rows are taken against; infinite where a row counts for nothing."""
+        plan = self.plan
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR), return_type=_threadwise(2, jnp.float32))
+        def make(_, lse, row, head):
+            row, head, f32 = row.registers.item(), head.registers.item(), ir.F32Type.get()
+            self.thread()
+            found = []
+            for local in self.rows():
+                at = arith.minui(local, _i32(plan.rows - 1))
+                query, member = arith.divui(at, _i32(plan.group)), arith.remui(at, _i32(plan.group))
+                place = _add(_times(_add(_times(row, plan.queries), query), plan.heads), _times(head, plan.group))
+                [value] = _load(lse, _times(_add(place, member), 4), f32)
+                some = arith.cmpf(arith.CmpFPredicate.OGT, value, _f32(-math.inf))
+                some = arith.andi(some, _less(local, _i32(plan.rows)))
+                found.append(_choose(some, arith.mulf(value, _f32(LOG2E)), _f32(math.inf)))
+            return _array(found, jnp.float32)
+
+        return make(lse_g, row, head)
+
+    def mass(self, buffers, q_s, asked, heights, scores_g, row, head, token, slot, step):
+        """The attention mass of a tile's tokens, summed over rows; zeros where `buffers` is None."""
+        plan, refs = self.plan, [self.barriers, q_s, scores_g]
+        blocks = [] if buffers is None else [plgpu.RefType(self.transforms)]
+        blocks += [plgpu.RefType()] * (len(plan.small) if blocks else 0)
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                blocks,
+                [plgpu.RefType()] * 3,
+                _threadwise_layout(self.asked),
+                _threadwise_layout(2),
+                [SCALAR] * 5,
+            ),
+            return_type=(),
+        )
+        def make(_, buffers, refs, asked, heights, scalars):
+            self.thread()
+            barriers, staged, scores = refs
+            row, head, token, slot, step = (x.registers.item() for x in scalars)
+            count = self.mine // 8
+            sums = [[_f32(0.0)] * 2 for _ in range(count)]
+            places = [
+                [_add(_add(token, self.first), _add(_times(self.c, 2), 8 * j + e)) for e in range(2)]
+                for j in range(count)
+            ]
+            if buffers:
+                if plan.format == "int8":
+                    self.magic = arith.xori(_i32(0x43434343), arith.shrsi(token, _i32(31)))
+                self.barrier(barriers, slot, free=False).wait_parity(self.parity(step, 0))
+                k, *small = buffers
+                numbers = {
+                    name: [self.small_numbers(ref, plan.small_dtype(name), j) for j in range(count)]
+                    for name, ref in zip(plan.small, small, strict=True)
+                }
+                q, limits, positions, q_sums = self.answers(_values(asked), staged)
+                logits = self.logits(k, q, q_sums)
+                self.mask_(logits, numbers, places, limits, positions, q_sums)
+                self.release(barriers, slot)
+                heights = _values(heights)
+                for j, tile in enumerate(logits):
+                    for e in range(2):
+                        p = [_exp2(arith.subf(tile[2 * r + e], heights[r])) for r in range(2)]
+                        sums[j][e] = arith.addf(*p)
+                        for distance in (4, 8, 16):
+                            sums[j][e] = arith.addf(sums[j][e], utils.shfl_bfly(sums[j][e], distance))
+            leads = arith.cmpi(arith.CmpIPredicate.eq, self.g, _i32(0))
+            slots = plan.width * plan.page
+            for j in range(count):
+                for e in range(2):
+                    at = _times(_add(_times(_add(_times(row, slots), places[j][e]), plan.kv_heads), head), 4)
+                    when = arith.andi(leads, _less(places[j][e], _i32(slots)))
+                    _store(scores, at, [sums[j][e]], when)
+            return ()
+
+        make([] if buffers is None else buffers, refs, asked, heights, [row, head, token, slot, step])
+
+    def answers(self, asked, staged):
+        """What `ask` found: operands of q by product, rows' limits, positions and sums of q."""
+        count = 0 if self.staged else self.plan.head_dim // 8
+        words = [asked[:count], asked[count : 2 * count]]
+        limits, positions, sums = (asked[2 * count + 2 * i : 2 * count + 2 * i + 2] for i in range(3))
+        i32 = ir.IntegerType.get_signless(32)
+        q = [
+            _load(staged, self.staged_at(s), i32, 4) if self.staged else self.left(words, s)
+            for s in range(self.plan.head_dim // 16)
+        ]
+        return q, limits, positions, [utils.bitcast(x, ir.F32Type.get()) for x in sums]
+
+    def release(self, barriers, slot):
+        """The warp has read a slot."""
+        utils.warp_barrier()
+        lane = arith.cmpi(arith.CmpIPredicate.eq, _and(utils.thread_idx(), 31), _i32(0))
+        self.barrier(barriers, slot, free=True).arrive(predicate=lane)
 
     def group(self, j):
         """Offset of tokens 8 j .. of the warp."""
@@ -1388,8 +1479,105 @@ def _merge_threads(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, part, fir
 # --- Attention mass ---------------------------------------------------------------------------------------------------
 
 
-def _scores(plan: Plan, q, k_pool, positions, table, lengths, q_positions, lse, logit_scale):
-    """Attention mass by slot float32[B, S, K] from the log-sums that attention returned: one more pass over the keys."""
+def _scores(plan: Plan, q, pools, positions, table, lengths, q_positions, lse):
+    """Attention mass by slot float32[B, S, K] from the log-sums that attention returned: one more pass over the keys.
+
+    The list is of all tiles of the tables, in equal parts; those that no query sees are written as zeros.
+    """
+    named = dict(zip(plan.small, (*pools[2:], positions), strict=False))
+    named = {name: x for name, x in named.items() if not name.startswith("v_")}
+    plan = dataclasses.replace(
+        plan, keys_only=True, small=tuple(named), small_dtypes=tuple(str(x.dtype) for x in named.values())
+    )
+    t, piece = plan.tiles, min(plan.tiles.tokens, plan.page)
+    per, slots = t.tokens // piece, t.wgs * t.stages
+    sources = (pools[0], *named.values())
+    scratch = {
+        "k_s": plgpu.SMEM(
+            (slots, t.tokens, plan.wide), pools[0].dtype, transforms=_tiling(plan.wide, pools[0].dtype.itemsize)
+        ),
+        "small_s": [plgpu.SMEM((slots, per, max(piece, 128 // x.dtype.itemsize)), x.dtype) for x in named.values()],
+        "barriers": plgpu.SMEM((2, slots, 2), jnp.int32),
+        "q_s": plgpu.SMEM((t.wgs, plan.staged), jnp.int32),
+    }
+    shape = (plan.batch, plan.width * plan.page, plan.kv_heads)
+    return plgpu.kernel(
+        functools.partial(_scores_body, plan, len(sources), per, piece),
+        out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
+        grid=(t.sms,),
+        grid_names=("sm",),
+        num_threads=t.wgs + 1,
+        thread_name="wg",
+        scratch_types=scratch,
+        kernel_name="paged_decode_scores",
+    )(*sources, q, q_positions.reshape(-1), table.reshape(-1), lengths.reshape(-1), lse)
+
+
+def _scores_body(plan, count, per, piece, *refs, k_s, small_s, barriers, q_s):
+    sources, (q_g, qpos_g, table_g, lengths_g, lse_g, scores_g) = refs[:count], refs[count:]
+    t, wg = plan.tiles, lax.axis_index("wg")
+    step = _Warps(plan, per, piece, barriers)
+    tiles = -(-plan.width * plan.page // t.tokens)  # of a unit
+    size, rest = divmod(tiles * plan.units, plan.workers)
+    div, rem = (lambda x, y: lax.div(x, jnp.int32(y))), (lambda x, y: lax.rem(x, jnp.int32(y)))
+
+    def each_tile(wg, enter, work):
+        """work(what enter(row, head, ...) returned, ...) for a warpgroup's tiles, with how many were seen before."""
+        worker = lax.axis_index("sm") * t.wgs + wg
+        start = worker * size + jnp.minimum(worker, rest)
+        stop = start + size + jnp.where(worker < rest, 1, 0)
+
+        def unit_loop(unit, before):
+            row, head, _ = _locate(plan, unit)
+            listed = head * plan.batch + row if plan.groups > 1 else row
+            length = jnp.minimum(lengths_g[listed], plan.width * plan.page)
+            sinks, first, _ = _span(plan, length)
+            entered = enter(row, head, length)
+
+            def tile_loop(i, before):
+                tile = i - unit * tiles
+                seen = tile * t.tokens < length
+                if plan.mask.window is not None:
+                    seen = seen & ((tile < sinks) | (tile >= first))
+                slot = wg * t.stages + rem(before, t.stages)
+                work(entered, row, head, listed, length, tile * t.tokens, seen, slot, before)
+                return before + jnp.where(seen, 1, 0)
+
+            return lax.fori_loop(
+                jnp.maximum(unit * tiles, start), jnp.minimum((unit + 1) * tiles, stop), tile_loop, before
+            )
+
+        lax.fori_loop(div(start, tiles), div(stop + (tiles - 1), tiles), unit_loop, jnp.int32(0))
+
+    def copy(_, row, head, listed, length, token, seen, slot, before):
+        @pl.when(seen)
+        def _():
+            last, first = div(length - 1, plan.page), div(token, plan.page)
+            pages = [table_g[listed * plan.width + jnp.minimum(first + j, last)] for j in range(per)]
+            step.copy(sources, (k_s, *small_s), pages, head, rem(token, plan.page), slot, before)
+
+    def ask(row, head, length):
+        return step.ask(q_g, q_s.at[wg], qpos_g, row, head, jnp.int32(0), length), step.heights(lse_g, row, head)
+
+    def add(entered, row, head, listed, length, token, seen, slot, before):
+        args = (q_s.at[wg], *entered, scores_g, row, head, token, slot, before)
+        buffers = [ref.at[slot] for ref in (k_s, *small_s)]
+        pl.when(seen)(lambda: step.mass(buffers, *args))
+        pl.when(jnp.logical_not(seen))(lambda: step.mass(None, *args))
+
+    step.begin()
+
+    @pl.when(wg == t.wgs)
+    def _():
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp < t.wgs)(lambda: each_tile(warp, lambda *_: None, copy))
+
+    pl.when(wg < t.wgs)(lambda: each_tile(wg, ask, add))
+
+
+def _scores_by_xla(plan: Plan, q, k_pool, positions, table, lengths, q_positions, lse, logit_scale):
+    """The same from dense keys: for more rows of a kv head than one warp takes, and for the interpreter."""
     k = gather_pages(k_pool, table).astype(jnp.float32)  # [B, S, K, H]
     q = q.reshape(plan.batch, plan.queries, plan.kv_heads, plan.group, plan.head_dim)
     logits = jnp.einsum("bqkgh,bskh->bkqgs", q.astype(jnp.float32), k) * plan.scale
