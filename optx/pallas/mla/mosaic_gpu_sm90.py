@@ -701,7 +701,7 @@ def _ragged(plan: _Plan, q, pool, ragged: Ragged, positions, table, lengths, sin
     row = jnp.sum(index[:, None] >= stop[None, :], axis=1, dtype=jnp.int32)
     real = row < batch
     row = jnp.minimum(row, batch - 1)
-    offset = (index - (stop - count)[row]) * size
+    offset = (stop[row] - 1 - index) * size  # a row's last tokens first: they see most
     number = jnp.where(real, jnp.clip(ragged.counts[row] - offset, 0, size), 0)
     low = jnp.maximum(lengths[row] - ragged.counts[row] + offset, 0)
     end = low + number if plan.mask.causal else lengths[row]
