@@ -342,3 +342,11 @@ def test_grouped_matmul(format_, cut, rng):
     got = interpreted(lambda *args: grouped.grouped_matmul(*args, tiles=cut, interpret=True), x, w, sizes)
     same(got, jax.jit(grouped_reference.grouped_matmul)(x, w, sizes))
     assert not np.asarray(got[total:]).any()
+
+
+@pytest.mark.parametrize("format_", ["int4", "int4_g64", "int4_g32_asym", "int2_g128"])
+def test_quant_matmul_in_bfloat16(format_, rng):
+    """Few tokens of bfloat16 take another way from bytes to numbers."""
+    x, w = matrix(rng, 5, 512, dtype="bfloat16"), tensor.quantize(matrix(rng, 512, 256), formats.parse(format_))
+    got = interpreted(lambda x, w: quant.quant_matmul(x, w, interpret=True), x, w)
+    same(got, x.astype(jnp.float32) @ w.dequantize(), 6e-3)

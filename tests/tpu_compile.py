@@ -154,6 +154,7 @@ CASES = {
     "paged_decode/lists_by_head": paged(lists=8, page=64),
     "paged_decode/mha": paged(heads=32, kv_heads=32, page=64),
     "paged_decode/latents": paged(heads=128, kv_heads=1, head_dim=576, value_dim=512, page=64),
+    "paged_decode/latents_page128": paged(heads=16, kv_heads=1, head_dim=576, value_dim=512),
     "paged_decode/latents_int8": paged(
         heads=16, kv_heads=1, head_dim=640, value_dim=512, page=64, format_="int8", logit_scale=True
     ),
@@ -176,12 +177,16 @@ CASES = {
 }
 
 
+# Not a copy of the array, or one into VMEM ahead of its use, which XLA does with small operands.
+MOVES = ("parameter", "bitcast", "get-tuple-element", "custom-call", "copy-done")
+
+
 def copies(text: str, operand) -> list[str]:
     """Instructions of the compiled program that write as many elements of the same width as `operand` has."""
     names = {1: ("s8", "u8", "f8e4m3fn"), 2: ("bf16",), 4: ("f32",)}[operand.dtype.itemsize]
     found = []
     for kind, shape, op in re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", text):
-        if op in ("parameter", "bitcast", "get-tuple-element", "custom-call") or kind not in names:
+        if op in MOVES or kind not in names:
             continue
         if math.prod(int(n) for n in shape.split(",") if n) == operand.size:
             found.append(f"{op} -> {kind}[{shape}]")

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from optx.formats import Float8, Format, Int
 
@@ -61,11 +62,33 @@ def parts_of(format_: Format) -> int:
 
 
 def codes(data, format_: Format, dtype) -> list[jax.Array]:
-    """Bytes [.., L] -> an array of codes as numbers of `dtype` for every number of a byte, zero points not yet taken."""
+    """Bytes [.., R, L] -> an array of codes as numbers of `dtype` for every number of a byte. They are `offset_of` too
+    large, and zero points are not yet taken."""
     if isinstance(format_, Float8):
         return [data.astype(jnp.float32).astype(dtype)]
-    data, width = data.astype(jnp.int32), format_.width
-    if width == 8:
-        return [data.astype(jnp.float32).astype(dtype)]
-    mask = 2**width - 1
-    return [((data >> at) & mask).astype(jnp.float32).astype(dtype) for at in range(0, 8, width)]
+    width = format_.width
+    # Four bytes are cut at once and widened as signed ones, for which there is an instruction.
+    packs = data.dtype.itemsize == 1 and data.shape[-2] % 32 == 0
+    if width < 8:
+        mask = 2**width - 1
+        if packs:
+            words, mask = pltpu.bitcast(data, jnp.uint32), jnp.uint32(mask * 0x01010101)
+            fields = [pltpu.bitcast((words >> at) & mask, jnp.int8) for at in range(0, 8, width)]
+        else:
+            fields = [(data.astype(jnp.int32) >> at) & mask for at in range(0, 8, width)]
+    elif format_.symmetric:
+        fields = [data]
+    elif packs:
+        fields = [pltpu.bitcast(pltpu.bitcast(data, jnp.uint32) ^ jnp.uint32(0x80808080), jnp.int8)]
+    else:
+        fields = [data.astype(jnp.int32) - 128]
+    return [field.astype(jnp.int32).astype(jnp.float32).astype(dtype) for field in fields]
+
+
+def offset_of(format_: Format | None) -> float:
+    """What `codes` gives too much, beside the zero point of the format."""
+    if not isinstance(format_, Int):
+        return 0.0
+    if format_.width == 8:
+        return 0.0 if format_.symmetric else -128.0
+    return 2.0 ** (format_.width - 1) if format_.symmetric else 0.0

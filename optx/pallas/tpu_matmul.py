@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from optx.formats import Format, Int
-from optx.pallas.tpu_common import LANES, VMEM, codes, float16_bits, number, parts_of
+from optx.formats import Format
+from optx.pallas.tpu_common import LANES, VMEM, codes, float16_bits, number, offset_of, parts_of
 from optx.tensor import QTensor
 
 CHUNK = 512  # numbers of the contraction a dot where scales allow
@@ -93,10 +93,8 @@ class Plan:
 
     @property
     def offset(self) -> float:
-        """What is to be taken from every code of a format without zero points."""
-        if isinstance(self.format, Int) and self.format.symmetric and self.format.width < 8:
-            return 2.0 ** (self.format.width - 1)
-        return 0.0
+        """What is to be taken from every code beside its zero point."""
+        return offset_of(self.format)
 
     @property
     def shifts(self) -> bool:
@@ -245,11 +243,8 @@ def _split_all(x, plan: Plan):
     rows = plan.tiles.tokens
     spec = pl.BlockSpec((rows, plan.length), lambda i: (i, 0))
 
-    def kernel(x_ref, out_ref):
-        _split(x_ref, out_ref, plan)
-
     return pl.pallas_call(
-        kernel,
+        functools.partial(_split, plan=plan),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid=(x.shape[0] // rows,),
         in_specs=[spec],
@@ -293,7 +288,7 @@ def _dequantize(refs, plan: Plan):
     def some(i, _):
         here = pl.ds(pl.multiple_of(i * 32, 32), 32)
         scale = number(refs["scale"][0, here]) if plan.groups > 1 else None
-        zero = number(refs["zero"][0, here]) if "zero" in refs else None
+        zero = number(refs["zero"][0, here]) + plan.offset if "zero" in refs else None
         for at in range(0, plan.width, LANES):
             spread = functools.partial(_spread, first=at // plan.lanes, plan=plan)
             parts = codes(data[0, here, at : at + LANES], plan.format, jnp.float32)
@@ -326,7 +321,7 @@ def _unpack_factors(refs, plan: Plan):
     """Scales and zero points -> float32, a row a group."""
     refs["factors"][...] = number(refs["scale"][0])
     if "zeros" in refs:
-        refs["zeros"][...] = number(refs["zero"][0])
+        refs["zeros"][...] = number(refs["zero"][0]) + plan.offset
 
 
 def _dot(a, b, contract: int, out=jnp.float32):
@@ -344,41 +339,43 @@ def _multiply(refs, plan: Plan):
         """A chunk of numbers against weights that need nothing more."""
         lanes = pl.ds(pl.multiple_of(c * size, LANES), size)
         if plan.format is None:
-            acc[...] += _dot(x[:, lanes], data[0, lanes].astype(x.dtype), 0)
-        elif "weights" in refs:
-            acc[...] += _dot(x[:, lanes], refs["weights"][:, lanes], 1)
-        else:
-            acc[...] += _dot(x[:, lanes], data[0, :, lanes], 1, acc.dtype)
+            return _dot(x[:, lanes], data[0, lanes].astype(x.dtype), 0)
+        weights = refs["weights"][:, lanes] if "weights" in refs else data[0, :, lanes]
+        return _dot(x[:, lanes], weights, 1, acc.dtype)
 
     def packed(c):
         """A chunk of bytes: one product for all groups in it, then their scales."""
         weights = codes(data[0, :, pl.ds(pl.multiple_of(c * size, LANES), size)], plan.format, x.dtype)
         acts = []
         for p in range(parts):  # of every 128 bytes
-            pieces = [
-                pl.multiple_of((c * (size // LANES) + i) * parts * LANES + p * LANES, LANES)
-                for i in range(size // LANES)
-            ]
-            load = lambda at: refs["acts"][:, :, pl.ds(at, LANES)] if plan.splits else x[:, pl.ds(at, LANES)][None]  # noqa: E731
-            acts.append(jnp.concatenate([load(at) for at in pieces], axis=-1).reshape(plan.expanded * rows, size))
+            pieces = []
+            for i in range(size // LANES):
+                lanes = pl.ds(pl.multiple_of((c * (size // LANES) + i) * parts * LANES + p * LANES, LANES), LANES)
+                pieces.append(refs["acts"][:, :, lanes] if plan.splits else x[:, lanes][None])
+            acts.append(jnp.concatenate(pieces, axis=-1).reshape(plan.expanded * rows, size))
         y = sum(_dot(a, b, 1) for a, b in zip(acts, weights))
         if plan.groups == 1:
-            acc[...] += y
-            return
+            return y
         group = c * size // plan.lanes if plan.shared == 1 else c * plan.shared
         sums = sum(jnp.sum(a.astype(jnp.float32), axis=1, keepdims=True) for a in acts) if plan.shifts else None
+        total = 0
         for i in range(plan.shared):
             mine = slice(i * rows, (i + 1) * rows)
-            z = y[mine]
-            if plan.shifts:
-                z -= sums[mine] * (refs["zeros"][pl.ds(group + i, 1)] if "zeros" in refs else plan.offset)
-            acc[...] += z * refs["factors"][pl.ds(group + i, 1)]
+            zero = refs["zeros"][pl.ds(group + i, 1)] if "zeros" in refs else plan.offset
+            z = y[mine] - sums[mine] * zero if plan.shifts else y[mine]
+            total += z * refs["factors"][pl.ds(group + i, 1)]
+        return total
 
     direct = plan.format is None or plan.native or "weights" in refs
     chunks = (plan.length if direct else plan.width) // size
-    together = next(n for n in (4, 2, 1) if chunks % n == 0) if rows * plan.expanded <= LANES else 1
+    together = next(n for n in (8, 4, 2, 1) if chunks % n == 0) if rows * plan.expanded <= LANES else 1
     step = whole if direct else packed
-    jax.lax.fori_loop(0, chunks // together, lambda i, _: ([step(i * together + j) for j in range(together)], 0)[1], 0)
+
+    def some(i, _):
+        acc[...] += sum(step(i * together + j) for j in range(together))
+        return 0
+
+    jax.lax.fori_loop(0, chunks // together, some, 0)
 
 
 def _finish(refs, plan: Plan):
@@ -388,6 +385,6 @@ def _finish(refs, plan: Plan):
         return y
     if plan.shifts and not plan.tiles.dequantize:
         sums = jnp.sum(refs["x"][...].astype(jnp.float32), axis=1, keepdims=True)
-        y = y - sums * (number(refs["zero"][0]) if "zero" in refs else plan.offset)
+        y = y - sums * (number(refs["zero"][0]) + plan.offset if "zero" in refs else plan.offset)
     y = y * number(refs["scale"][0])
     return y * refs["row_scale"][...] if plan.native else y

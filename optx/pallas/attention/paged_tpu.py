@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
 from optx.pallas.attention.reference import Mask
-from optx.pallas.tpu_common import LANES, VMEM, arch_reason, float16_bits, number
+from optx.pallas.tpu_common import LANES, VMEM, arch_reason, codes, float16_bits, number, offset_of
 from optx.tensor import Tensor, is_qtensor, leaf_bytes
 
 PAGES = (16, 32, 64, 128)  # tokens a page
@@ -272,8 +272,8 @@ class Spec:
     v_parts: int
     k_turned: bool
     v_turned: bool
-    k_signed: bool  # int4 codes are centred on 8
-    v_signed: bool
+    k_format: Format | None
+    v_format: Format | None
     value: int  # entries of a value part
     scale: float
     softcap: float | None
@@ -308,8 +308,8 @@ def run(q, pools: Pools, items: Items, sink_logits, logit_scale, plan: Plan):
         v_parts=v_parts,
         k_turned=_turned(pools.k),
         v_turned=_turned(values),
-        k_signed=_signed(pools.k),
-        v_signed=_signed(values),
+        k_format=_format(pools.k),
+        v_format=_format(values),
         value=plan.value_dim // v_parts,
         scale=plan.scale,
         softcap=plan.softcap,
@@ -399,8 +399,8 @@ def _parts(pool: Tensor) -> int:
     return 2 if is_qtensor(pool) and isinstance(pool.format, Int) and pool.format.width == 4 else 1
 
 
-def _signed(pool: Tensor) -> bool:
-    return is_qtensor(pool) and isinstance(pool.format, Int) and pool.format.symmetric
+def _format(pool: Tensor) -> Format | None:
+    return pool.format if is_qtensor(pool) else None
 
 
 def _turned(pool: Tensor) -> bool:
@@ -545,8 +545,9 @@ def _factor(x, group, spec: Spec):
     return x
 
 
-def _load(buffer, slot, h, *, parts, turned, signed, size, dtype):
-    """One head of a block as matmul operands, a list of `parts` arrays [slots, H / parts], or [H / parts, slots] turned."""
+def _load(buffer, slot, h, *, format_, turned, size, dtype):
+    """One head of a block as matmul operands, an array [slots, H / parts] a part, or [H / parts, slots] turned; codes keep
+    their zero points."""
     if turned:
         x = jnp.concatenate([buffer[slot, p, h, :size] for p in range(buffer.shape[1])], axis=-1)
     else:
@@ -554,17 +555,17 @@ def _load(buffer, slot, h, *, parts, turned, signed, size, dtype):
         if x.dtype.itemsize == 1 and x.shape[1] % 32:  # half a tile of bytes: pages are joined as 32 bits
             x = x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(jnp.float32)
         x = x.reshape(-1, x.shape[-1])[:, :size]
-    if parts == 1:
-        return [x if x.dtype == dtype else _cast(x, dtype)]
-    codes = x.astype(jnp.int32)
-    both = [codes & 15, codes >> 4]
-    return [((c - 8) if signed else c).astype(jnp.float32).astype(dtype) for c in both]
+    if format_ is None:
+        return [x.astype(dtype)]
+    return codes(x, format_, dtype)
 
 
-def _cast(x, dtype):
-    if x.dtype in (jnp.uint8, jnp.int8):
-        x = x.astype(jnp.int32)
-    return x.astype(jnp.float32).astype(dtype)
+def _zero(name: str, factors, format_: Format | None):
+    """What the codes of the tokens are too large by, or None."""
+    offset, zero = offset_of(format_), factors.get(f"{name}_zero")
+    if zero is not None:
+        return zero + offset
+    return offset or None
 
 
 def _dot(a, b, contract: int):
@@ -577,13 +578,12 @@ def _head(h, slot, rows, seen, factors, q_ref, buffers, top_ref, total_ref, sum_
     """One step of the online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867) for one kv head."""
     dtype = q_ref.dtype
     width = q_ref.shape[-1]
-    kwargs = {"parts": spec.k_parts, "turned": spec.k_turned, "signed": spec.k_signed}
-    keys = _load(buffers["k"], slot, h, size=width, dtype=dtype, **kwargs)
+    keys = _load(buffers["k"], slot, h, format_=spec.k_format, turned=spec.k_turned, size=width, dtype=dtype)
     q = [q_ref[0, h, part, :rows] for part in range(spec.k_parts)]
     logits = sum(_dot(a, b, 0 if spec.k_turned else 1) for a, b in zip(q, keys))
-    if "k_zero" in factors:
+    if (zero := _zero("k", factors, spec.k_format)) is not None:
         total = sum(jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True) for x in q)
-        logits = logits - total * factors["k_zero"]
+        logits = logits - total * zero
     factor = factors["k_scale"] * spec.scale if "k_scale" in factors else spec.scale
     logits = logits * (factor * factors["logit_scale"] if "logit_scale" in factors else factor)
     if spec.softcap is not None:
@@ -602,12 +602,13 @@ def _head(h, slot, rows, seen, factors, q_ref, buffers, top_ref, total_ref, sum_
     shift = None
     if f"{v_factor}_scale" in factors:
         weights = jnp.where(seen, weights * factors[f"{v_factor}_scale"], 0)
-        if f"{v_factor}_zero" in factors:
-            shift = jnp.sum(weights * factors[f"{v_factor}_zero"], axis=-1, keepdims=True)
+        if (zero := _zero(v_factor, factors, spec.v_format)) is not None:
+            weights = weights.astype(dtype).astype(jnp.float32)  # as they are multiplied
+            shift = jnp.sum(weights * zero, axis=-1, keepdims=True)
     if v_factor == "k":
         values = [x[: spec.value] if spec.k_turned else x[:, : spec.value] for x in keys]
     else:
-        kwargs = {"parts": spec.v_parts, "turned": spec.v_turned, "signed": spec.v_signed}
+        kwargs = {"format_": spec.v_format, "turned": spec.v_turned}
         values = _load(buffers["v"], slot, h, size=spec.value, dtype=dtype, **kwargs)
     weights = weights.astype(dtype)
     for part, value in enumerate(values):
