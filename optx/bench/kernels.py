@@ -31,7 +31,8 @@ class Line:
     op: str
     shape: str
     implementation: str
-    microseconds: float | None
+    microseconds: float | None  # of its kernels on the device
+    wall_microseconds: float | None  # by the host's clock, launches included
     of_ceiling: float | None  # bound / time
     bound: str  # read, bf16, fp8: which ceiling binds
     error: float | None  # relative, against float32
@@ -64,12 +65,16 @@ def measure(shape: Shape, ceilings: Ceilings, seed: int = 0) -> list[Line]:
         facts = {"op": shape.op, "shape": shape.name, "implementation": name, "bound": binds}
         try:
             error = timing.relative_error(_first(function(*inputs[0])), want)
-            seconds = timing.seconds(function, inputs)
+            prepared = timing.prepare(function, inputs)
+            seconds, wall = timing.measure(prepared), timing.wall(prepared)
         except Exception as failure:  # noqa: BLE001 - a peer that does not run here is a line of its own
             said = (str(failure).strip().splitlines() or [type(failure).__name__])[0][:120]
-            lines.append(Line(**facts, microseconds=None, of_ceiling=None, error=None, raised=said))
+            lines.append(
+                Line(**facts, microseconds=None, wall_microseconds=None, of_ceiling=None, error=None, raised=said)
+            )
         else:
-            lines.append(Line(**facts, microseconds=1e6 * seconds, of_ceiling=least / seconds, error=error))
+            times = {"microseconds": 1e6 * seconds, "wall_microseconds": 1e6 * wall}
+            lines.append(Line(**facts, **times, of_ceiling=least / seconds, error=error))
     return lines
 
 
@@ -78,20 +83,21 @@ def _first(out):
 
 
 def text(lines: Sequence[Line], ceilings: Ceilings) -> str:
-    header = ("op", "shape", "implementation", "us", "% of ceiling", "bound", "error")
+    header = ("op", "shape", "implementation", "us", "us wall", "% of ceiling", "bound", "error")
     rows = [
-        [line.op, line.shape, line.implementation, f"{line.microseconds:.1f}", f"{100 * line.of_ceiling:.0f}", line.bound,
+        [line.op, line.shape, line.implementation, f"{line.microseconds:.1f}",
+         f"{line.wall_microseconds:.1f}", f"{100 * line.of_ceiling:.0f}", line.bound,
          f"{line.error:.1e}"]
         if not line.raised
-        else [line.op, line.shape, line.implementation, "-", "-", line.bound, line.raised]
+        else [line.op, line.shape, line.implementation, "-", "-", "-", line.bound, line.raised]
         for line in lines
     ]  # fmt: skip
     return f"{ceilings_text(ceilings)}\n\n{table(header, rows)}"
 
 
 def ceilings_text(ceilings: Ceilings) -> str:
-    parts = [f"read {ceilings.read / 1e12:.2f} TB/s", f"bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s"]
-    parts += [f"fp8 {ceilings.fp8 / 1e12:.0f} TFLOP/s"] if ceilings.fp8 else []
+    parts = [f"read {ceilings.read / 1e12:.3g} TB/s", f"bf16 {ceilings.bf16 / 1e12:.3g} TFLOP/s"]
+    parts += [f"fp8 {ceilings.fp8 / 1e12:.3g} TFLOP/s"] if ceilings.fp8 else []
     least = next((sane for mark, sane in SANE.items() if mark in ceilings.device), None)
     slow = least and (ceilings.read < least.read or ceilings.bf16 < least.bf16)
     note = "  (lower than this card should reach: percentages mean little)" if slow else ""

@@ -1,7 +1,8 @@
 """Device time of jitted functions, and the ceilings that bound it, measured in the same run.
 
 Work is timed over several input sets in rotation (one set that fits the L2 cache would measure the cache), several calls
-inside one program, the median of repeats. Inputs are random: zeros run faster than real data.
+inside one program, the median of repeats. Inputs are random: zeros run faster than real data. On a GPU the kernels' own time
+counts: what lies between two launches depends on the host, and in a whole step the launches run ahead of the device.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import profiler
 
 REPEATS = 12
 CALLS = 16  # calls a program: a launch from Python takes as long as a small kernel
@@ -57,10 +59,31 @@ def prepare(function: Callable, inputs: Sequence[tuple], calls: int = CALLS) -> 
 
 
 def measure(prepared: Prepared, repeats: int = REPEATS) -> float:
-    """Median seconds of one call."""
+    """Median seconds of one call: on a GPU the time that its kernels ran, gaps between launches left out; else `wall`."""
+    if jax.default_backend() != "gpu":
+        return wall(prepared, repeats)
+    runs = [_kernel_seconds(prepared) for _ in range(max(3, repeats // 2))]
+    return statistics.median(runs) / prepared.calls - _own_seconds()
+
+
+def wall(prepared: Prepared, repeats: int = REPEATS) -> float:
+    """Median seconds of one call by the host's clock, launches and gaps included."""
     for _ in range(2):
         prepared()
     return statistics.median(_timed(prepared) for _ in range(repeats)) / prepared.calls
+
+
+def _kernel_seconds(prepared: Prepared) -> float:
+    """Seconds that the kernels of the program ran, added up (CUPTI)."""
+    _, kernels = profiler.measure(prepared.program, aggregate=False)(prepared.inputs)
+    return 1e-3 * sum(milliseconds for _, milliseconds in kernels)
+
+
+@functools.cache
+def _own_seconds() -> float:
+    """Seconds of the small kernel by which `prepare` makes each call wait for the one before."""
+    prepared = prepare(lambda x: x, [(random((1 << 16,), seed=i),) for i in range(2)])
+    return statistics.median(_kernel_seconds(prepared) for _ in range(5)) / prepared.calls
 
 
 def _timed(function) -> float:
