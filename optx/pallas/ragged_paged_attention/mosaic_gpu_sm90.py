@@ -1164,16 +1164,19 @@ def _merge(plan: Plan, out, lse, parts, units, cuts, sinks):
         index = lax.axis_index("item")
 
         def merge(unit, wg, block, count, part, number):
-            """`part(i)` -> (values, marks) of partial result i, of `count`; `number`: rows that are real."""
+            """`part(i)` -> (values, marks, part that wrote them) of partial result i, of `count`; `number`: real rows."""
             row = block * KEPT
 
             def step(i, carry):
                 top, total, acc = carry
-                values, marks = part(i)
-                m, l = load(marks.at[0, pl.ds(row, KEPT)], layout=by_row), load(marks.at[1, pl.ds(row, KEPT)], layout=by_row)
+                values, marks, writer = part(i)
+                some = cuts_g[writer + 1, 2] > cuts_g[writer, 2]  # a part without steps wrote nothing
+                m, l = (load(marks.at[n, pl.ds(row, KEPT)], layout=by_row) for n in range(2))
+                m, l = jnp.where(some, m, LOWEST), jnp.where(some, l, 0.0)
+                values = jnp.where(some, load(values, layout=layout), 0.0)
                 higher = jnp.maximum(top, m)
                 a, b = jnp.exp2(top - higher), jnp.exp2(m - higher)
-                acc = acc * _wide(a, acc.shape, 0) + load(values, layout=layout) * _wide(b, acc.shape, 0)
+                acc = acc * _wide(a, acc.shape, 0) + values * _wide(b, acc.shape, 0)
                 return higher, total * a + l * b, acc
 
             head = units_g[unit, HEAD]
@@ -1205,8 +1208,8 @@ def _merge(plan: Plan, out, lse, parts, units, cuts, sinks):
             first, last = units_g[index, FROM], units_g[index, UPTO]
 
             def part(i):
-                at = first + _div(i, COMPUTE) + index
-                return parts_g.at[at, _rem(i, COMPUTE)], marks_g.at[at, _rem(i, COMPUTE)]
+                writer, wg = first + _div(i, COMPUTE), _rem(i, COMPUTE)
+                return parts_g.at[writer + index, wg], marks_g.at[writer + index, wg], writer
 
             @pl.when(units_g[index, DECODE] == 1)
             def _():
@@ -1223,7 +1226,7 @@ def _merge(plan: Plan, out, lse, parts, units, cuts, sinks):
 
             def part(i):
                 at = 2 * (first + i) + (i == 0).astype(jnp.int32)
-                return chunk_parts_g.at[at, wg, pl.ds(block * KEPT, KEPT)], chunk_marks_g.at[at, wg]
+                return chunk_parts_g.at[at, wg, pl.ds(block * KEPT, KEPT)], chunk_marks_g.at[at, wg], first + i
 
             mine = (cuts_g[cut, 1] > 0) & (first == cut - 1) & (units_g[unit, DECODE] == 0)
 
