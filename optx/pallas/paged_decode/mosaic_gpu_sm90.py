@@ -37,8 +37,9 @@ ROWS = 64  # at most, of a warpgroup: more read the pages again
 SMS = 132  # of H100 SXM and H200; on a part with fewer some blocks wait their turn
 SHARED = 224 * 1024  # bytes of the 227 KB of a block that tiles may take
 SHARE = 4 * 4 * 128  # numbers that the warps of a warpgroup exchange at a time
-REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32), 4: (112, 64)}  # by warpgroups: of each, of the one that copies
+REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}  # by warpgroups: of each, of the one that copies
 LOG2E = math.log2(math.e)
+FEW = 8  # lengths up to which kernels make the offsets of units themselves
 HEAD_DIMS, PAGES, GROUPS, QUERIES = (64, 128, 256), (16, 32, 64, 128), 16, 8
 BF16 = jnp.dtype("bfloat16")
 
@@ -112,6 +113,11 @@ class Plan:
         return self.batch * self.kv_heads * self.blocks
 
     @property
+    def slots(self) -> int:
+        """Of a row's listing."""
+        return self.width * self.page
+
+    @property
     def workers(self) -> int:
         return self.tiles.sms * self.tiles.wgs
 
@@ -130,10 +136,10 @@ class Plan:
 
 def tiles(head_dim: int, format: str = "dense", small: int = 0, rows: int = TILE) -> Tiles:
     """As many steps in flight as SMEM holds. small: bytes of scales, zero points and positions of a step."""
-    wgs = 1 if head_dim == 256 and format == "dense" else 3 if format == "int4" and head_dim < 256 else 2
+    wgs = 1 if head_dim == 256 and format == "dense" else 2
     step = 2 * 64 * head_dim * {"dense": 4, "int4": 1}.get(format, 2) // 2 + small
-    fixed = 4 * SHARE + 1024 + (4 * TILE * head_dim * 2 if rows > 2 * TILE else 2 * TILE * head_dim * 2)
-    return Tiles(stages=min(8, (SHARED // wgs - fixed) // step), wgs=wgs)
+    staged = (4 if rows > 2 * TILE else 2) * TILE * head_dim * 2 if head_dim > 128 else 512
+    return Tiles(stages=min(8, (SHARED // wgs - 4 * SHARE - 1024 - staged) // step), wgs=wgs)
 
 
 def _format(fmt) -> str | None:
@@ -190,11 +196,12 @@ def paged_decode(
     q [B, Q, N, H]; pools [pages + 1, K, P, H], dense or QTensor (int8, int4, fp8 e4m3); positions int32[pages + 1, P];
     table int32[G, B, pages]; lengths int32[G, B]; q_positions int32[B, Q], -1 where there is no query: a row's queries are
     its newest slots; logit_scale [pages, K, P]. -> (out [B, Q, N, H], lse float32[B, Q, N], scores float32[B, S, K] or None).
-    Scores cost one more pass over the keys (by XLA where query tokens x query heads a kv head exceed 16).
+    Scores cost one more pass over the keys (by XLA where query tokens x query heads a kv head exceed 16, or scores 2 GB).
     Raises: LoweringError for what the kernel does not take.
     """
     _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale, value_dim)
     plan = _plan(q, k_pool, v_pool, table, mask, scale, softcap, sink_logits is not None, logit_scale, tiles)
+    _check_plan(plan)
     return _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale)
 
 
@@ -281,6 +288,21 @@ def _plan(q, k_pool, v_pool, table, mask, scale, softcap, sinks, logit_scale, ch
     )
 
 
+def _check_plan(plan: Plan):
+    """Tiles that a block cannot hold, and sizes beyond the kernels' 32-bit offsets."""
+    t = plan.tiles
+    if t.wgs not in REGISTERS or t.tokens not in (64, 128) or t.stages < 2 or t.sms < 1:
+        _refuse("tiles", t, f"wgs of {tuple(REGISTERS)}, tokens of 64, 128, stages of 2 or more")
+    piece = min(t.tokens, plan.page)
+    small = sum(max(128, piece * jnp.dtype(x).itemsize) for x in plan.small_dtypes) * t.tokens // piece
+    size = t.stages * (2 * t.tokens * plan.wide * plan.itemsize + small + 16) + 4 * SHARE + 512 + 4 * plan.staged
+    if t.wgs * size > 226 * 1024:
+        _refuse("tiles", f"{t}: {t.wgs * size} bytes of shared memory", f"{226 * 1024}")
+    parts = (plan.workers + plan.units) * plan.kept * plan.head_dim * 4
+    if parts >= 1 << 31:
+        _refuse("rows", f"{plan.batch}: {parts} bytes of partial results", "less than 2^31")
+
+
 def _span(plan: Plan, length):
     """Of a row with `length` slots: (tiles that hold sinks, first tile of the window, tiles in all)."""
     t = jnp.int32(plan.tiles.tokens)
@@ -295,17 +317,33 @@ def _span(plan: Plan, length):
 
 
 def _offsets(plan: Plan, lengths):
-    """int32[units + 1]: where each unit's tiles begin in the list of all tiles. One reduction, to be one kernel of XLA."""
-    count = _span(plan, lengths)[2].T.reshape(-1)  # [B, G]
+    """int32[units + 1]: where each unit's tiles begin in the list of all tiles. One reduction, to be one kernel of XLA.
+
+    Few lengths are returned as they are: kernels make the offsets of them (`_offset_of`).
+    """
+    if lengths.size <= FEW:
+        return lengths.reshape(-1)
+    count = _span(plan, jnp.minimum(lengths, plan.slots))[2].T.reshape(-1)  # [B, G]
     each = plan.units // count.size  # units that keep the same pages
     unit = jnp.arange(plan.units + 1, dtype=jnp.int32)[:, None]
     before = jnp.clip(unit - each * jnp.arange(count.size, dtype=jnp.int32), 0, each)
     return jnp.sum(before * count, axis=1, dtype=jnp.int32)
 
 
+def _offset_of(plan: Plan, offsets):
+    """In a kernel: unit -> where its tiles begin. offsets: ref of what `_offsets` returned."""
+    lists = plan.batch * plan.groups
+    if lists > FEW:
+        return lambda unit: offsets[unit]
+    each = plan.units // lists
+    places = [g * plan.batch + b for b in range(plan.batch) for g in range(plan.groups)]
+    counts = [_span(plan, jnp.minimum(offsets[i], plan.slots))[2] for i in places]
+    return lambda unit: sum(jnp.clip(unit - each * i, 0, each) * count for i, count in enumerate(counts))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale):
-    offsets = _offsets(plan, jnp.minimum(lengths, plan.width * plan.page))
+    offsets = _offsets(plan, lengths)
     aux = [q_positions.reshape(-1), table.reshape(-1), lengths.reshape(-1), offsets]
     if plan.mask.window is not None:
         aux.append(positions)
@@ -320,7 +358,8 @@ def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_posi
     out, lse = _merge(plan, parts, marks, offsets, sink_logits)
     scores = None
     if want_scores:
-        if plan.tiles.registers and plan.rows <= TILE:
+        small = plan.batch * plan.slots * plan.kv_heads * 4 < 1 << 31
+        if plan.tiles.registers and plan.rows <= TILE and small:
             scores = _scores(plan, q, pools, positions, table, lengths, q_positions, lse)
         else:
             scores = _scores_by_xla(plan, q, k_pool, positions, table, lengths, q_positions, lse, logit_scale)
@@ -387,29 +426,30 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
     t = plan.tiles
     sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
     consumer, producer = REGISTERS[t.wgs]
+    offset_of = _offset_of(plan, offsets_g)
     sources = (*pools, *position_g)
     step = (_Warps if t.registers else _Plain)(plan, per, piece, barriers[0])
 
     def share(wg):
         """A warpgroup's part of the list of tiles: (its number, first tile, end, first unit, end of units)."""
         worker = sm * t.wgs + wg
-        total = offsets_g[plan.units]
+        total = offset_of(plan.units)
         size, rest = lax.div(total, jnp.int32(plan.workers)), lax.rem(total, jnp.int32(plan.workers))
         start = worker * size + jnp.minimum(worker, rest)
         stop = start + size + (worker < rest).astype(jnp.int32)
         first, last = jnp.int32(0), jnp.int32(0)  # units that begin at or before the first tile, before the end
         for bit in reversed(range(plan.units.bit_length())):
             for_first, for_last = (jnp.minimum(x + (1 << bit), plan.units) for x in (first, last))
-            first = jnp.where(offsets_g[for_first] <= start, for_first, first)
-            last = jnp.where(offsets_g[for_last] < stop, for_last, last)
+            first = jnp.where(offset_of(for_first) <= start, for_first, first)
+            last = jnp.where(offset_of(for_last) < stop, for_last, last)
         return worker, start, stop, jnp.minimum(first, plan.units - 1), jnp.where(stop > start, last + 1, 0)
 
     def enter(unit, start, stop):
         """Of a unit: where its tiles begin in the list, [begin, end) of a share's, its index into [G, B], its slots."""
         row, head, _ = _locate(plan, unit)
         listed = head * plan.batch + row if plan.groups > 1 else row
-        offset, end = offsets_g[unit], offsets_g[unit + 1]
-        length = jnp.minimum(lengths_g[listed], plan.width * plan.page)
+        offset, end = offset_of(unit), offset_of(unit + 1)
+        length = jnp.minimum(lengths_g[listed], plan.slots)
         return offset, jnp.maximum(offset, start), jnp.minimum(end, stop), listed, length
 
     def first_token(tile, length):
@@ -1091,7 +1131,7 @@ class _Warps:
                         for distance in (4, 8, 16):
                             sums[j][e] = arith.addf(sums[j][e], utils.shfl_bfly(sums[j][e], distance))
             leads = arith.cmpi(arith.CmpIPredicate.eq, self.g, _i32(0))
-            slots = plan.width * plan.page
+            slots = plan.slots
             for j in range(count):
                 for e in range(2):
                     at = _times(_add(_times(_add(_times(row, slots), places[j][e]), plan.kv_heads), head), 4)
@@ -1340,7 +1380,8 @@ def _merge(plan: Plan, parts, marks, offsets, sink_logits):
     def body(parts_g, marks_g, offsets_g, *refs):
         *sink_g, out_g, lse_g = refs
         unit = lax.axis_index("unit")
-        begin, end, total = offsets_g[unit], offsets_g[unit + 1], offsets_g[plan.units]
+        offset_of = _offset_of(plan, offsets_g)
+        begin, end, total = offset_of(unit), offset_of(unit + 1), offset_of(plan.units)
         share, rest = lax.div(total, jnp.int32(plan.workers)), lax.rem(total, jnp.int32(plan.workers))
 
         def worker(tile):
@@ -1400,13 +1441,13 @@ def _merge_plainly(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, _, first,
 
 
 def _merge_threads(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, part, first, count):
-    """A thread merges four numbers of a row. Loads of four parts are under way at a time."""
+    """A thread merges four numbers of a row. Loads of several parts are under way at a time."""
     batch_row, head, block = _locate(plan, unit)
+    unroll = 4 if plan.workers < 4 * plan.units else 16
     refs = (plgpu.RefType(),) * (4 + len(sink_g))
 
     @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * 6), return_type=())
     def merge(_, parts, marks, *rest):
-        sink = rest[0] if plan.sinks else None
         out, lse = rest[len(sink_g) : len(sink_g) + 2]
         row, head, block, part, first, count = (x.registers.item() for x in rest[-6:])
         f32 = ir.F32Type.get()
@@ -1418,47 +1459,34 @@ def _merge_threads(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, part, fir
         query, member = arith.divui(at, _i32(plan.group)), arith.remui(at, _i32(plan.group))
         head = _add(_times(head, plan.group), member)
         with utils.when(real):
-            unroll = 4
-            rounds = _right(_add(count, unroll - 1), 2)
+            rounds = _right(_add(count, unroll - 1), unroll.bit_length() - 1)
+            top, total = _f32(-math.inf), _f32(0.0)
+            if plan.sinks:
+                top, total = arith.mulf(_load(rest[0], _times(head, 4), f32)[0], _f32(LOG2E)), _f32(1.0)
 
-            def indices(i):
-                found = []
+            @utils.fori(rounds, [top, total] + [_f32(0.0)] * 4)
+            def summed(i, carry):
+                top, total, *values = carry
+                loaded = []
                 for k in range(unroll):
                     at = _add(_times(i, unroll), k)
                     inside = _less(at, count)
-                    found.append((_add(first, _choose(inside, at, _i32(0))), inside))
-                return found
-
-            def mark(index, which):
-                at = _add(_times(index, 2 * plan.kept), which * plan.kept)
-                return _load(marks, _times(_add(at, local), 4), f32)[0]
-
-            sink_value = None
-            if sink is not None:
-                sink_value = arith.mulf(_load(sink, _times(head, 4), f32)[0], _f32(LOG2E))
-
-            @utils.fori(rounds, [_f32(-math.inf) if sink is None else sink_value])
-            def highest(i, carry):
-                return [functools.reduce(arith.maxnumf, [mark(index, 0) for index, _ in indices(i)], carry[0])]
-
-            [top] = highest.results
-            base = _finite_base(top)
-            total = _f32(0.0) if sink is None else _exp2(arith.subf(sink_value, base))
-
-            @utils.fori(rounds, [total] + [_f32(0.0)] * 4)
-            def summed(i, carry):
-                total, *values = carry
-                loaded = []
-                for index, inside in indices(i):
+                    index = _add(first, _choose(inside, at, _i32(0)))
+                    mark = _times(_add(_times(index, 2 * plan.kept), local), 4)
+                    m, l = _load(marks, mark, f32)[0], _load(marks, _add(mark, 4 * plan.kept), f32)[0]
                     at = _add(_times(_add(_times(index, plan.kept), local), plan.head_dim), column)
-                    loaded.append((inside, mark(index, 0), mark(index, 1), _load(parts, _times(at, 4), f32, 4)))
-                for inside, m, l, numbers in loaded:
-                    weight = _choose(inside, _exp2(arith.subf(m, base)), _f32(0.0))
+                    loaded.append((_choose(inside, m, _f32(-math.inf)), l, _load(parts, _times(at, 4), f32, 4)))
+                new = functools.reduce(arith.maxnumf, [m for m, _, _ in loaded], top)
+                base = _finite_base(new)
+                decay = _exp2(arith.subf(top, base))
+                total, *values = (arith.mulf(x, decay) for x in (total, *values))
+                for m, l, numbers in loaded:
+                    weight = _exp2(arith.subf(m, base))
                     total = _fma(weight, l, total)
                     values = [_fma(weight, x, value) for x, value in zip(numbers, values, strict=True)]
-                return [total, *values]
+                return [new, total, *values]
 
-            total, *values = summed.results
+            top, total, *values = summed.results
             some = arith.cmpf(arith.CmpFPredicate.OGT, total, _f32(0.0))
             inverse = arith.divf(_f32(1.0), _choose(some, total, _f32(1.0)))
             half = ir.F16Type.get() if plan.dtype == "float16" else ir.BF16Type.get()
@@ -1500,7 +1528,7 @@ def _scores(plan: Plan, q, pools, positions, table, lengths, q_positions, lse):
         "barriers": plgpu.SMEM((2, slots, 2), jnp.int32),
         "q_s": plgpu.SMEM((t.wgs, plan.staged), jnp.int32),
     }
-    shape = (plan.batch, plan.width * plan.page, plan.kv_heads)
+    shape = (plan.batch, plan.slots, plan.kv_heads)
     return plgpu.kernel(
         functools.partial(_scores_body, plan, len(sources), per, piece),
         out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -1517,7 +1545,7 @@ def _scores_body(plan, count, per, piece, *refs, k_s, small_s, barriers, q_s):
     sources, (q_g, qpos_g, table_g, lengths_g, lse_g, scores_g) = refs[:count], refs[count:]
     t, wg = plan.tiles, lax.axis_index("wg")
     step = _Warps(plan, per, piece, barriers)
-    tiles = -(-plan.width * plan.page // t.tokens)  # of a unit
+    tiles = -(-plan.slots // t.tokens)  # of a unit
     size, rest = divmod(tiles * plan.units, plan.workers)
     div, rem = (lambda x, y: lax.div(x, jnp.int32(y))), (lambda x, y: lax.rem(x, jnp.int32(y)))
 
@@ -1530,7 +1558,7 @@ def _scores_body(plan, count, per, piece, *refs, k_s, small_s, barriers, q_s):
         def unit_loop(unit, before):
             row, head, _ = _locate(plan, unit)
             listed = head * plan.batch + row if plan.groups > 1 else row
-            length = jnp.minimum(lengths_g[listed], plan.width * plan.page)
+            length = jnp.minimum(lengths_g[listed], plan.slots)
             sinks, first, _ = _span(plan, length)
             entered = enter(row, head, length)
 
