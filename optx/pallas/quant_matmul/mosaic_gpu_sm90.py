@@ -367,7 +367,7 @@ def _body(*refs, plan: Plan):
     x, codes, scale = refs[:3] if plan.kind != "bf16" else (*refs[:2], refs[1])
     zero = refs[3] if plan.zero else None
     outer = refs[3 + plan.zero] if plan.kind == "nv" else scale  # what outputs are multiplied by
-    out, x_smem, w_smem, s_smem, z_smem, a_smem, p_smem, out_smem, full, empty, done = refs[-11:]
+    out, x_smem, w_smem, s_smem, z_smem, a_smem, p_smem, out_smem, full, empty, done, free = refs[-12:]
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
     rank = lax.axis_index("part") if tiles.cluster > 1 else 0
     part_of_d = rank if tiles.split > 1 else 0
@@ -471,18 +471,21 @@ def _body(*refs, plan: Plan):
             @pl.when(part > 0)
             def _():
                 to = p_smem.at[part - 1, lane]
-                if tiles.cluster > 1:
-                    plgpu.async_store_smem(acc, to, done.at[lane], cluster_idx=0, cluster_dim="part", optimized=False)
+                if tiles.cluster > 1:  # of one item at most
+                    plgpu.async_store_smem(acc, to, done, cluster_idx=0, cluster_dim="part", optimized=False)
                 else:
+                    pl.when(first > 0)(lambda: plgpu.barrier_wait(free))
                     to[...] = acc
-                    plgpu.barrier_arrive(done.at[lane])
+                    plgpu.barrier_arrive(done)
 
             @pl.when(part == 0)
             def _():
-                plgpu.barrier_wait(done.at[lane])
+                plgpu.barrier_wait(done)
                 total = acc
                 for i in range(tiles.parts - 1):
                     total = total + plgpu.load(p_smem.at[i, lane], layout=plgpu.Layout.WGMMA, optimized=False)
+                if tiles.cluster == 1:
+                    plgpu.barrier_arrive(free)
                 store(total, column, row)
 
         def store(acc, column, row):
@@ -507,6 +510,8 @@ def _body(*refs, plan: Plan):
                     plgpu.copy_smem_to_gmem(slot, to)
 
         each_item(consume)
+        if tiles.share > 1 and tiles.cluster == 1:
+            pl.when((turn > 0) & (mine > 0))(lambda: plgpu.barrier_wait(free))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -602,7 +607,9 @@ def _call(x, *w, rows: int, plan: Plan):
             plgpu.SMEM((tiles.lanes, 2, part, BLOCK), x.dtype, transforms=(swizzle,)),
             plgpu.Barrier(num_arrivals=2 + plan.grouped + plan.zero, num_barriers=tiles.stages),
             empty(num_arrivals=tiles.lanes, num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=max(tiles.parts - 1, 1), num_barriers=tiles.strips),
+            # one for all strips: jax 0.11.2 adds the offset of a barrier in an array twice when it is another block's
+            plgpu.Barrier(num_arrivals=max(tiles.parts - 1, 1) * tiles.strips),
+            plgpu.Barrier(num_arrivals=tiles.strips),
         ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=tiles.registers
