@@ -53,7 +53,6 @@ class Tiles:
     overlap: bool = True  # softmax beside the P V product of the step before; costs block_kv / 2 registers
     turns: bool = True  # warpgroups alternate at the tensor cores
     blocks: int = 132  # thread blocks that share the tiles: the cores of an H100 or H200 SXM; 0: one a tile
-    spread: bool = False  # tiles start at different blocks of keys where all see all
     registers: bool = True  # P enters the second product from registers; False: from shared memory, for the interpreter
 
 
@@ -224,8 +223,9 @@ def _run(call: _Call, q, k, v, sink_logits, valid, segments, scales=None):
     row_tiles, blocks = pl.cdiv(s, rows), pl.cdiv(s, tile.block_kv)
     ids = _ids(valid, segments, row_tiles, rows, blocks, tile.block_kv)
     sharing = _sharing(b * n, n // kv_heads, s, h + value_dim)
-    # How long a tile takes is known here unless segments decide it: then the hardware hands tiles out.
-    table = _lists(call.mask, tile, b * n, row_tiles, blocks, sharing, tile.blocks if ids is None else 0)
+    # How long a tile takes is known here unless segments or lengths decide it: then the hardware hands tiles out.
+    known = segments is None and (valid is None or b == 1)
+    table = _lists(call.mask, tile, b * n, row_tiles, blocks, sharing, tile.blocks if known else 0)
     narrow = q.dtype == E4M3
     kernel = _Kernel(call, s, n, kv_heads, row_tiles, blocks, narrow)
     if rest := -s % 8:  # copies of tiles want a multiple of 8 tokens
@@ -352,28 +352,27 @@ def _most(x, y):
 
 
 def _ids(valid, segments, row_tiles, rows, blocks, block_kv):
-    """Segments of queries and of keys, and by tile of queries the blocks [first, last) that it can see at all and those
-    [first, last) that it sees whole, as far as segments go: int32[B, tiles, 4]. None where all tokens see each other."""
+    """Segments of queries (None where they are all of one) and of keys, and by tile of queries the blocks [first, last)
+    that it can see at all and those [first, last) that it sees whole, as far as segments go: int32[B, tiles, 4].
+    None where all tokens see each other."""
     if valid is None and segments is None:
         return None
     given = valid if segments is None else segments
-    segments = jnp.zeros(given.shape, jnp.int32) if segments is None else segments
-    keys = segments if valid is None else jnp.where(valid, segments, NOT_REAL)
-    length = given.shape[1]
-
-    def pad(x, to):
-        return jnp.pad(x, ((0, 0), (0, to - length)), constant_values=NOT_REAL)
-
-    # Rows past the end repeat the last real row's segment: they must not widen what a tile reads.
-    queries = jnp.pad(segments, ((0, 0), (0, row_tiles * rows - length)), mode="edge")
-    keys = pad(keys, blocks * block_kv)
-    by_tile = queries.reshape(len(keys), row_tiles, 1, rows)
-    by_block = keys.reshape(len(keys), 1, blocks, block_kv)
+    batch, length = given.shape
+    keys = jnp.zeros(given.shape, jnp.int32) if segments is None else segments
+    keys = keys if valid is None else jnp.where(valid, keys, NOT_REAL)
+    keys = jnp.pad(keys, ((0, 0), (0, blocks * block_kv - length)), constant_values=NOT_REAL)
+    by_block = keys.reshape(batch, 1, blocks, block_kv)
     real = by_block != NOT_REAL
-    low, high = by_tile.min(-1), by_tile.max(-1)
-    floor = jnp.where(real, by_block, 2**31 - 1).min(-1)
-    touched = real.any(-1) & (floor <= high) & (by_block.max(-1) >= low)
-    whole = real.all(-1) & (floor == by_block.max(-1)) & (low == high) & (floor == low)
+    queries, touched, whole = None, real.any(-1), real.all(-1)
+    if segments is not None:
+        # Rows past the end repeat the last real row's segment: they must not widen what a tile reads.
+        queries = jnp.pad(segments, ((0, 0), (0, row_tiles * rows - length)), mode="edge")
+        by_tile = queries.reshape(batch, row_tiles, 1, rows)
+        low, high = by_tile.min(-1), by_tile.max(-1)
+        floor = jnp.where(real, by_block, 2**31 - 1).min(-1)
+        touched &= (floor <= high) & (by_block.max(-1) >= low)
+        whole &= (floor == by_block.max(-1)) & (low == high) & (floor == low)
 
     def run(flags):
         """The first run of true: [first, last), empty where there is none."""
@@ -384,8 +383,8 @@ def _ids(valid, segments, row_tiles, rows, blocks, block_kv):
 
     last = blocks - jnp.argmax(touched[..., ::-1], -1)
     first = jnp.argmax(touched, -1)
-    bounds = (first, jnp.where(touched.any(-1), last, first), *run(whole))
-    return queries, keys, jnp.stack(bounds, -1).astype(jnp.int32)
+    bounds = jnp.stack((first, jnp.where(touched.any(-1), last, first), *run(whole)), -1).astype(jnp.int32)
+    return queries, keys, jnp.broadcast_to(bounds, (batch, row_tiles, 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,7 +528,11 @@ class _Kernel:
             total = jnp.full((ROWS, PARTS), 2.0**self.peak / PARTS, jnp.float32)
         top, total = plgpu.layout_cast(top, by_row), plgpu.layout_cast(total, plgpu.Layout.WGMMA)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), plgpu.Layout.WGMMA)
-        mine = None if ids is None else plgpu.load(ids[0].at[where.b, rows], layout=by_row, optimized=False)
+        mine = (
+            None
+            if ids is None or ids[0] is None
+            else plgpu.load(ids[0].at[where.b, rows], layout=by_row, optimized=False)
+        )
         factor = self.call.scale if scales is None else scales[0, where.b, where.head]
         folded = self.call.softcap is None and self.call.scale > 0  # into the exponent, behind the largest logit
         rate = factor * LOG2E if folded else 1.0
@@ -742,7 +745,7 @@ class _Kernel:
             theirs = ids[1].at[where.b, pl.ds(key, s.shape[1])]
             theirs = plgpu.load(theirs, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
             theirs = lax.broadcast_in_dim(theirs, s.shape, [1])
-            seen = seen & (theirs == lax.broadcast_in_dim(mine, s.shape, [0]))
+            seen = seen & (theirs != NOT_REAL if mine is None else theirs == lax.broadcast_in_dim(mine, s.shape, [0]))
         return jnp.where(seen, s, -jnp.inf)
 
     def softmax(self, rate, s, top, total):
@@ -803,16 +806,12 @@ class _Where:
     sinks: jax.Array | None  # blocks before it that hold sinks; None where the mask has no sinks
     sink_stop: jax.Array
     whole: tuple | None  # blocks without a mask by segments
-    shift: jax.Array | None  # of the block that comes first
 
     @property
     def steps(self):
         return jnp.maximum(self.band if self.sinks is None else self.band + self.sinks, 1)
 
     def block(self, step):
-        if self.shift is not None:
-            step = step + self.shift
-            return self.stop - 1 - jnp.where(step < self.band, step, step - self.band)
         at = self.stop - 1 - step
         if self.sinks is not None:
             at = jnp.where(step < self.band, at, self.sink_stop - 1 - (step - self.band))
@@ -827,7 +826,6 @@ class _Where:
         # Plus a zero that is traced: lowering wants no Python numbers where it expects values.
         start, stop, sinks = (tile * 0 + x for x in _band(call.mask, call.tiles, row, kernel.blocks))
         sink_stop, whole = sinks, None
-        spread = call.tiles.spread and not call.mask.causal and call.mask.window is None and ids is None
         if ids is not None:
             low, high, first, last = (ids[2][b, tile_at, i] for i in range(4))
             start, stop, whole = jnp.maximum(start, low), jnp.minimum(stop, high), (first, last)
@@ -843,5 +841,4 @@ class _Where:
             sinks=sinks if call.mask.window is not None and call.mask.sinks else None,
             sink_stop=sink_stop,
             whole=whole,
-            shift=lax.rem(tile_at * 5, kernel.blocks) if spread else None,
         )

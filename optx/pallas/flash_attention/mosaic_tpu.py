@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from optx.errors import LoweringError
 from optx.pallas.attention.reference import Mask
-from optx.pallas.tpu_common import LANES, VMEM, arch_reason
+from optx.pallas.tpu_common import LANES, VMEM, arch_reason, dtype_reason
 
 ROWS = 1024  # query rows a step: the heads that share a block of keys times the queries of a block
 KEYS = 512  # keys a step
@@ -64,10 +64,8 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
     """None, or why the kernel declines: reads head_dim and, where given, heads, kv_heads, value_dim, dtype (or cache)."""
     if reason := arch_reason(target):
         return reason
-    cache = args.get("cache")
-    dtype = args.get("dtype") or getattr(cache, "dtype", "bfloat16")
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        return f"activations in {dtype}; allowed: float32, bfloat16"
+    if reason := dtype_reason(args.get("dtype") or getattr(args.get("cache"), "dtype", None)):
+        return reason
     for width in (args["head_dim"], args.get("value_dim") or args["head_dim"]):
         if reason := _width_reason(width):
             return reason
