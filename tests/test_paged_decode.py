@@ -119,6 +119,8 @@ def test_declines_other_chips():
         ({"table": jnp.zeros((3, 4, 5), jnp.int32)}, "table"),
         ({"sink_logits": jnp.zeros(3)}, "sink_logits"),
         ({"logit_scale": jnp.zeros((3, 4, 5))}, "logit_scale"),
+        ({"tiles": kernel.Tiles(wgs=4)}, "tiles"),
+        ({"tiles": kernel.Tiles(tokens=128, stages=6, wgs=2)}, "shared memory"),
         ({"mask": Mask(window=9), "q_positions": jnp.zeros((3, 2), jnp.int32)}, "q_positions"),
     ],
 )
