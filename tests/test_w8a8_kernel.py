@@ -52,6 +52,32 @@ def test_interpreted(case):
         np.testing.assert_array_equal(found, interpreted(case, args, kwargs))
 
 
+STORED = [cases.FP8, cases.FP8_BLOCKS, cases.INT8, cases.INT8_BLOCKS, Float8(kind="e5m2")]
+
+
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_relayout_and_back(stored, rng):
+    w = tensor.quantize(jnp.asarray(rng.normal(size=(256, 30)), jnp.bfloat16), stored)
+    panels = kernel.relayout(w)
+    assert panels.shape == w.shape and panels.size == w.size and panels.ndim == 2
+    back = tensor.canonical(panels)
+    back.validate()
+    assert jax.tree.structure(back) == jax.tree.structure(w)
+    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(w), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(np.asarray(got).view(np.uint8), np.asarray(want).view(np.uint8))
+    np.testing.assert_array_equal(panels.dequantize(), w.dequantize())
+    abstract = tensor.lift(kernel.relayout, jax.eval_shape(lambda: w))
+    assert jax.tree.structure(abstract) == jax.tree.structure(panels) and abstract.nbytes == panels.nbytes
+    assert kernel.supports({"weight": abstract, "activations": stored}, HOPPER) is None
+
+
+def test_panels_are_read_as_they_lie(rng):
+    args, kwargs = SMALL[-1].make(rng)
+    want = interpreted(SMALL[-1], args, kwargs)
+    np.testing.assert_array_equal(interpreted(SMALL[-1], (args[0], kernel.relayout(args[1])), kwargs), want)
+
+
 @pytest.mark.parametrize("case", cases.CASES, ids=name)
 def test_lowers_for_cuda(case):
     weight, activations = case.site["weight"], case.site["activations"]

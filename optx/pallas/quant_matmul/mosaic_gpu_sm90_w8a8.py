@@ -21,7 +21,7 @@ from jax import lax
 
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
-from optx.tensor import QTensor, is_qtensor
+from optx.tensor import Arranged, QTensor, is_qtensor, leaf_bytes
 
 BLOCKS = 132  # persistent blocks: the SMs of H100 SXM and H200; on a part with fewer some blocks wait their turn
 DEPTH = 128  # contracted numbers a step: a row of the widest swizzle; also the group of block scales
@@ -95,8 +95,67 @@ def _stage(tiles, blocks):
 
 
 def _padded(n: int) -> int:
-    """Scales of a slot: slots begin at multiples of 128 bytes, whatever the scale's type."""
-    return -(-n // 64) * 64
+    """Scales of a slot: copies and slots are multiples of 128 bytes."""
+    return -(-n // 32) * 32
+
+
+# --- The weight as the kernel reads it -----------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panels(Arranged):
+    """An 8-bit weight [D, F] in panels of 128 contracted numbers. Made by `relayout`.
+
+    data [D / 128, F, 128]: what one copy brings lies side by side in memory, not 128 bytes here and there;
+    scale float32[D / group or 1, F rounded up to 4].
+    """
+
+    data: jax.Array
+    scale: jax.Array
+    format: Format = dataclasses.field(metadata={"static": True})
+    length: int = dataclasses.field(metadata={"static": True})  # D
+    dtype: jnp.dtype = dataclasses.field(default=jnp.dtype("bfloat16"), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.length, self.data.shape[1]
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return leaf_bytes(self.data) + leaf_bytes(self.scale)
+
+    def qtensor(self) -> QTensor:
+        """The weight in its canonical packing: the inverse of `relayout`."""
+        d, f = self.shape
+        data = jnp.transpose(self.data, (1, 0, 2)).reshape(f, d)
+        scale = self.scale[:, :f].T.astype(self.format.scale_dtype)
+        return QTensor(data=data, scale=scale, format=self.format, length=d, dtype=self.dtype)
+
+    def dequantize(self) -> jax.Array:
+        """dtype[D, F]."""
+        return self.qtensor().dequantize()
+
+
+@jax.jit
+def relayout(w: QTensor) -> Panels:
+    """The same weight as `Panels`. w: what `supports` takes."""
+    f, d = w.data.shape
+    data = jnp.transpose(w.data.reshape(f, d // DEPTH, DEPTH), (1, 0, 2))
+    return Panels(data=data, scale=_beside(w.scale), format=w.format, length=d, dtype=w.dtype)
+
+
+def _beside(scale):
+    """[N, groups] -> float32[groups, N rounded up to 4]: rows of a copy are multiples of 16 bytes."""
+    return jnp.pad(scale.astype(jnp.float32).T, ((0, 0), (0, -scale.shape[0] % 4)))
 
 
 # --- What is taken ---------------------------------------------------------------------------------------------------
@@ -115,7 +174,7 @@ def _refusal(w, activations) -> tuple[str, str, str] | None:
     formats = "int8 by int8 or fp8 by fp8, symmetric, a scale a channel or per 128"
     if activations is None:
         return "activations", "as they are (16 bits)", formats
-    if not is_qtensor(w) or w.ndim != 2 or w.axis != -2:
+    if not isinstance(w, Panels) and not (is_qtensor(w) and w.ndim == 2 and w.axis == -2):
         return "w", _text(w), "a QTensor [D, F] packed along D"
     for name, format_ in (("activations", activations), ("w", w.format)):
         eight = isinstance(format_, Float8) or (isinstance(format_, Int) and format_.width == 8 and format_.symmetric)
@@ -157,7 +216,9 @@ class _Plan:
     out: jnp.dtype
 
 
-def quant_matmul(x: jax.Array, w: QTensor, activations: Format, *, tiles: Tiles | None = None) -> jax.Array:
+def quant_matmul(
+    x: jax.Array, w: QTensor | Panels, activations: Format | None = None, *, tiles: Tiles | None = None
+) -> jax.Array:
     """x [..., D] rounded to `activations`, times w QTensor [D, F] -> [..., F] in x's dtype.
 
     y = s_x s_w sum(q_x q_w); with groups of 128, the sum over groups g of s_x[g] s_w[g] sum_g(q_x q_w), in float32.
@@ -165,7 +226,8 @@ def quant_matmul(x: jax.Array, w: QTensor, activations: Format, *, tiles: Tiles 
     Raises: LoweringError for arguments outside this, naming the argument.
     """
     _check(x, w, activations)
-    rows, f = math.prod(x.shape[:-1]), w.data.shape[0]
+    w = relayout(w) if is_qtensor(w) else w
+    rows, f = math.prod(x.shape[:-1]), w.shape[1]
     blocks = any(format_.group == DEPTH < w.length for format_ in (activations, w.format))
     plan = _Plan(tiles=tiles or tiles_for(rows, f, blocks), blocks=blocks, out=x.dtype)
     y = _call(x.reshape(rows, -1), w.data, w.scale, activations=activations, plan=plan)
@@ -180,25 +242,18 @@ def _call(x, w, w_scale, *, activations, plan):
 
 @functools.partial(jax.jit, static_argnames="plan")
 def multiply(q, s, w, w_scale, *, plan):
-    """q [M, D] with scales s [M, 1 or D / 128] times w [F, D] with w_scale [F, 1 or D / 128] -> [M, F]."""
-    (m, d), f = q.shape, w.shape[0]
-    if plan.blocks:  # [D / 128, M] and [D / 128, F] in float32: a step finds its scales side by side
-        s, w_scale = (_beside(scale.astype(jnp.float32), d // DEPTH) for scale in (s, w_scale))
-    else:
-        s, w_scale = s.astype(jnp.float32).reshape(m), w_scale.reshape(f)
-    return _kernel(m, f, d, q.dtype, w.dtype, w_scale.dtype, plan)(q, s, w, w_scale)[:, :f]
-
-
-def _beside(scale, groups):
-    """[N, 1 or groups] -> [groups, N rounded up to 4]: rows of a TMA copy are multiples of 16 bytes."""
-    turned = jnp.pad(scale.T, ((0, 0), (0, -scale.shape[0] % 4)))
-    return jnp.broadcast_to(turned, (groups, turned.shape[1]))
+    """q [M, D] with scales s [M, 1 or D / 128] times the parts of `Panels` [D, F] -> [M, F]."""
+    f = w.shape[1]
+    s = _beside(s)
+    if plan.blocks:
+        s, w_scale = (jnp.broadcast_to(scale, (w.shape[0], scale.shape[1])) for scale in (s, w_scale))
+    return _kernel(*q.shape, f, q.dtype, w.dtype, plan)(q, s, w, w_scale)[:, :f]
 
 
 # --- The multiplying kernel ------------------------------------------------------------------------------------------
 
 
-def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
+def _kernel(m, d, f, q_dtype, w_dtype, plan):
     tiles, blocks, chunks = plan.tiles, plan.blocks, plan.tiles.chunks
     shape = (-(-m // tiles.rows), -(-f // tiles.cols))
     items = shape[0] * shape[1]
@@ -231,18 +286,18 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
             if not blocks:
                 two = lax.rem(turn, 2)
                 pl.when(turn >= 2)(lambda: plgpu.barrier_wait(s_empty.at[two]))
-                copy(s.at[rows], s_smem.at[two, 0], s_full.at[two])
-                copy(w_scale.at[scales], c_smem.at[two, 0], s_full.at[two])
+                copy(s.at[0, rows], s_smem.at[two, 0], s_full.at[two])
+                copy(w_scale.at[0, scales], c_smem.at[two, 0], s_full.at[two])
 
             def load(k, slot):
                 pl.when(turn * steps + k >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
                 for c in range(chunks):
-                    depth = pl.ds((k * chunks + c) * DEPTH, DEPTH)
-                    copy(w.at[cols, depth], w_rows.at[slot, c], full.at[slot])
-                    copy(q.at[rows, depth], q_rows.at[slot, c], full.at[slot])
+                    panel = k * chunks + c
+                    copy(w.at[panel, cols], w_rows.at[slot, c], full.at[slot])
+                    copy(q.at[rows, pl.ds(panel * DEPTH, DEPTH)], q_rows.at[slot, c], full.at[slot])
                     if blocks:
-                        copy(s.at[k * chunks + c, rows], s_smem.at[slot, c], full.at[slot])
-                        copy(w_scale.at[k * chunks + c, scales], c_smem.at[slot, c], full.at[slot])
+                        copy(s.at[panel, rows], s_smem.at[slot, c], full.at[slot])
+                        copy(w_scale.at[panel, scales], c_smem.at[slot, c], full.at[slot])
                 return after(slot)
 
             return lax.fori_loop(0, steps, load, slot)
@@ -257,7 +312,7 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
 
         def column_scales(slot, piece, c=0):
             at = pl.ds(cols_at + piece * width, width)
-            scales = plgpu.load(c_smem.at[slot, c, at], layout=columns_layout, optimized=False).astype(jnp.float32)
+            scales = plgpu.load(c_smem.at[slot, c, at], layout=columns_layout, optimized=False)
             return lax.broadcast_in_dim(scales, (tiles.wg_rows, width), [1])
 
         def wgmma(acc, slot, c):
@@ -373,7 +428,7 @@ def _kernel(m, f, d, q_dtype, w_dtype, scale_dtype, plan):
             ring(tiles.rows, q_dtype),
             ring(tiles.cols, w_dtype),
             plgpu.SMEM((*slots, tiles.rows), jnp.float32),
-            plgpu.SMEM((*slots, _padded(tiles.cols)), scale_dtype),
+            plgpu.SMEM((*slots, _padded(tiles.cols)), jnp.float32),
             plgpu.SMEM(
                 (tiles.consumers, 2, tiles.wg_rows, width),
                 plan.out,
