@@ -89,6 +89,7 @@ CASES = [
     case("small_int4", 40, 3, 128, 128, routing=listed(17, 0, 16), format="int4_g32_asym", small=True, tolerance=8e-3),
     case("small_int8", 40, 2, 128, 192, routing=listed(0, 33), format="int8", small=True),
     case("small_fp8", 24, 2, 64, 64, routing=listed(3, 20), format="fp8_e4m3", small=True),
+    case("small_many_experts", 11, 600, 64, 64, rows=9, small=True),
     case("one_token", 1, 16, 256, 384),
     case("no_rows", 9, 5, 256, 128, rows=0),
     case("one_expert", 333, 1, 512, 320),

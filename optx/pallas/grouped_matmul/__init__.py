@@ -1,0 +1,1 @@
+"""x[T, D], rows sorted by expert, @ weights [E, D, F]."""

@@ -219,18 +219,27 @@ def _body(sizes, x, *refs, plan: Plan):
             def _():
                 slot = out_smem.at[wg, i % 2, pl.ds(0, part)]
                 factors = scale.at[expert * strips + strip] if scaled else None
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)  # the slot's own store before
                 if tiles.registers:
                     registers_sm90.store(acc, factors, slot)
                 else:
                     factor = registers_sm90.restored(factors[0]).astype(jnp.float32)[:, None] if scaled else 1
                     slot[...] = (acc * factor).astype(out.dtype).T
                 plgpu.commit_smem()
-                store_rows(slot, out, row + i * part, jnp.minimum(rows - i * part, part), strip * WIDE)
+                if part == tiles.part:
+                    to = out.at[pl.ds(row + i * part, part), pl.ds(strip * WIDE, WIDE)]
+                    pl.when(rows >= (i + 1) * part)(lambda: plgpu.copy_smem_to_gmem(slot, to))
 
         for width, fits in by_width(rows):
             pl.when(fits & (steps > 0))(functools.partial(product, width))
         pl.when(steps == 0)(no_product)
+        left = lax.rem(rows, tiles.part)  # in the slot that was written last
+
+        @pl.when((strip < strips) & (left > 0))
+        def _():
+            slot = out_smem.at[wg, lax.rem(lax.div(rows, tiles.part), 2)]
+            store_rows(slot, out, row + rows - left, left, strip * WIDE)
+
         return after()
 
     consumer, producer = REGISTERS[tiles.strips]

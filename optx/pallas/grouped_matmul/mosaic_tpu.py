@@ -14,17 +14,18 @@ import jax.numpy as jnp
 
 from optx import tensor
 from optx.errors import LoweringError
-from optx.pallas.tpu_common import arch_reason, weight_reason
+from optx.pallas.tpu_common import arch_reason, dtype_reason, weight_reason
 from optx.pallas.tpu_matmul import LONGEST, Plan, Tiles, product
 from optx.pallas.tpu_matmul import tiles as tiles_for
-from optx.tensor import Tensor
+from optx.tensor import QTensor, Tensor
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
-    """None, or why the kernel declines: reads `weight` [E, D, F], an array or a QTensor, abstract or not."""
-    return arch_reason(target) or _reason(args["weight"])
+    """None, or why the kernel declines: reads `weight` [E, D, F], an array or a QTensor, abstract or not, and, where given,
+    `dtype` (of x)."""
+    return arch_reason(target) or _reason(args["weight"]) or dtype_reason(args.get("dtype"))
 
 
 def _reason(w: Tensor) -> str | None:
@@ -32,7 +33,9 @@ def _reason(w: Tensor) -> str | None:
         return f"weights of {w.ndim} axes; allowed: [E, D, F]"
     if w.dtype not in DTYPES:
         return f"weights that stand for {w.dtype}; allowed: float32, bfloat16"
-    if not tensor.is_qtensor(w):
+    if not isinstance(w, QTensor):
+        if tensor.is_qtensor(w):
+            return "an array or a QTensor"
         odd = [n for n in w.shape[1:] if n % 128]
         return f"{odd[0]} numbers of a dense matrix; allowed: multiples of 128" if odd else None
     if w.axis != -2:
@@ -53,7 +56,7 @@ def grouped_matmul(
     def refuse(argument, got, allowed):
         raise LoweringError(f"grouped_matmul (mosaic_tpu): {argument} is {got}; allowed: {allowed}")
 
-    packed = tensor.is_qtensor(w)
+    packed = isinstance(w, QTensor)
     if reason := _reason(w):
         refuse("w", f"{w.format if packed else w.dtype}{list(w.shape)}", reason)
     experts, d, outputs = w.shape
