@@ -120,38 +120,54 @@ def _ceil(a: int, b: int) -> int:
 
 
 def tiles_for(rows: int, w: Fragments) -> Tiles:
-    """Rows of x and the weight (abstract will do) -> sizes.
+    """Rows of x and the weight (abstract will do) -> sizes, so that the busiest SM has the least to do."""
+    choices = [tiles for tiles in (_decode(rows, w) if rows <= 64 else _prefill(rows, w)) if tiles is not None]
+    outputs = w.shape[1] // BLOCK
 
-    The strips of a thread block and the blocks of a cluster are chosen so that the busiest SM has the least to do; a step
-    holds some 16 KB of codes while rows are few.
-    """
-    d, f = w.shape
-    outputs = _ceil(f, BLOCK)
-    wide = next((n for n in (8, 16, 32, 64, 128) if rows <= n), 128 if rows <= 256 else 256)
-    row_tiles = _ceil(rows, wide)
-    most = {8: 4, 16: 4, 32: 4, 64: 2, 128: 2, 256: 1}[wide] if w.bits == 4 else 2 if wide <= 64 else 1
+    def work(tiles: Tiles) -> float:
+        items = _ceil(outputs, tiles.strips * tiles.pair) * _ceil(rows, tiles.rows)
+        turns = _ceil(items, tiles.grid // tiles.cluster)
+        if tiles.split > 1 and turns > 1:
+            return math.inf  # a cluster sums one item
+        return turns * tiles.rows * (tiles.strips + 0.5) / tiles.split  # rows of x are fetched for however few strips
+
+    return min(choices, key=work)
+
+
+def _decode(rows: int, w: Fragments) -> list[Tiles | None]:
+    """Few rows: weights stream, and what hides latencies is warps in flight and 200 KB on their way."""
+    wide = next(n for n in (8, 16, 32, 64) if rows <= n)
+    choices = []
+    for split in (1, 2):
+        for strips in (3, 2, 1) if split == 1 else (1,):
+            share = 2 if wide <= 16 or strips == 1 else 1
+            most = 2 if wide > 32 or w.bits == 8 or share * strips > 2 else 4
+            sizes = {"rows": wide, "strips": strips, "split": split}
+            choices.append(_fitted(w, most, share=share, **sizes) or _fitted(w, most, **sizes))
+    return choices
+
+
+def _prefill(rows: int, w: Fragments) -> list[Tiles | None]:
+    """Many rows: three warpgroups widen in turn while the matrix units work; or two, of twice the outputs."""
+    most = 2 if w.bits == 4 else 1
+    choices = [_fitted(w, most, rows=128, strips=4, tall=2, pair=2)] if rows > 256 else []
+    choices += [_fitted(w, most, rows=128, strips=3), _fitted(w, most, rows=128, strips=1, share=2)]
+    return [*choices, _fitted(w, 1, rows=128, strips=1, share=2, split=2)] if rows <= 128 else choices
+
+
+def _fitted(w: Fragments, most: int, **sizes) -> Tiles | None:
+    """Tiles of at most `most` blocks a step and as many steps in flight as fit; None where D does not divide."""
+    d = w.shape[0]
     group = d // w.groups
-    fits = lambda n: d % (BLOCK * n) == 0 and (group % (BLOCK * n) == 0 or (BLOCK * n) % group == 0)  # noqa: E731
-    blocks = next(n for n in (4, 2, 1) if n <= most and fits(n))
-    steps = d // (BLOCK * blocks)
-
-    def load(choice) -> float:
-        strips, split = choice
-        turns = _ceil(_ceil(outputs, strips) * row_tiles, SMS // split)
-        if split > 1 and (turns > 1 or (split - 1) * strips * wide > 192 or steps % split or steps // split < 4):
-            return math.inf  # partial sums are taken once, in 48 KB
-        return turns * strips / split
-
-    choices = [(2, 1)] if wide == 256 else [(n, split) for split in (1, 2, 4) for n in (3, 2, 1)]
-    strips, split = min(choices, key=load)
-    share = 2 if strips == 1 and wide <= 64 and row_tiles * outputs * split <= SMS else 1
-    tiles = Tiles(rows=wide, strips=strips, blocks=blocks, stages=1, share=share, split=split)
-    stages = min(
-        12,
-        (SHARED - shared(plan_for(w, tiles), w, 0))
-        // (shared(plan_for(w, tiles), w, 1) - shared(plan_for(w, tiles), w, 0)),
-    )
-    return dataclasses.replace(tiles, stages=stages // share * share)
+    for blocks in (4, 2, 1):
+        step = BLOCK * blocks
+        tiles = Tiles(blocks=blocks, stages=1, **sizes)
+        whole = d % (step * tiles.parts) == 0 and (group % step == 0 or step % group == 0)
+        if blocks <= most and whole and (tiles.parts == 1 or d // step >= 4 * tiles.parts):
+            empty, one = (shared(plan_for(w, tiles), w, stages) for stages in (0, 1))
+            stages = min(12, (SHARED - empty) // (one - empty)) // tiles.share * tiles.share
+            return dataclasses.replace(tiles, stages=stages)
+    return None
 
 
 def shared(plan: Plan, w: Fragments, stages: int) -> int:
@@ -669,10 +685,12 @@ def _rows(x, *w, plan: Plan):
 
 
 def supports(args, target) -> str | None:
-    """args: weight (QTensor or Fragments, abstract will do); dtype of x if it is known."""
+    """args: weight (QTensor or Fragments, abstract will do); dtype of x and activations (a format) if they are known."""
     if (target.platform, target.arch) != ("gpu", "sm90"):
         return f"is for gpu sm90, not {target.platform} {target.arch}"
-    return _declines(args["weight"], args.get("dtype", jnp.bfloat16))
+    if args.get("activations") is not None:
+        return f"activations in {args['activations']}; allowed: as they are"
+    return _declines(args["weight"], args.get("dtype") or jnp.bfloat16)
 
 
 def _declines(w, dtype) -> str | None:

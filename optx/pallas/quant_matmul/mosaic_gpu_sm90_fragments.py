@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optx.formats import Float4, Float8, Format, Int
-from optx.tensor import QTensor, leaf_bytes
+from optx.tensor import Arranged, QTensor, leaf_bytes
 
 BLOCK = 64  # outputs, and contracted numbers, of one block of fragments
 WORDS = 256  # 32-bit words in one row of `data`: no side of a TMA box may be longer
@@ -21,7 +21,7 @@ WORDS = 256  # 32-bit words in one row of `data`: no side of a TMA box may be lo
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fragments:
+class Fragments(Arranged):
     """A packed weight [D, F] in the order of `wgmma` fragments. Made by `relayout`.
 
     data int32[F / 64, D / 64 * bits / 2, 256]: 64 x 64 blocks, the D of one block of outputs side by side;
