@@ -5,6 +5,12 @@ ahead of time, for three generations. Neither says anything of speed.
 """
 
 import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +18,9 @@ import numpy as np
 import pytest
 
 from optx import formats, target, tensor
-from optx.cache import Ragged
+from optx.cache import CacheSpec, Ragged, Stream
+from optx.errors import LoweringError
+from optx.nn.attention import paged_spec
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
 from optx.pallas.flash_attention import mosaic_tpu as flash
@@ -68,10 +76,6 @@ class Paged:
     logit_scale: bool = False
     pages: int = 2  # a block
     queries: int = 8  # tokens an item of a ragged call
-
-
-def poisoned(x):
-    return np.full_like(x, np.nan) if np.issubdtype(x.dtype, np.floating) else x
 
 
 def pool_of(rng, case: Paged, total: int, held: np.ndarray):
@@ -144,17 +148,12 @@ def want_decode(args, kwargs, ragged, **static):
 
 
 DECODE = {
-    "plain": Paged(),
-    "bfloat16": Paged(dtype="bfloat16"),
-    "window_sinks_softcap": Paged(
-        mask=Mask(window=9, sinks=5), softcap=3.0, sink=True, gaps=True, lengths=(70, 1, 0, 33)
-    ),
-    "two_queries": Paged(counts=(2, 1, 0, 2)),
-    "lists_by_head": Paged(lists=2, format="int8"),
+    "bfloat16": Paged(dtype="bfloat16", counts=(2, 1, 0, 2)),
+    "masks": Paged(mask=Mask(window=9, sinks=5), softcap=3.0, sink=True, gaps=True, lengths=(70, 1, 0, 33)),
     "many_heads": Paged(heads=9, kv_heads=9, lengths=(20, 3), counts=(1, 1)),
-    "int8": Paged(format="int8"),
-    "int8_asym": Paged(format="int8_asym"),
-    "int4": Paged(format="int4", page=128, lengths=(200, 1, 0, 300)),
+    "int8_lists_by_head": Paged(lists=2, format="int8"),
+    "int8_asym": Paged(format="int8_asym", page=32),
+    "int4_turned": Paged(format="int4", page=128, lengths=(200, 1, 0, 300)),
     "int4_asym": Paged(format="int4_asym", head_dim=256),
     "fp8": Paged(format="fp8_e4m3", page=32),
     "turned": Paged(head_dim=64, page=128, lengths=(200, 1, 0, 300)),
@@ -174,13 +173,22 @@ def test_paged_decode(name, rng):
     close(got, want, 2e-2 if case.dtype == "bfloat16" else EXACT)
 
 
+def test_twice_the_same_bits(rng):
+    """Also where what is not read holds something else."""
+    case = Paged(lengths=(40, 3), counts=(1, 1), kv_heads=1)
+    (q, *pools), kwargs, ragged = paged_call(rng, case)
+    static = {key: kwargs.pop(key) for key in ("mask", "softcap", "value_dim")}
+    run = jax.jit(lambda args: run_decode(args, kwargs, ragged, interpret=True, **static))
+    first, again, other = (run((q, *p)) for p in (pools, pools, [jnp.where(jnp.isnan(x), 3e38, x) for x in pools]))
+    for a, b, c in zip(first, again, other):
+        assert np.array_equal(a, b) and np.array_equal(a, c)
+
+
 RAGGED = {
-    "mixed": Paged(lengths=(70, 1, 0, 33, 20), counts=(19, 1, 0, 1, 20)),
-    "window": Paged(lengths=(70, 1, 0, 33), counts=(19, 1, 0, 1), mask=Mask(window=9, sinks=5), gaps=True, sink=True),
-    "all_see_all": Paged(lengths=(40, 3), counts=(10, 3), mask=Mask(causal=False)),
-    "lists_by_head": Paged(lengths=(40, 3), counts=(10, 3), lists=2),
+    "mixed": Paged(lengths=(70, 1, 0, 33, 20), counts=(19, 1, 0, 1, 20), heads=16),
+    "masks": Paged(lengths=(70, 1, 0, 33), counts=(19, 1, 0, 1), mask=Mask(window=9, sinks=5), gaps=True, sink=True),
+    "all_see_all": Paged(lengths=(40, 3), counts=(10, 3), mask=Mask(causal=False), lists=2),
     "int4": Paged(lengths=(40, 3), counts=(10, 3), head_dim=256, format="int4_asym", softcap=3.0),
-    "latents": Paged(lengths=(40, 3), counts=(10, 3), kv_heads=1, head_dim=256, value_dim=128, heads=16),
 }
 
 
@@ -350,3 +358,134 @@ def test_quant_matmul_in_bfloat16(format_, rng):
     x, w = matrix(rng, 5, 512, dtype="bfloat16"), tensor.quantize(matrix(rng, 512, 256), formats.parse(format_))
     got = interpreted(lambda x, w: quant.quant_matmul(x, w, interpret=True), x, w)
     same(got, x.astype(jnp.float32) @ w.dequantize(), 6e-3)
+
+
+# What the rows decline and refuse.
+
+
+def attention_site(head_dim=128, format_=None, dtype="bfloat16", **facts):
+    spec = paged_spec(2, head_dim, dtype=dtype).replace(format=format_ and formats.parse(format_))
+    return {"heads": 8, "kv_heads": 2, "head_dim": head_dim, "cache": spec, "page_size": 64, **facts}
+
+
+def weight_site(format_, *shape, **facts):
+    dense = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return {"weight": tensor.quantize(dense, formats.parse(format_)) if format_ else dense, **facts}
+
+
+LATENT = CacheSpec(kind="latent", streams=(Stream(name="latent", shape=(1, 576)),), dtype="bfloat16")
+TAKEN = [
+    (paged_decode, attention_site()),
+    (paged_decode, attention_site(256, "int8", page_size=16)),
+    (paged_decode, attention_site(64, "int4", page_size=128)),
+    (paged_decode, attention_site(cache=LATENT, kv_heads=1, value_dim=512)),
+    (ragged_attention, attention_site(format_="fp8_e4m3")),
+    (ragged_attention, {key: fact for key, fact in attention_site().items() if key != "page_size"}),
+    (flash, attention_site(80)),
+    (flash, {"head_dim": 192, "value_dim": 128, "heads": 16, "kv_heads": 16, "dtype": "float32"}),
+    (quant, weight_site("int4_g64_asym", 512, 96)),
+    (quant, weight_site("int8", 512, 96, activations=formats.parse("int8"))),
+    (grouped, weight_site("int8", 4, 512, 96)),
+    (grouped, weight_site(None, 4, 512, 256)),
+]
+DECLINED = [
+    (paged_decode, attention_site(64), "64 entries a head in pages of 64 .* allowed: pages of 128"),
+    (paged_decode, attention_site(64, page_size=None), "unknown size"),
+    (paged_decode, attention_site(page_size=48), "pages of 48 tokens; allowed: 16, 32, 64, 128"),
+    (paged_decode, attention_site(format_="int4_g32"), "one scale a token and head"),
+    (paged_decode, attention_site(dtype="float16"), "pages of float16"),
+    (paged_decode, attention_site(want_scores=True), "no scores"),
+    (ragged_attention, attention_site(format_="int2"), "pages in int2"),
+    (flash, attention_site(dtype="float16"), "activations in float16"),
+    (flash, attention_site(100), "heads of 100 entries"),
+    (quant, weight_site("int3", 512, 96), "weights in int3"),
+    (quant, weight_site("int4", 640, 96), "640 numbers of int4 .* multiples of 256"),
+    (quant, weight_site("int8_g96", 768, 96), "groups of 96"),
+    (quant, weight_site("int8", 512, 96, dtype="float16"), "activations in float16"),
+    (grouped, weight_site(None, 4, 512, 96), "96 numbers of a dense matrix"),
+]
+
+
+@pytest.mark.parametrize("module, site", TAKEN)
+@pytest.mark.parametrize("tpu", TPUS, ids=lambda t: t.name)
+def test_rows_take(module, site, tpu):
+    assert module.supports(site, tpu) is None
+
+
+@pytest.mark.parametrize("module, site, reason", DECLINED)
+def test_rows_decline(module, site, reason):
+    assert re.search(reason, module.supports(site, TPUS[1]) or "it does not")
+
+
+@pytest.mark.parametrize("module, site", list(dict(TAKEN).items()))
+def test_rows_decline_other_targets(module, site):
+    assert "tpu v5e, v6e, v7x" in module.supports(site, target.TARGETS["h100"])
+
+
+def test_fp8_activations_need_a_unit_for_them():
+    site = weight_site("fp8_e4m3", 512, 96, activations=formats.parse("fp8_e4m3"))
+    reasons = [quant.supports(site, tpu) for tpu in TPUS]
+    assert "no fp8 matrix unit" in reasons[0] and "no fp8 matrix unit" in reasons[1] and reasons[2] is None
+
+
+def zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+REFUSED = {
+    "flash_attention .* q's dtype is float16": lambda: flash.flash_attention(
+        *[zeros(1, 4, 2, 8, dtype=jnp.float16)] * 3
+    ),
+    "flash_attention .* k, v is": lambda: flash.flash_attention(zeros(1, 4, 2, 8), *[zeros(1, 5, 2, 8)] * 2),
+    "flash_attention .* valid is": lambda: flash.flash_attention(*[zeros(1, 4, 2, 8)] * 3, valid=zeros(1, 4)),
+    "quant_matmul .* w is float": lambda: quant.quant_matmul(zeros(4, 128), zeros(128, 128)),
+    "quant_matmul .* x is": lambda: quant.quant_matmul(
+        zeros(4, 64), tensor.quantize(zeros(128, 8), formats.parse("int8"))
+    ),
+    "grouped_matmul .* group_sizes is": lambda: grouped.grouped_matmul(
+        zeros(4, 128), zeros(2, 128, 128), zeros(3, dtype=jnp.int32)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_rows_refuse(message):
+    with pytest.raises(LoweringError, match=message):
+        REFUSED[message]()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"want_scores": True}, "want_scores is True"),
+        ({"lengths": zeros(1, 9, dtype=jnp.int32)}, "table, lengths"),
+        ({"sink_logits": zeros(3)}, r"sink_logits is \[3\]; allowed: \[4\]"),
+        ({"table": zeros(1, 2, 1 << 17, dtype=jnp.int32), "lengths": zeros(1, 2, dtype=jnp.int32)}, "scalar memory"),
+    ],
+)
+def test_paged_rows_refuse(change, message, rng):
+    args, kwargs, ragged = paged_call(rng, Paged(lengths=(40, 3), counts=(1, 1)))
+    with pytest.raises(LoweringError, match=f"ragged_paged_attention .*{message}"):
+        ragged_attention.ragged_paged_attention(*args, ragged=ragged, **(kwargs | change))
+    if len(change) == 1:
+        with pytest.raises(LoweringError, match=f"paged_decode .*{message}"):
+            run_decode(args, kwargs | change, ragged)
+
+
+# Real compiles.
+
+
+@pytest.mark.slow
+def test_libtpu_compiles_every_row():
+    """For three generations, in a process of its own."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: the TPU kernels were NOT compiled. pip install optx[test]")
+    helper = Path(__file__).with_name("tpu_compile.py")
+    done = subprocess.run([sys.executable, helper, "v5e", "v6e", "v7x"], capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, done.stderr[-3000:]
+    failed = [f"{line['arch']} {line['name']}: {line['error']}" for line in lines if "error" in line]
+    assert not failed, "\n".join(failed)
+    assert all(line["kernels"] for line in lines)
+    rows = {(line["arch"], line["name"].split("/")[0]) for line in lines}
+    assert len(rows) == 15, f"five rows for three generations, got {sorted(rows)}"

@@ -20,6 +20,13 @@ def arch_reason(target: Any) -> str | None:
     return f"built for tpu {', '.join(ARCHS)}; the target is {target.platform}/{target.arch}"
 
 
+def dtype_reason(dtype) -> str | None:
+    """Why activations of this dtype are not taken, or None, as where it is not known."""
+    if dtype is None or jnp.dtype(dtype) in (jnp.float32, jnp.bfloat16):
+        return None
+    return f"activations in {jnp.dtype(dtype).name}; allowed: float32, bfloat16"
+
+
 def float16(bits):
     """float16 as its bits, uint16 -> float32: the vector unit has no float16. Subnormals by their value."""
     bits = bits.astype(jnp.int32)

@@ -88,6 +88,8 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
         return f"pages of {cache.dtype}; allowed: float32, bfloat16"
     if cache.format is not None and (reason := format_reason(cache.format)):
         return reason
+    if cache.format is not None and (args.get("value_dim") or 0) % 2:
+        return f"value_dim {args['value_dim']} of packed latents; allowed: an even number"
     for stream in cache.streams:
         width = stream.shape[-1] if cache.format is None else cache.format.packed(stream.shape[-1])
         size = 1 if cache.format is not None else jnp.dtype(cache.dtype).itemsize

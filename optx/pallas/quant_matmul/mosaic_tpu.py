@@ -15,25 +15,26 @@ import jax.numpy as jnp
 from optx import tensor
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
-from optx.pallas.tpu_common import arch_reason, weight_reason
+from optx.pallas.tpu_common import arch_reason, dtype_reason, weight_reason
 from optx.pallas.tpu_matmul import LONGEST, Plan, Tiles, all_tiles, product
 from optx.pallas.tpu_matmul import tiles as tiles_for
 from optx.tensor import QTensor
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
-    """None, or why the kernel declines: reads `weight` (a QTensor, abstract or not) and, where given, `activations`."""
-    if reason := arch_reason(target):
-        return reason
+    """None, or why the kernel declines: reads `weight` (a QTensor, abstract or not) and, where given, `activations` (a
+    Format) and `dtype` (of x)."""
     weight, activations = args["weight"], args.get("activations")
-    if reason := _reason(weight):
+    if reason := arch_reason(target) or _reason(weight) or dtype_reason(args.get("dtype")):
         return reason
     if isinstance(activations, Float8) and isinstance(weight.format, Float8) and target.arch != "v7x":
         return f"{target.arch} has no fp8 matrix unit: {activations} activations would be emulated; allowed: v7x"
     return None
 
 
-def _reason(w: QTensor) -> str | None:
+def _reason(w) -> str | None:
+    if not isinstance(w, QTensor):
+        return "a QTensor [D, F]"
     if w.ndim != 2:
         return f"a weight of {w.ndim} axes; allowed: [D, F]"
     if w.axis != -2:
@@ -52,8 +53,9 @@ def quant_matmul(
     Raises: LoweringError naming the argument for shapes, dtypes and formats that it does not take.
     """
     say = functools.partial("quant_matmul (mosaic_tpu): {} is {}; allowed: {}".format)
-    if not tensor.is_qtensor(w) or (reason := _reason(w)):
-        raise LoweringError(say("w", w if not tensor.is_qtensor(w) else f"{w.format}{list(w.shape)}", reason))
+    if reason := _reason(w):
+        stored = w.format if isinstance(w, QTensor) else w.dtype
+        raise LoweringError(say("w", f"{stored}{list(w.shape)}", reason))
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise LoweringError(say("x's dtype", x.dtype, "float32, bfloat16"))
     d, outputs = w.shape
