@@ -1,9 +1,9 @@
 """quant_matmul on Hopper, 16-bit activations: out^T = w x^T, the weights being the 64-row operand, from registers.
 
-A decode of few rows then costs few columns of the matrix units, and a weight is read and widened once for up to 256 rows.
-One producer warpgroup keeps the copy engine busy through a ring of shared memory; each other warpgroup owns a strip of 64
-outputs. Codes lie in the order of the fragments (see `Fragments`), so that a thread reads its own with 16-byte loads and
-widens two at a time with bit operations (Kim et al. 2022, arXiv:2211.10017, for the constants).
+A decode of few rows then costs few columns of the matrix units, and a weight is read and widened once for up to 128 rows.
+One producer warpgroup keeps the copy engine busy through a ring of shared memory; the others own strips of 64 outputs.
+Codes lie in the order of the fragments (see `Fragments`), so that a thread reads its own with 16-byte loads and widens two
+at a time with bit operations (Kim et al. 2022, arXiv:2211.10017, for the constants).
 """
 
 import dataclasses
@@ -30,10 +30,7 @@ from optx.tensor import QTensor
 
 SMS = 132  # of H100 SXM and H200; on a part with fewer some blocks wait their turn
 SHARED = 227 << 10  # bytes that a block may have
-REGISTERS = (
-    232,
-    40,
-)  # of a consumer, of the producer, where two consume; the assembler gives one or three all they can use
+REGISTERS = (232, 40)  # of a consumer and of the producer where two consume; else the assembler gives what there is
 PART = 64  # rows of a tile that leave together
 BAND = 16  # row tiles that pass over the outputs together: x then stays in the L2 cache
 
@@ -42,7 +39,7 @@ BAND = 16  # row tiles that pass over the outputs together: x then stays in the 
 class Tiles:
     """Sizes of a work item: `rows` rows of x by `strips` times 64 outputs."""
 
-    rows: int  # columns of the matrix units: 8, 16, 32, 64, 128, 256
+    rows: int  # columns of the matrix units: 8, 16, 32, 64, 128
     strips: int  # of 64 outputs
     blocks: int  # of 64 contracted numbers in a step
     stages: int  # steps in flight
@@ -190,10 +187,6 @@ def _const(x):
 
 def _and(a, mask):
     return arith.andi(a, _const(mask))
-
-
-def _or(a, bits):
-    return arith.ori(a, _const(bits))
 
 
 def _shift(a, count):
@@ -532,7 +525,7 @@ def _body(*refs, plan: Plan):
 
 
 def _together():
-    """Waits for the four warps of the warpgroup."""
+    """Waits for all four warps of the warpgroup."""
 
     @plgpu.inline_mgpu(return_type=())
     def wait(_):
