@@ -53,8 +53,7 @@ class Tiles:
     splits: int  # programs that share the cached tokens of a row
     block: int = 64  # cached tokens a step of one warpgroup: 64, or 32 where latents are wide
     cluster: bool = False  # two blocks of heads share their copies
-    prefetch: bool = True  # brings the next pair of blocks to L2
-    held: int = 1  # tiles of 64 columns of queries in registers
+    prefetch: bool = False  # brings the second block of a pair to L2 ahead of its copy
     registers: bool = True  # weights as the left side of products from registers; False: what the interpreter can run
 
 
@@ -113,13 +112,6 @@ class _Plan:
         """The same of queries; the place of the first two takes the output's halves."""
         rope = [("e", self.rank, self.width)] if self.width > self.rank else []
         return [("l", 0, self.cut), ("r", self.cut, self.rank), *rope]
-
-    @property
-    def held(self):
-        """Of each part of the queries, how many columns at its end warpgroups keep in registers, to spare shared memory."""
-        if not self.tiles.registers or self.unit != 64:
-            return {}
-        return {part: 64 for part, _, _ in self.parts[::-1][: self.tiles.held]}
 
     @property
     def windowed(self) -> bool:
@@ -287,22 +279,20 @@ def _produce(plan, r, blocks, where, length):
             found.append((listed, lax.rem(token, jnp.int32(page)) if page > size else 0, length - token))
         return found
 
+    def prefetch(listed, inner, _):
+        for _, low, high in plan.parts:  # a box has 256 columns at most
+            for at in listed:
+                plgpu.async_prefetch(r["pool"].at[pl.ds(at * page + inner, piece), pl.ds(low, high - low)], **both)
+
     def step(pair, found):
         ahead = find(pair + 1)
-        if plan.tiles.prefetch:
-
-            @pl.when(pair + 1 < blocks.pairs)
-            def _():
-                for listed, inner, _ in ahead:
-                    for _, low, high in plan.parts:  # a box has 256 columns at most
-                        for at in listed:
-                            columns = pl.ds(low, high - low)
-                            plgpu.async_prefetch(r["pool"].at[pl.ds(at * page + inner, piece), columns], **both)
-
-        # In the order in which the consumers let go of them.
         left, right = plan.halves
-        for half, slot in ((left, 0), (right, 0), (right, 1), (left, 1)):
-            load(half, slot, pair, *found[slot])
+        load(left, 0, pair, *found[0])
+        load(right, 0, pair, *found[0])
+        if plan.tiles.prefetch:  # the second block's place is free late: what fills it should be in L2 by then
+            pl.when(pair > 0)(lambda: prefetch(*found[1]))
+        load(right, 1, pair, *found[1])
+        load(left, 1, pair, *found[1])
         return ahead
 
     lax.fori_loop(0, blocks.pairs, step, find(jnp.int32(0)))
@@ -349,12 +339,8 @@ def _consume(plan, r, blocks, where, *, left: bool):
                 plgpu.barrier_wait(r["full_" + side].at[own])
                 for part, low, high in plan.parts:
                     if (side == "l") == (part == "l"):
-                        base, end = (0 if part == "l" else plan.cut), high - plan.held.get(part, 0)
-                        keys = lambda low, high: r["kv_" + side].at[own + zero, :, pl.ds(low - base, high - low)].T  # noqa: B023, E731
-                        if end > low:
-                            plgpu.wgmma(acc, r["q_" + part].at[zero, :, pl.ds(0, end - low)], keys(low, end))
-                        if end < high:
-                            plgpu.wgmma(acc, held[part], keys(end, high))
+                        columns = pl.ds(low - (0 if part == "l" else plan.cut), high - low)
+                        plgpu.wgmma(acc, r["q_" + part].at[zero], r["kv_" + side].at[own + zero, :, columns].T)
             found = meanwhile()
             return acc[...], found
 
@@ -450,11 +436,6 @@ def _consume(plan, r, blocks, where, *, left: bool):
         return acc, m1, total
 
     plgpu.barrier_wait(r["q_full"])
-    held = {}
-    for part, low, high in plan.parts:
-        if part in plan.held:
-            n = plan.held[part]
-            held[part] = plgpu.load(r["q_" + part].at[0, :, pl.ds(high - low - n, n)], layout=WGMMA, optimized=False)
     carry = (
         plgpu.layout_cast(jnp.zeros((ROWS, wide), jnp.float32), WGMMA),
         plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), BY_ROW),
@@ -609,10 +590,13 @@ def _merge(plan: _Plan, tokens: int, dtype, parts, sums, items, sink):
         head_block, row = lax.div(index, jnp.int32(rows)), lax.rem(index, jnp.int32(rows))
         token, count = items_g[item, 1], items_g[item, 2]
 
-        def combine(row):
-            at = [(item * t.splits + split) * plan.head_blocks + head_block for split in range(t.splits)]
-            logs = [sums_g[i, row] for i in at]
-            values = [parts_g.at[i, row][...] for i in at]
+        # Nothing waits for the item's numbers before the last stores.
+        at = [(item * t.splits + split) * plan.head_blocks + head_block for split in range(t.splits)]
+        values = [[parts_g.at[i, row + n][...] for i in at] for n in range(each)]
+        logs = [[sums_g[i, row + n] for i in at] for n in range(each)]
+        values = lax.optimization_barrier(values)
+
+        def combine(row, values, logs):
             head = head_block * t.heads + lax.rem(row, jnp.int32(t.heads))
             known = [*logs, refs[0][head]] if sink is not None else logs
             top = jnp.maximum(functools.reduce(jnp.maximum, known), FLOOR)
@@ -620,13 +604,16 @@ def _merge(plan: _Plan, tokens: int, dtype, parts, sums, items, sink):
             total = functools.reduce(jnp.add, weights)
             factor = 1 / jnp.where(total > 0, total, 1.0)
             out = functools.reduce(jnp.add, (w * x for w, x in zip(weights, values, strict=False)))
-            to = (token + lax.div(row, jnp.int32(t.heads))) * plan.heads + head
             lse = jnp.where(total > 0, (top + jnp.log2(jnp.where(total > 0, total, 1.0))) / LOG2E, -jnp.inf)
-            return to, (out * factor).astype(dtype), lse
+            return (out * factor).astype(dtype), lse
+
+        found = [combine(row + n, *x) for n, x in enumerate(zip(values, logs, strict=True))]
 
         @pl.when(lax.div(row, jnp.int32(t.heads)) < count)
         def _():
-            for to, out, lse in [combine(row + i) for i in range(each)]:  # all loads before the first store
+            for n, (out, lse) in enumerate(found):
+                offset, head = lax.div(row + n, jnp.int32(t.heads)), lax.rem(row + n, jnp.int32(t.heads))
+                to = (token + offset) * plan.heads + head_block * t.heads + head
                 out_g.at[to][...] = out
                 lse_g[to] = lse
 
@@ -642,7 +629,9 @@ def _merge(plan: _Plan, tokens: int, dtype, parts, sums, items, sink):
         num_threads=1,
         thread_name="wg",
         kernel_name="mla_merge",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
     )(parts, sums, items, *logits)
     return out[:, : plan.rank], lse
 
