@@ -4,7 +4,7 @@ A tile is 64 query rows a computing warpgroup; it meets the blocks of keys that 
 warpgroups take turns at the tensor cores, and inside one the softmax of a block runs beside the P V product of the block
 before. A thread block goes through a list of tiles made on the host so that all lists take the same time; the loading
 warpgroup runs ahead into the next tile. Sources: FlashAttention-3 (arXiv:2407.08608) for the schedule inside a tile,
-FlashAttention-2 (arXiv:2307.08691) for the rest.
+FlashAttention-2 (arXiv:2307.08691) for the rest. `flash_attention_e4m3` is the same kernel with both products in 8 bits.
 """
 
 import dataclasses
@@ -156,7 +156,8 @@ def flash_attention_e4m3(
     k_scale, v_scale = (jnp.repeat(x.astype(jnp.float32), group, axis=1) for x in (k_scale, v_scale))
     scales = jnp.stack([q_scale.astype(jnp.float32) * k_scale * scale, v_scale])
     softcap = None if softcap is None else float(softcap)
-    tiles = tiles or dataclasses.replace(_tiles(q.shape[1], q.shape[-1], v.shape[-1]), block_kv=128)
+    # The softmax binds here, not the tensor cores: no turns at them.
+    tiles = tiles or dataclasses.replace(_tiles(q.shape[1], q.shape[-1], v.shape[-1]), block_kv=128, turns=False)
     call = _Call(mask=mask, scale=scale, softcap=softcap, tiles=tiles, dtype=jnp.dtype(dtype))
     out, lse = _run(call, q, k, v, sink_logits, valid, segments, scales)
     return out, lse, None
@@ -167,27 +168,26 @@ def _refuse(name, got, allowed):
 
 
 def _check(q, k, v, sink_logits, valid, segments, dtypes=DTYPES):
-    refuse = _refuse
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
-            refuse(name, x.shape, "[B, S, heads, width]")
+            _refuse(name, x.shape, "[B, S, heads, width]")
         if x.dtype not in dtypes:
-            refuse(f"{name}'s dtype", x.dtype, ", ".join(jnp.dtype(d).name for d in dtypes))
+            _refuse(f"{name}'s dtype", x.dtype, ", ".join(jnp.dtype(d).name for d in dtypes))
         if x.dtype != q.dtype:
-            refuse(f"{name}'s dtype", x.dtype, f"q's, {q.dtype}")
+            _refuse(f"{name}'s dtype", x.dtype, f"q's, {q.dtype}")
     b, s, n, h = q.shape
     kv_heads, value_dim = v.shape[2:]
     if k.shape != (b, s, kv_heads, h) or v.shape[:2] != (b, s):
-        refuse("k, v", f"{k.shape}, {v.shape}", f"k [{b}, {s}, K, {h}] and v [{b}, {s}, K, Hv] for q {q.shape}")
+        _refuse("k, v", f"{k.shape}, {v.shape}", f"k [{b}, {s}, K, {h}] and v [{b}, {s}, K, Hv] for q {q.shape}")
     if (h, value_dim) not in HEAD_DIMS:
-        refuse("(H, Hv)", (h, value_dim), ", ".join(map(str, HEAD_DIMS)))
+        _refuse("(H, Hv)", (h, value_dim), ", ".join(map(str, HEAD_DIMS)))
     if min(b, s, kv_heads) < 1 or n % kv_heads:
-        refuse("q", q.shape, f"at least one token, and heads in groups for K = {kv_heads}")
+        _refuse("q", q.shape, f"at least one token, and heads in groups for K = {kv_heads}")
     if sink_logits is not None and sink_logits.shape != (n,):
-        refuse("sink_logits", sink_logits.shape, f"[{n}]")
+        _refuse("sink_logits", sink_logits.shape, f"[{n}]")
     for name, x, kind in (("valid", valid, jnp.bool_), ("segments", segments, jnp.int32)):
         if x is not None and (x.shape != (b, s) or x.dtype != kind):
-            refuse(name, f"{x.dtype}{x.shape}", f"{jnp.dtype(kind).name}[{b}, {s}]")
+            _refuse(name, f"{x.dtype}{x.shape}", f"{jnp.dtype(kind).name}[{b}, {s}]")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -406,7 +406,7 @@ class _Kernel:
     def __call__(self, q, k, v, sink, ids, scales, table, out, lse, *, qo_smem=None, **scratch):
         if qo_smem is not None:
             scratch["q_smem"], scratch["o_smem"] = qo_smem
-        scratch["separate"] = qo_smem is None
+        scratch["separate"] = qo_smem is None  # results from queries
         wg = lax.axis_index("wg")
         last = self.call.tiles.warpgroups
 
@@ -478,7 +478,7 @@ class _Kernel:
 
         fetch(0, k, k_smem, k_here, k_free)
         for wg in range(tile.warpgroups):
-            pl.when(number > 0)(lambda wg=wg: plgpu.barrier_wait(q_free.at[wg]))
+            pl.when(number > 0)(functools.partial(plgpu.barrier_wait, q_free.at[wg]))
             rows = pl.ds(where.row + wg * ROWS, ROWS)
             plgpu.copy_gmem_to_smem(q.at[where.b, rows, where.head], q_smem.at[wg], q_here.at[wg])
 
@@ -495,7 +495,8 @@ class _Kernel:
         for wg in range(tile.warpgroups):
             plgpu.barrier_wait(q_free.at[wg])
         for slot in range(tile.stages):
-            pl.when(steps > slot)(lambda slot=slot: [plgpu.barrier_wait(x.at[slot]) for x in (k_free, v_free)] and None)
+            for free in (k_free, v_free):
+                pl.when(steps > slot)(functools.partial(plgpu.barrier_wait, free.at[slot]))
 
     def compute(
         self,
@@ -528,11 +529,9 @@ class _Kernel:
             total = jnp.full((ROWS, PARTS), 2.0**self.peak / PARTS, jnp.float32)
         top, total = plgpu.layout_cast(top, by_row), plgpu.layout_cast(total, plgpu.Layout.WGMMA)
         acc = plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), plgpu.Layout.WGMMA)
-        mine = (
-            None
-            if ids is None or ids[0] is None
-            else plgpu.load(ids[0].at[where.b, rows], layout=by_row, optimized=False)
-        )
+        mine = None
+        if ids is not None and ids[0] is not None:
+            mine = plgpu.load(ids[0].at[where.b, rows], layout=by_row, optimized=False)
         factor = self.call.scale if scales is None else scales[0, where.b, where.head]
         folded = self.call.softcap is None and self.call.scale > 0  # into the exponent, behind the largest logit
         rate = factor * LOG2E if folded else 1.0
@@ -552,15 +551,12 @@ class _Kernel:
 
         total = jnp.sum(total, axis=1)
         empty = total == 0.0
-        scale = jnp.where(
-            empty, 0.0, (1.0 if scales is None else scales[1, where.b, where.head]) / jnp.where(empty, 1.0, total)
-        )
+        total = jnp.where(empty, 1.0, total)
+        scale = jnp.where(empty, 0.0, (1.0 if scales is None else scales[1, where.b, where.head]) / total)
         acc = acc * lax.broadcast_in_dim(scale, acc.shape, [0])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         o_at[...] = acc.astype(out.dtype)
-        lse_smem.at[wg][...] = jnp.where(
-            empty, -jnp.inf, (top - self.peak) * (1 / LOG2E) + jnp.log(jnp.where(empty, 1.0, total))
-        )
+        lse_smem.at[wg][...] = jnp.where(empty, -jnp.inf, (top - self.peak) * (1 / LOG2E) + jnp.log(total))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_at, out.at[where.b, rows, where.head])
         plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse.at[where.b, where.head, rows])
