@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from optx import target as targets
+from optx.bench import verify_model
 from optx.bench.cases import registry
 from optx.report import table
 
@@ -73,14 +74,27 @@ def _on_row(case, row, args, kwargs, want) -> Outcome:
     return Outcome(**facts, error=worst, repeatable=equal)
 
 
+def check_model(recipe: str | None, seed: int) -> list[Outcome]:
+    """A small model under `recipe`, with the kernels of the device and without."""
+    facts = {"op": "(model)", "row": "lowered", "case": recipe or "none", "tolerance": verify_model.TOLERANCE}
+    try:
+        found = verify_model.compare(recipe, seed)
+    except Exception as error:  # noqa: BLE001 - as above
+        return [Outcome(**facts, error=float("nan"), repeatable=True, raised=str(error).strip().splitlines()[0][:200])]
+    none = "" if found.kernels else "no call site runs a kernel of the device"
+    return [Outcome(**facts, error=found.worst, repeatable=True, raised=none)]
+
+
 def verify(ops: tuple[str, ...] = (), seed: int = 0, jobs: int = 8) -> list[Outcome]:
-    """Outcomes of all cases of `ops` (all ops when empty), on the running GPU."""
+    """Outcomes of all cases of `ops` (all ops and small models when empty), on the running GPU."""
     count = len(registry.cases(ops))
     context = multiprocessing.get_context("spawn")
     outcomes: list[Outcome] = []
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
         waiting = [pool.submit(check, index, ops, seed) for index in range(count)]
-        for done in tqdm(concurrent.futures.as_completed(waiting), total=count, unit="case", mininterval=5):
+        if not ops:
+            waiting += [pool.submit(check_model, recipe, seed) for recipe in verify_model.RECIPES]
+        for done in tqdm(concurrent.futures.as_completed(waiting), total=len(waiting), unit="case", mininterval=5):
             outcomes += done.result()
     return outcomes
 
