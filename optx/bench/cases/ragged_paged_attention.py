@@ -199,7 +199,9 @@ def call(rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype="b
         rows=jnp.asarray(np.repeat(np.arange(size), counts), jnp.int32),
         starts=jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
         counts=jnp.asarray(counts, jnp.int32),
-        positions=jnp.asarray(np.concatenate([np.arange(n - c, n) for n, c in zip(length, counts, strict=True)]), jnp.int32),
+        positions=jnp.asarray(
+            np.concatenate([np.arange(n - c, n) for n, c in zip(length, counts, strict=True)]), jnp.int32
+        ),
         longest=int(counts.max()),
     )
     q = jax.random.normal(keys[2], (int(counts.sum()), heads, head_dim), dtype)
@@ -213,7 +215,9 @@ def call(rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype="b
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _pool(key, shape, dtype, format):
-    made = jax.lax.map(lambda key: jax.random.normal(key, shape[1:], dtype), jax.random.split(key, shape[0]), batch_size=64)
+    made = jax.lax.map(
+        lambda key: jax.random.normal(key, shape[1:], dtype), jax.random.split(key, shape[0]), batch_size=64
+    )
     return made if format is None else quantize(made, formats.parse(format), axis=-1)
 
 

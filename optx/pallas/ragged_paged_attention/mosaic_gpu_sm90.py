@@ -28,7 +28,7 @@ from optx.cache import Ragged
 from optx.errors import LoweringError
 from optx.formats import Float8, Int
 from optx.pallas.attention.reference import Mask
-from optx.tensor import QTensor, is_qtensor
+from optx.tensor import is_qtensor
 
 OP = "ragged_paged_attention"
 ROWS = 64  # query rows of a warpgroup: the M of wgmma
@@ -874,7 +874,9 @@ class _Compute:
             s = s * _wide(factor * self.fold, s.shape, 1)
         elif plan.softcap is not None or plan.scale <= 0:
             s = s * self.fold
-        if plan.softcap is not None:  # c tanh(x / c) = c - 2c / (1 + exp(2x / c)); 1/y = rsqrt(y)^2 is one fast instruction
+        if (
+            plan.softcap is not None
+        ):  # c tanh(x / c) = c - 2c / (1 + exp(2x / c)); 1/y = rsqrt(y)^2 is one fast instruction
             inverse = lax.rsqrt(1 + jnp.exp2(s))
             s = plan.softcap * LOG2E * (1 - 2 * (inverse * inverse))
         return s if seen is None else jnp.where(seen, s, -jnp.inf)
@@ -905,7 +907,9 @@ class _Compute:
             weights = weights if seen is None else jnp.where(seen, weights, 0.0)  # past the length a scale may be NaN
         weights = weights.astype(plan.dtype)
         if plan.zero:
-            away = weights.astype(jnp.float32) * _wide(given["v_zero"] - (128.0 if plan.format == "int8" else 8.0), s.shape, 1)
+            away = weights.astype(jnp.float32) * _wide(
+                given["v_zero"] - (128.0 if plan.format == "int8" else 8.0), s.shape, 1
+            )
             zeros = zeros * shrink + jnp.sum(away if seen is None else jnp.where(seen, away, 0.0), axis=1)
         acc = acc * _wide(shrink, acc.shape, 0)
         return weights, (acc, higher, total, zeros)
@@ -1039,7 +1043,13 @@ class _Compute:
         if plan.windowed:
             asking = plgpu.load(self.row_positions.at[facts[ITEM], wg], layout=BY_ROW, optimized=False)
         step = functools.partial(
-            self.chunk_step, length=length, newest=newest, skip=skip, asking=asking, q_sum=self.q_sum(), offset=t - begin
+            self.chunk_step,
+            length=length,
+            newest=newest,
+            skip=skip,
+            asking=asking,
+            q_sum=self.q_sum(),
+            offset=t - begin,
         )
         pl.when(wg == 1)(self.take_turn)
         state = self.start()
@@ -1128,7 +1138,9 @@ class _Compute:
             total, top = total * shrink + jnp.exp2(logit - higher), higher
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        self.lse.at[pl.ds(facts[ROW] + wg * ROWS, ROWS)][...] = jnp.where(some, top * (1 / LOG2E) + jnp.log(total), -jnp.inf)
+        self.lse.at[pl.ds(facts[ROW] + wg * ROWS, ROWS)][...] = jnp.where(
+            some, top * (1 / LOG2E) + jnp.log(total), -jnp.inf
+        )
         acc = acc * _wide(1 / total, acc.shape, 0)
         token = facts[TOKEN] + wg * plan.per_wg
         for c in range(0, plan.head_dim, width):
@@ -1167,17 +1179,19 @@ def _merge(plan: Plan, out, lse, parts, units, cuts, sinks):
             """`part(i)` -> (values, marks, part that wrote them) of partial result i, of `count`; `number`: real rows."""
             row = block * KEPT
 
-            def step(i, carry):
+            def add(i, carry):
                 top, total, acc = carry
-                values, marks, writer = part(i)
-                some = cuts_g[writer + 1, 2] > cuts_g[writer, 2]  # a part without steps wrote nothing
+                values, marks, _ = part(i)
                 m, l = (load(marks.at[n, pl.ds(row, KEPT)], layout=by_row) for n in range(2))
-                m, l = jnp.where(some, m, LOWEST), jnp.where(some, l, 0.0)
-                values = jnp.where(some, load(values, layout=layout), 0.0)
                 higher = jnp.maximum(top, m)
                 a, b = jnp.exp2(top - higher), jnp.exp2(m - higher)
-                acc = acc * _wide(a, acc.shape, 0) + values * _wide(b, acc.shape, 0)
+                acc = acc * _wide(a, acc.shape, 0) + load(values, layout=layout) * _wide(b, acc.shape, 0)
                 return higher, total * a + l * b, acc
+
+            def step(i, carry):
+                writer = part(i)[2]
+                some = cuts_g[writer + 1, 2] > cuts_g[writer, 2]  # a part without steps wrote nothing
+                return lax.cond(some, lambda: add(i, carry), lambda: carry)
 
             head = units_g[unit, HEAD]
             if plan.sinks:
