@@ -62,6 +62,7 @@ def test_attention_on_each_target():
     assert chosen(part(), "h200") == chosen(part())
     assert chosen(part(), "cpu") == dict.fromkeys(ops, "xla")
     assert chosen(part(), "b200") == dict.fromkeys(ops, "xla")
+    assert chosen(part(), "tpu-v6e") == dict.fromkeys(ops, "mosaic_tpu")
 
 
 def test_what_no_kernel_takes_goes_to_the_reference_with_reasons():

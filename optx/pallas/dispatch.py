@@ -89,18 +89,23 @@ _GPU, _TPU = "mosaic_gpu", "mosaic_tpu"
 # Best first; the last row of an op is its reference and takes everything.
 ROWS: tuple[Row, ...] = (
     Row(op="flash_attention", backend=_GPU, arch="sm90", module="flash_attention.mosaic_gpu_sm90"),
+    Row(op="flash_attention", backend=_TPU, module="flash_attention.mosaic_tpu"),
     Row(op="flash_attention", backend="xla", module="attention.reference"),
     Row(op="ragged_paged_attention", backend=_GPU, arch="sm90", module="ragged_paged_attention.mosaic_gpu_sm90"),
     Row(op="ragged_paged_attention", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90"),
+    Row(op="ragged_paged_attention", backend=_TPU, module="ragged_paged_attention.mosaic_tpu"),
     Row(op="ragged_paged_attention", backend="xla", module="attention.reference"),
     Row(op="paged_decode", backend=_GPU, arch="sm90", module="paged_decode.mosaic_gpu_sm90"),
     Row(op="paged_decode", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90"),
+    Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu"),
     Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", module="quant_matmul.mosaic_gpu_sm90"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", variant="w8a8", module="quant_matmul.mosaic_gpu_sm90_w8a8"),
+    Row(op="quant_matmul", backend=_TPU, module="quant_matmul.mosaic_tpu"),
     Row(op="quant_matmul", backend="xla", arch="cpu", module="quant_matmul.xla_cpu"),
     Row(op="quant_matmul", backend="xla", module="quant_matmul.reference"),
     Row(op="grouped_matmul", backend=_GPU, arch="sm90", module="grouped_matmul.mosaic_gpu_sm90"),
+    Row(op="grouped_matmul", backend=_TPU, module="grouped_matmul.mosaic_tpu"),
     Row(op="grouped_matmul", backend="xla", module="grouped_matmul.reference"),
     Row(op="ssm_scan", backend="xla", module="ssm_scan.reference"),
 )
