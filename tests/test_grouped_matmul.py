@@ -56,6 +56,14 @@ def test_more_rows_listed_than_there_are(name):
     assert relative_error(interpret(x, w, sizes), want) < 5e-3
 
 
+@pytest.mark.parametrize("strips", kernel.REGISTERS)
+def test_registers_fit_into_those_of_the_launch(strips):
+    threads = 128 * (strips + 1)
+    at_launch = 65536 // threads // 8 * 8 * threads
+    computes, loads = kernel.REGISTERS[strips]
+    assert 128 * (strips * computes + loads) <= at_launch
+
+
 def plain(x, w, sizes):
     """The definition, one row at a time."""
     x, w = np.asarray(x, np.float32), np.asarray(tensor.dense(w), np.float32)

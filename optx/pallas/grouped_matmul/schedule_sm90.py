@@ -120,8 +120,7 @@ class Schedule:
 
         step: steps of the items before; steps: of this one, 0 for rows that no expert has; after: finds the next place.
         """
-        if registers is not None:
-            plgpu.set_max_registers(registers, action=action)
+        plgpu.set_max_registers(registers, action=action)
         items = self.table[0, self.experts + 1]
 
         def turn(carry):
