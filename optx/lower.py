@@ -66,8 +66,9 @@ def explain(model: nnx.Module) -> str:
     for choice, paths in sorted(groups.items(), key=lambda item: item[0].op):
         declined = "".join(f"; {name} declined: {reason}" for name, reason in choice.declined)
         sites = "1 site" if len(paths) == 1 else f"{len(paths)} sites"
-        relaid = ", weights re-laid once" if dispatch.row_of(choice).relayout else ""
-        lines.append(f"{choice.op} ({sites}, first {paths[0]}): {choice}{relaid}{declined}")
+        notes = ["weights re-laid once"] if dispatch.row_of(choice).relayout else []
+        notes += [choice.note] if choice.note else []
+        lines.append(f"{choice.op} ({sites}, first {paths[0]}): {', '.join([str(choice), *notes])}{declined}")
     return "\n".join(lines)
 
 

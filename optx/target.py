@@ -35,18 +35,28 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-_KINDS = {"H100": "h100", "H200": "h200", "B200": "b200", "v5 lite": "tpu-v5e", "v6 lite": "tpu-v6e", "7x": "tpu-v7x"}
+_KINDS = {
+    "cpu": "cpu",
+    "H100": "h100",
+    "H200": "h200",
+    "B200": "b200",
+    "v5 lite": "tpu-v5e",
+    "v6 lite": "tpu-v6e",
+    "7x": "tpu-v7x",
+}
 
 
 def detect() -> Target:
     """The target of the running machine's first device. Raises LoweringError for an accelerator not in the table."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return TARGETS["cpu"]
-    for mark, name in _KINDS.items():
-        if mark in device.device_kind:
-            return TARGETS[name]
-    raise LoweringError(f"device {device.device_kind!r} has no target; name one: {', '.join(TARGETS)}")
+    kind = jax.devices()[0].device_kind
+    if (name := named(kind)) is None:
+        raise LoweringError(f"device {kind!r} has no target; name one: {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def named(kind: str) -> str | None:
+    """The name of the target of a `device_kind` of JAX; None for one not in the table."""
+    return next((name for mark, name in _KINDS.items() if mark in kind), None)
 
 
 def get(name: str) -> Target:

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -58,31 +59,38 @@ def check(index: int, ops: tuple[str, ...], seed: int) -> list[Outcome]:
 
 
 def _on_row(case, row, args, kwargs, want) -> Outcome:
-    facts = {"op": case.op, "row": row.name, "case": case.name, "tolerance": case.tolerance}
-    try:
+    def compare() -> dict:
         run = registry.jitted(row.run, kwargs)
         dynamic, _ = registry.split(kwargs)
         first, second = (jax.block_until_ready(run(args, dynamic)) for _ in range(2))
-    except Exception as error:  # noqa: BLE001 - whatever lowering, the assembler or the launch raise is the result
-        return Outcome(**facts, error=float("nan"), repeatable=False, raised=str(error).strip().splitlines()[0][:200])
-    equal = all(
-        np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
-        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    )
-    errors = registry.errors(case, first, want, kwargs)
-    worst = max(errors) if all(e == e for e in errors) else float("nan")
-    return Outcome(**facts, error=worst, repeatable=equal)
+        equal = all(
+            np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+            for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+        )
+        errors = registry.errors(case, first, want, kwargs)
+        return {"error": max(errors) if all(e == e for e in errors) else float("nan"), "repeatable": equal}
+
+    return _outcome(compare, op=case.op, row=row.name, case=case.name, tolerance=case.tolerance)
 
 
 def check_model(recipe: str | None, seed: int) -> list[Outcome]:
     """A small model under `recipe`, with the kernels of the device and without."""
-    facts = {"op": "(model)", "row": "lowered", "case": recipe or "none", "tolerance": verify_model.TOLERANCE}
-    try:
+
+    def compare() -> dict:
         found = verify_model.compare(recipe, seed)
-    except Exception as error:  # noqa: BLE001 - as above
-        return [Outcome(**facts, error=float("nan"), repeatable=True, raised=str(error).strip().splitlines()[0][:200])]
-    none = "" if found.kernels else "no call site runs a kernel of the device"
-    return [Outcome(**facts, error=found.worst, repeatable=True, raised=none)]
+        none = "" if found.kernels else "no call site runs a kernel of the device"
+        return {"error": found.worst, "repeatable": True, "raised": none}
+
+    facts = {"op": "(model)", "row": "lowered", "case": recipe or "none", "tolerance": verify_model.TOLERANCE}
+    return [_outcome(compare, **facts)]
+
+
+def _outcome(compare: Callable[[], dict], **facts) -> Outcome:
+    try:
+        return Outcome(**facts, **compare())
+    except Exception as error:  # noqa: BLE001 - whatever lowering, the assembler or the launch raise is the result
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return Outcome(**facts, error=float("nan"), repeatable=False, raised=said)
 
 
 def verify(ops: tuple[str, ...] = (), seed: int = 0, jobs: int = 8) -> list[Outcome]:

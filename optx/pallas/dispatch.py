@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from optx.errors import LoweringError, did_you_mean
+from optx.pallas import tiles
 from optx.pallas.attention import checks
 
 PLATFORMS = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}  # of a backend; xla runs anywhere
@@ -33,6 +34,7 @@ class OpChoice:
     backend: str
     arch: str = "any"
     variant: str = ""
+    note: str = ""  # what else the report should say
     declined: tuple[tuple[str, str], ...] = ()  # (row, reason)
 
     def __str__(self):
@@ -146,8 +148,14 @@ def select(site: OpSite, target: Any, require: str | None = None) -> OpChoice:
     if chosen is None:
         said = "; ".join(f"{name}: {reason}" for name, reason in declined)
         raise LoweringError(f"{site.op}: no kernel takes this call ({said}); leave out 'require' for the reference")
+    untuned = chosen.backend in PLATFORMS and not tiles.table(target.name)
     return OpChoice(
-        op=site.op, backend=chosen.backend, arch=chosen.arch, variant=chosen.variant, declined=tuple(declined)
+        op=site.op,
+        backend=chosen.backend,
+        arch=chosen.arch,
+        variant=chosen.variant,
+        note=f"tiles by rule: not tuned on {target.name}" if untuned else "",
+        declined=tuple(declined),
     )
 
 
