@@ -43,11 +43,14 @@ def pages_of(rng, length, width, page_size, dtype, gaps=False, scaled=False):
     }
     if scaled:
         kwargs["logit_scale"] = jnp.asarray(scale)
-    make = jax.jit(
-        lambda key, written: jnp.where(written, jax.random.normal(key, (*written.shape[:3], width)), jnp.nan)
-    )
-    pool = make(jax.random.key(int(rng.integers(2**31))), kwargs["positions"][:, None, :, None] >= 0)
-    return pool.astype(dtype), kwargs, at
+    pool = normal(rng, (total + 1, 1, page_size, width), dtype, kwargs["positions"][:, None, :, None] >= 0)
+    return pool, kwargs, at
+
+
+def normal(rng, shape, dtype, real):
+    """Normal numbers made on the device, NaN where not `real` (bool, broadcast to shape)."""
+    make = jax.jit(lambda key, real: jnp.where(real, jax.random.normal(key, shape), jnp.nan).astype(dtype))
+    return make(jax.random.key(int(rng.integers(2**31))), real)
 
 
 def decode(rng, length, *, queries, heads, rank, rope, page_size, dtype="bfloat16", missing=0, **more):
@@ -60,7 +63,7 @@ def decode(rng, length, *, queries, heads, rank, rope, page_size, dtype="bfloat1
         asked[row, queries - len(here) :] = here
         if row < missing:
             asked[row, : queries - len(here) + 1] = -1
-    q = jnp.asarray(rng.standard_normal((len(length), queries, heads, rank + rope), np.float32), dtype)
+    q = normal(rng, (len(length), queries, heads, rank + rope), dtype, True)
     more = {name: value(rng, heads) if name == "sink_logits" else value for name, value in more.items()}
     return (q, pool, None), {**kwargs, "q_positions": jnp.asarray(asked), "value_dim": rank, **more}
 
@@ -72,8 +75,7 @@ def ragged(rng, counts, context, *, heads, rank, rope, page_size, dtype="bfloat1
     pool, kwargs, at = pages_of(rng, counts + context, rank + rope, page_size, dtype, **kwargs)
     rows = np.concatenate([np.repeat(np.arange(len(counts)), counts), np.full(padding, len(counts))])
     asked = np.concatenate([at[row][context[row] :] for row in range(len(counts))] + [np.zeros(padding, int)])
-    q = rng.standard_normal((len(rows), heads, rank + rope), np.float32)
-    q[rows == len(counts)] = np.nan
+    q = normal(rng, (len(rows), heads, rank + rope), dtype, jnp.asarray(rows < len(counts))[:, None, None])
     more = {name: value(rng, heads) if name == "sink_logits" else value for name, value in more.items()}
     batch = Ragged(
         rows=jnp.asarray(rows, jnp.int32),
@@ -82,7 +84,7 @@ def ragged(rng, counts, context, *, heads, rank, rope, page_size, dtype="bfloat1
         positions=jnp.asarray(asked, jnp.int32),
         longest=max(int(counts.max()), 1),
     )
-    return (jnp.asarray(q, dtype), pool, None), {**kwargs, "ragged": batch, "value_dim": rank, **more}
+    return (q, pool, None), {**kwargs, "ragged": batch, "value_dim": rank, **more}
 
 
 def real_tokens(output, kwargs):

@@ -53,7 +53,6 @@ class Tiles:
     splits: int  # programs that share the cached tokens of a row
     block: int = 64  # cached tokens a step of one warpgroup: 64, or 32 where latents are wide
     cluster: bool = False  # two blocks of heads share their copies
-    prefetch: bool = False  # brings the second block of a pair to L2 ahead of its copy
     registers: bool = True  # weights as the left side of products from registers; False: what the interpreter can run
 
 
@@ -279,18 +278,11 @@ def _produce(plan, r, blocks, where, length):
             found.append((listed, lax.rem(token, jnp.int32(page)) if page > size else 0, length - token))
         return found
 
-    def prefetch(listed, inner, _):
-        for _, low, high in plan.parts:  # a box has 256 columns at most
-            for at in listed:
-                plgpu.async_prefetch(r["pool"].at[pl.ds(at * page + inner, piece), pl.ds(low, high - low)], **both)
-
     def step(pair, found):
         ahead = find(pair + 1)
         left, right = plan.halves
         load(left, 0, pair, *found[0])
         load(right, 0, pair, *found[0])
-        if plan.tiles.prefetch:  # the second block's place is free late: what fills it should be in L2 by then
-            pl.when(pair > 0)(lambda: prefetch(*found[1]))
         load(right, 1, pair, *found[1])
         load(left, 1, pair, *found[1])
         return ahead
@@ -691,10 +683,14 @@ def _ragged(plan: _Plan, q, pool, ragged: Ragged, positions, table, lengths, sin
     real = row < batch
     row = jnp.minimum(row, batch - 1)
     offset = (stop[row] - 1 - index) * size  # a row's last tokens first: they see most
-    number = jnp.where(real, jnp.clip(ragged.counts[row] - offset, 0, size), 0)
+    number = jnp.clip(ragged.counts[row] - offset, 0, size)
     low = jnp.maximum(lengths[row] - ragged.counts[row] + offset, 0)
     end = low + number if plan.mask.causal else lengths[row]
-    items = jnp.stack([row, ragged.starts[row] + offset, number, end, low], axis=-1).astype(jnp.int32)
+    # The items that are left give zeros to the padding at the end.
+    rest = jnp.sum(ragged.counts) + (index - stop[-1]) * size
+    given = [row, ragged.starts[row] + offset, number, end, low]
+    padded = [row, rest, jnp.clip(tokens - rest, 0, size), 0 * row, 0 * row]
+    items = jnp.where(real[:, None], jnp.stack(given, axis=-1), jnp.stack(padded, axis=-1)).astype(jnp.int32)
     mine = jnp.minimum(ragged.rows, batch - 1)
     within = jnp.arange(tokens, dtype=jnp.int32) - ragged.starts[mine]
     limit = lengths[mine] - ragged.counts[mine] + within + 1 if plan.mask.causal else lengths[mine]
@@ -774,7 +770,7 @@ def ragged_paged_attention(
     site = (q, k_pool, table, mask, scale, softcap, sink_logits, logit_scale, value_dim)
     plan = _plan(*site, ragged.longest, tokens, tiles)
     size = plan.tiles.tokens
-    plan = dataclasses.replace(plan, items=min(tokens, (tokens + batch * (size - 1)) // size))
+    plan = dataclasses.replace(plan, items=min(tokens, (tokens + batch * (size - 1)) // size + 1))
     return (*_ragged(plan, q, k_pool, ragged, positions, table, lengths, sink_logits, logit_scale), None)
 
 
