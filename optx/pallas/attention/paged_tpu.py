@@ -370,7 +370,9 @@ def run(q, pools: Pools, items: Items, sink_logits, logit_scale, plan: Plan):
             ),
             scratch_shapes=scratch,
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM, disable_bounds_checks=True
+        ),
         interpret=plan.interpret,
         name="paged_attention",
     )(schedule(items, pools.lengths, plan.mask, slots).ravel(), pools.table.astype(jnp.int32).ravel(), *operands)
