@@ -61,11 +61,11 @@ def test_interpreted(name):
     assert relative_error(interpret(*args), reference.quant_matmul(*in_float32(args))) < case.tolerance
 
 
-def test_interpreted_twice_is_equal_however_blocks_pair():
+def test_interpreted_twice_is_equal_and_strips_do_not_matter():
     (x, w), _ = SMALL["int4_g32_asym_9x128x192"].make(np.random.default_rng(1))
     once = interpret(x, w, strips=1)
     assert np.array_equal(once, interpret(x, w, strips=1))
-    assert np.array_equal(once, interpret(x, w, strips=2, pair=2))
+    assert np.array_equal(once, interpret(x, w, strips=2))
 
 
 def test_warpgroups_that_share_a_strip():
@@ -124,6 +124,7 @@ def test_supports():
     assert "multiples of 64" in asked(abstract("int8", 96, 64))
     assert "groups of 8" in asked(abstract("int8_g8"))
     assert "packed along axis -1" in asked(abstract().T)
+    assert asked(abstract(), activations=formats.parse("int8")) == "activations in int8; allowed: as they are"
     assert asked(abstract(), dtype=jnp.float32) == "x is float32; allowed: bfloat16"
     assert "not tpu" in kernel.supports({"weight": abstract()}, types.SimpleNamespace(platform="tpu", arch="v6e"))
 

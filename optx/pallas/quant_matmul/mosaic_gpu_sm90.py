@@ -43,30 +43,20 @@ class Tiles:
     strips: int  # of 64 outputs
     blocks: int  # of 64 contracted numbers in a step
     stages: int  # steps in flight
-    tall: int = 1  # strips of a warpgroup; more than one takes share = split = 1
     share: int = 1  # warpgroups of a strip, which take its steps in turn
     split: int = 1  # thread blocks of a cluster, which share out the contracted axis
-    pair: int = 1  # thread blocks of a cluster, of neighbouring outputs, which load their rows of x together
     grid: int = SMS  # persistent thread blocks
     registers: bool = True  # False: widened by plain operations through shared memory, what the interpreter can run
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return self.strips * self.share
 
     @property
     def parts(self) -> int:
         """Partial sums of an output."""
         return self.share * self.split
-
-    @property
-    def cluster(self) -> int:
-        return self.split * self.pair
-
-    @property
-    def consumers(self) -> int:
-        return self.lanes * self.share
-
-    @property
-    def lanes(self) -> int:
-        """Warpgroups that take a step together."""
-        return self.strips // self.tall
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,8 +112,7 @@ def tiles_for(rows: int, w: Fragments) -> Tiles:
     outputs = w.shape[1] // BLOCK
 
     def work(tiles: Tiles) -> float:
-        items = _ceil(outputs, tiles.strips * tiles.pair) * _ceil(rows, tiles.rows)
-        turns = _ceil(items, tiles.grid // tiles.cluster)
+        turns = _ceil(_ceil(outputs, tiles.strips) * _ceil(rows, tiles.rows), tiles.grid // tiles.split)
         if tiles.split > 1 and turns > 1:
             return math.inf  # a cluster sums one item
         return turns * tiles.rows * (tiles.strips + 0.5) / tiles.split  # rows of x are fetched for however few strips
@@ -132,28 +121,25 @@ def tiles_for(rows: int, w: Fragments) -> Tiles:
 
 
 def _decode(rows: int, w: Fragments) -> list[Tiles | None]:
-    """Few rows: weights stream, and what hides latencies is warps in flight and 200 KB on their way."""
+    """Few rows: weights stream, some 170 KB of them on their way to an SM (more gained nothing)."""
     wide = next(n for n in (8, 16, 32, 64) if rows <= n)
     choices = []
-    for split in (1, 2):
-        for strips in (3, 2, 1) if split == 1 else (1,):
-            share = 2 if wide <= 16 or strips == 1 else 1
-            most = 2 if wide > 32 or w.bits == 8 or share * strips > 2 else 4
-            sizes = {"rows": wide, "strips": strips, "split": split}
-            choices.append(_fitted(w, most, share=share, **sizes) or _fitted(w, most, **sizes))
+    for strips, split in ((3, 1), (2, 1), (1, 1), (1, 2)):
+        share = 2 if strips == 1 or (w.bits == 8 and wide <= 16) else 1
+        sizes = {"most": 4 if w.bits == 4 and wide <= 32 else 2, "flying": 176 << 10}
+        sizes |= {"rows": wide, "strips": strips, "split": split}
+        choices.append(_fitted(w, share=share, **sizes) or _fitted(w, **sizes))
     return choices
 
 
 def _prefill(rows: int, w: Fragments) -> list[Tiles | None]:
-    """Many rows: three warpgroups widen in turn while the matrix units work; or two, of twice the outputs."""
-    most = 2 if w.bits == 4 else 1
-    choices = [_fitted(w, most, rows=128, strips=4, tall=2, pair=2)] if rows > 256 else []
-    choices += [_fitted(w, most, rows=128, strips=3), _fitted(w, most, rows=128, strips=1, share=2)]
-    return [*choices, _fitted(w, 1, rows=128, strips=1, share=2, split=2)] if rows <= 128 else choices
+    """Many rows: three warpgroups widen in turn while the matrix units work; fewer outputs an SM where F is small."""
+    choices = [_fitted(w, most=2, rows=128, strips=3), _fitted(w, most=2, rows=128, strips=1, share=2)]
+    return [*choices, _fitted(w, most=1, rows=128, strips=1, share=2, split=2)] if rows <= 128 else choices
 
 
-def _fitted(w: Fragments, most: int, **sizes) -> Tiles | None:
-    """Tiles of at most `most` blocks a step and as many steps in flight as fit; None where D does not divide."""
+def _fitted(w: Fragments, *, most: int, flying: int = SHARED, **sizes) -> Tiles | None:
+    """Tiles of at most `most` blocks a step, steps in flight as they fit into `flying` bytes; None where D does not divide."""
     d = w.shape[0]
     group = d // w.groups
     for blocks in (4, 2, 1):
@@ -162,8 +148,9 @@ def _fitted(w: Fragments, most: int, **sizes) -> Tiles | None:
         whole = d % (step * tiles.parts) == 0 and (group % step == 0 or step % group == 0)
         if blocks <= most and whole and (tiles.parts == 1 or d // step >= 4 * tiles.parts):
             empty, one = (shared(plan_for(w, tiles), w, stages) for stages in (0, 1))
-            stages = min(12, (SHARED - empty) // (one - empty)) // tiles.share * tiles.share
-            return dataclasses.replace(tiles, stages=stages)
+            stages = min(12, min(flying, SHARED - empty) // (one - empty)) // tiles.share * tiles.share
+            if stages >= 3 or blocks == 1:
+                return dataclasses.replace(tiles, stages=stages)
     return None
 
 
@@ -173,7 +160,7 @@ def shared(plan: Plan, w: Fragments, stages: int) -> int:
     scale = plan.grouped * plan.scales * BLOCK * jnp.dtype(w.scale.dtype).itemsize
     stage = tiles.rows * plan.step * 2 + tiles.strips * (plan.words * WORDS * 4 + scale + plan.zero * plan.scales * 128)
     out = 2 * min(tiles.rows, PART) * BLOCK * 2
-    return stages * stage + tiles.lanes * (out + (tiles.parts - 1) * BLOCK * tiles.rows * 4) + 8192
+    return stages * stage + tiles.strips * (out + (tiles.parts - 1) * BLOCK * tiles.rows * 4) + 8192
 
 
 # Codes to bfloat16. A register holds two numbers; those with 7 bits of mantissa count in steps of 1 from 128 = 0x4300 on,
@@ -378,19 +365,17 @@ def _body(*refs, plan: Plan):
     outer = refs[3 + plan.zero] if plan.kind == "nv" else scale  # what outputs are multiplied by
     out, x_smem, w_smem, s_smem, z_smem, a_smem, p_smem, out_smem, full, empty, done, free = refs[-12:]
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
-    rank = lax.axis_index("part") if tiles.cluster > 1 else 0
-    part_of_d = rank if tiles.split > 1 else 0
-    row_tiles, column_tiles = _ceil(out.shape[0], tiles.rows), _ceil(plan.strips, tiles.strips * tiles.pair)
+    rank = lax.axis_index("part") if tiles.split > 1 else 0
+    row_tiles, column_tiles = _ceil(out.shape[0], tiles.rows), _ceil(plan.strips, tiles.strips)
     items, steps = row_tiles * column_tiles, plan.depth // plan.step // tiles.split
-    stride = tiles.grid // tiles.cluster
+    stride = tiles.grid // tiles.split
     mine = lax.div(items - block + (stride - 1), stride)
     consumer, producer = REGISTERS
     trade = tiles.registers and tiles.consumers == 2
 
     def each_item(body):
         def turn(i, _):
-            row, column = _place(block + i * stride, row_tiles, column_tiles)
-            body(i * steps, row, column * tiles.pair + rank if tiles.pair > 1 else column)
+            body(i * steps, *_place(block + i * stride, row_tiles, column_tiles))
 
         lax.fori_loop(0, mine, turn, None)
 
@@ -409,15 +394,14 @@ def _body(*refs, plan: Plan):
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                k += part_of_d * steps
-                copy = lambda src, dst, **more: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot], **more)  # noqa: E731
+                k += rank * steps
+                copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
                 if plan.kind == "bf16":
                     outputs = pl.ds(column * (tiles.strips * BLOCK), tiles.strips * BLOCK)
                     copy(codes.at[pl.ds(k * plan.step, plan.step), outputs], w_smem)
                 else:
                     copy(codes.at[strips, pl.ds(k * plan.words, plan.words)], w_smem)
-                rows = x.at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(k * plan.step, plan.step)]
-                copy(rows, x_smem, **({"collective_axes": "part"} if tiles.pair > 1 else {}))
+                copy(x.at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(k * plan.step, plan.step)], x_smem)
                 group = lax.div(k * plan.step, plan.group)
                 if plan.grouped:
                     copy(scale.at[strips, pl.ds(group, plan.scales)], s_smem)
@@ -437,15 +421,15 @@ def _body(*refs, plan: Plan):
     def _():
         if trade:
             plgpu.set_max_registers(consumer, action="increase")
-        lane, turn = lax.rem(wg, tiles.lanes), lax.div(wg, tiles.lanes)
+        lane, turn = lax.rem(wg, tiles.strips), lax.div(wg, tiles.strips)
 
-        def operand(slot, strip, block):
+        def operand(slot, block):
             """64 outputs by 64 contracted numbers of the step in a slot."""
             if plan.kind == "bf16":
-                return w_smem.at[slot, pl.ds(block * BLOCK, BLOCK), pl.ds(strip * BLOCK, BLOCK)].T
-            words = w_smem.at[slot, strip]
-            scales = s_smem.at[slot, strip] if plan.grouped else None
-            zeros = z_smem.at[slot, strip] if plan.zero else None
+                return w_smem.at[slot, pl.ds(block * BLOCK, BLOCK), pl.ds(lane * BLOCK, BLOCK)].T
+            words = w_smem.at[slot, lane]
+            scales = s_smem.at[slot, lane] if plan.grouped else None
+            zeros = z_smem.at[slot, lane] if plan.zero else None
             if tiles.registers:
                 return _widen(words, scales, zeros, block=block, plan=plan)
             plgpu.wgmma_wait(0)
@@ -459,28 +443,23 @@ def _body(*refs, plan: Plan):
                     slot = lax.rem(first + i * tiles.share + turn, tiles.stages)
                     plgpu.barrier_wait(full.at[slot])
                     for b in range(tiles.blocks):
-                        columns = x_smem.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T
-                        for t in range(tiles.tall):
-                            strip = lane * tiles.tall + t
-                            plgpu.wgmma(acc.at[pl.ds(t * BLOCK, BLOCK)], operand(slot, strip, b), columns)
+                        plgpu.wgmma(acc, operand(slot, b), x_smem.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T)
                     plgpu.wgmma_wait(0)
-                    if tiles.pair > 1 and tiles.registers:
-                        _together()  # a cluster's barrier hears one warp of four
                     plgpu.barrier_arrive(empty.at[slot])
 
                 lax.fori_loop(0, lax.div(steps - turn + tiles.share - 1, tiles.share), multiply, None)
                 return acc[...]
 
-            acc = pl.run_scoped(accumulate, plgpu.ACC((BLOCK * tiles.tall, tiles.rows)))
+            acc = pl.run_scoped(accumulate, plgpu.ACC((BLOCK, tiles.rows)))
             if tiles.parts == 1:
                 store(acc, column, row)
                 return
-            part = part_of_d * tiles.share + turn
+            part = rank * tiles.share + turn
 
             @pl.when(part > 0)
             def _():
                 to = p_smem.at[part - 1, lane]
-                if tiles.cluster > 1:  # of one item at most
+                if tiles.split > 1:  # of one item at most
                     plgpu.async_store_smem(acc, to, done, cluster_idx=0, cluster_dim="part", optimized=False)
                 else:
                     pl.when(first > 0)(lambda: plgpu.barrier_wait(free))
@@ -493,19 +472,17 @@ def _body(*refs, plan: Plan):
                 total = acc
                 for i in range(tiles.parts - 1):
                     total = total + plgpu.load(p_smem.at[i, lane], layout=plgpu.Layout.WGMMA, optimized=False)
-                if tiles.cluster == 1:
+                if tiles.split == 1:
                     plgpu.barrier_arrive(free)
                 store(total, column, row)
 
         def store(acc, column, row):
-            size = min(tiles.rows, PART)
-            parts = [(t, i * size) for t in range(tiles.tall) for i in range(tiles.rows // size)]
-            for n, (t, at) in enumerate(parts):
-                strip = column * tiles.strips + lane * tiles.tall + t
-                slot = out_smem.at[lane, n % 2]
-                plgpu.wait_smem_to_gmem(min(len(parts) - 1, 1), wait_read_only=True)
-                rows = acc[t * BLOCK : (t + 1) * BLOCK, at : at + size]
-                factors = outer.at[jnp.minimum(strip, plan.strips - 1)]
+            strip, size = column * tiles.strips + lane, min(tiles.rows, PART)
+            factors = outer.at[jnp.minimum(strip, plan.strips - 1)]
+            for i in range(tiles.rows // size):
+                slot = out_smem.at[lane, i % 2]
+                plgpu.wait_smem_to_gmem(min(tiles.rows // size - 1, 1), wait_read_only=True)
+                rows = acc[:, i * size : (i + 1) * size]
                 if tiles.registers:
                     _store(rows, factors, slot, scaled=plan.scaled)
                 else:
@@ -514,25 +491,14 @@ def _body(*refs, plan: Plan):
                 plgpu.commit_smem()
 
                 @pl.when((strip < plan.strips) | tiles.registers)  # the copy engine clips; the interpreter does not
-                def _(slot=slot, strip=strip, at=at):
-                    to = out.at[pl.ds(row * tiles.rows + at, size), pl.ds(strip * BLOCK, BLOCK)]
-                    plgpu.copy_smem_to_gmem(slot, to)
+                def _(slot=slot, i=i):
+                    to = pl.ds(row * tiles.rows + i * size, size)
+                    plgpu.copy_smem_to_gmem(slot, out.at[to, pl.ds(strip * BLOCK, BLOCK)])
 
         each_item(consume)
-        if tiles.share > 1 and tiles.cluster == 1:
+        if tiles.share > 1 and tiles.split == 1:
             pl.when((turn > 0) & (mine > 0))(lambda: plgpu.barrier_wait(free))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _together():
-    """Waits for all four warps of the warpgroup."""
-
-    @plgpu.inline_mgpu(return_type=())
-    def wait(_):
-        utils.warpgroup_barrier()
-        return ()
-
-    wait()
 
 
 def _restored(row):
@@ -587,12 +553,11 @@ def _call(x, *w, rows: int, plan: Plan):
     part = min(tiles.rows, PART)
     narrow = min(tiles.rows, 32)
     partial = (plgpu.TilingTransform((8, narrow)), plgpu.SwizzleTransform(4 * narrow))
-    cluster = {"cluster": (tiles.cluster,), "cluster_names": ("part",)} if tiles.cluster > 1 else {}
-    empty = plgpu.Barrier if tiles.pair == 1 else functools.partial(plgpu.ClusterBarrier, collective_axes=("part",))
+    cluster = {"cluster": (tiles.split,), "cluster_names": ("part",)} if tiles.split > 1 else {}
     kernel = plgpu.kernel(
         functools.partial(_body, plan=plan),
         out_type=jax.ShapeDtypeStruct((rows, plan.strips * BLOCK), x.dtype),
-        grid=(tiles.grid // tiles.cluster,),
+        grid=(tiles.grid // tiles.split,),
         grid_names=("block",),
         **cluster,
         num_threads=tiles.consumers + 1,
@@ -613,9 +578,9 @@ def _call(x, *w, rows: int, plan: Plan):
                 jnp.float32,
                 transforms=partial,
             ),
-            plgpu.SMEM((tiles.lanes, 2, part, BLOCK), x.dtype, transforms=(swizzle,)),
+            plgpu.SMEM((tiles.strips, 2, part, BLOCK), x.dtype, transforms=(swizzle,)),
             plgpu.Barrier(num_arrivals=2 + plan.grouped + plan.zero, num_barriers=tiles.stages),
-            empty(num_arrivals=tiles.lanes, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=tiles.strips, num_barriers=tiles.stages),
             # one for all strips: jax 0.11.2 adds the offset of a barrier in an array twice when it is another block's
             plgpu.Barrier(num_arrivals=max(tiles.parts - 1, 1) * tiles.strips),
             plgpu.Barrier(num_arrivals=tiles.strips),
