@@ -1,11 +1,10 @@
 """Cases and benchmark shapes of `flash_attention`: every mask, head dim, length and dtype that the kernel has code for."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optx.bench import timing
 from optx.bench.cases import Case, Shape
 from optx.pallas.attention.reference import Mask
 
@@ -140,38 +139,31 @@ def pairs(length, mask):
     return float(np.sum(stop - start))
 
 
-def cudnn(mask, q, k, v, **_):
-    """Attention by cuDNN, the fastest that XLA has; on one size of heads only."""
+def cudnn(q, k, v, *, mask, **_):
+    """Attention by cuDNN, the fastest that XLA has; values as wide as keys only."""
     window = None if mask.window is None else (mask.window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=mask.causal, local_window_size=window, implementation="cudnn"
     )
 
 
-def shape(name, length, *, heads=32, kv_heads=None, head_dim=128, value_dim=None, mask=Mask(), batch=1):  # noqa: B008
+def shape(name, length, *, heads=32, kv_heads=None, head_dim=128, value_dim=None, mask=Mask(), valid=False):  # noqa: B008
     kv_heads, value_dim = kv_heads or heads, value_dim or head_dim
+    widths = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
 
     def make(rng):
-        @functools.partial(jax.jit, static_argnums=1)
-        def normal(key, shape):
-            return jax.random.normal(key, shape, jnp.bfloat16)
+        made = [timing.random((1, length, *width), seed=int(rng.integers(2**31))) for width in widths]
+        return tuple(made), {"mask": mask} | ({"valid": jnp.ones((1, length), bool)} if valid else {})
 
-        keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 3)
-        widths = ((heads, head_dim), (kv_heads, head_dim), (kv_heads, value_dim))
-        return tuple(normal(key, (batch, length, *width)) for key, width in zip(keys, widths, strict=True)), {
-            "mask": mask
-        }
-
-    peers = {"cudnn": functools.partial(cudnn, mask)} if head_dim == value_dim and head_dim <= 128 else {}
     numbers = heads * head_dim + kv_heads * (head_dim + value_dim) + heads * value_dim
     return Shape(
         op=OP,
         name=name,
         make=make,
         site=site(heads, kv_heads, head_dim, value_dim, mask=mask),
-        bytes=2.0 * batch * length * numbers,
-        flops=2.0 * batch * heads * (head_dim + value_dim) * pairs(length, mask),
-        peers=peers,
+        bytes=2.0 * length * numbers,
+        flops=2.0 * heads * (head_dim + value_dim) * pairs(length, mask),
+        peers={"cudnn": cudnn} if head_dim == value_dim else {},
     )
 
 
@@ -179,6 +171,7 @@ SHAPES: tuple[Shape, ...] = (
     shape("causal_8k", 8192),
     shape("causal_32k", 32768),
     shape("full_8k", 8192, mask=FULL),
+    shape("causal_8k_valid", 8192, valid=True),
     shape("causal_8k_gqa", 8192, kv_heads=8),
     shape("causal_8k_hd64", 8192, heads=32, head_dim=64),
     shape("causal_8k_hd256", 8192, heads=16, head_dim=256),
