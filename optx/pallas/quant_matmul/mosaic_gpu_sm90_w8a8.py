@@ -1,7 +1,7 @@
 """`quant_matmul` with 8-bit activations on Hopper: int8 x int8 -> int32 and fp8 x fp8 -> float32 on the tensor cores.
 
-XLA rounds the rows of x (one read, one write), then one persistent kernel multiplies: a warpgroup copies tiles of x and w
-by TMA, two compute. Both operands lie with the contracted axis last, as 8-bit `wgmma` wants them.
+Rows of x are rounded first (one read, one write), then one persistent kernel multiplies: a warpgroup copies tiles of x and w
+by TMA, two or three compute. Both operands lie with the contracted axis last, as 8-bit `wgmma` wants them.
 With one scale a row and a channel the scales are applied once, to the finished sums; with a scale per 128 of the
 contracted axis every 128 terms are summed on their own and promoted into float32 sums, as DeepGEMM does
 (github.com/deepseek-ai/DeepGEMM; DeepSeek-V3, arXiv:2412.19437, section 3.3).
@@ -26,6 +26,8 @@ from optx.tensor import Arranged, QTensor, is_qtensor, leaf_bytes
 BLOCKS = 132  # persistent blocks: the SMs of H100 SXM and H200; on a part with fewer some blocks wait their turn
 DEPTH = 128  # contracted numbers a step: a row of the widest swizzle; also the group of block scales
 SHARED = 232448 - 2048  # bytes of shared memory a block may have, less barriers and alignment
+KEEP = 16384  # numbers of a row that 128 threads keep in registers while they look for its largest
+MANY = 1 << 22  # numbers of x from which on rounding has a kernel
 REGISTERS = {2: (232, 40), 3: (160, 32)}  # by consumers: of each, of the warpgroup that copies
 WIDE = 32  # columns of the result that pass through shared memory at once
 
@@ -37,7 +39,6 @@ class Tiles:
     rows: int  # of x; 64 a warpgroup and `wgmma`
     cols: int  # outputs
     stages: int  # steps in flight
-    chunks: int = 1  # times 128 contracted numbers in a step: memory likes to read more than 128 bytes of a row at once
     by_rows: bool = True
     consumers: int = 2  # warpgroups that compute: 2 or 3
     band: int = 16  # row tiles that pass over the columns together: what they share stays in the L2 cache
@@ -64,16 +65,18 @@ def tiles_for(m: int, f: int, blocks: bool) -> Tiles:
     blocks: scales per 128 of the contracted axis (two sets of sums: half of the columns).
     """
     if m <= 64:  # streams weights: an item costs its weights, x comes from the L2 cache
-        widths = range(16, 129 if blocks else 257, 16)
-        cols = min(widths, key=lambda c: (_turns(-(-f // c)) * (c + m // 4 + 8), -c))
+        cols = min(range(16, 257, 16), key=lambda c: (_turns(-(-f // c)) * (c + m // 4 + 8), -c))
         return _fill(Tiles(rows=64, cols=cols, stages=0, by_rows=False), blocks)
-    best = min(
-        ((128, c) for c in (256, 192, 128, 96, 64, 32) if c <= (128 if blocks else 256)),
-        key=lambda t: (
-            _turns(-(-m // t[0]) * -(-f // t[1])) * (t[1] + 96)
-        ),  # what the L2 cache brings: 128 rows and t[1]
-    )
-    return _fill(Tiles(rows=best[0], cols=best[1], stages=0), blocks)
+
+    def tiles(rows, cols):
+        return Tiles(rows=rows, cols=cols, stages=0, consumers=rows // 64)
+
+    def cost(t):  # what the shared memory brings and the L2 cache sends for a step
+        return _turns(-(-m // t.rows) * -(-f // t.cols)) * (t.cols + t.rows - 32)
+
+    narrow = [tiles(128, c) for c in (128, 96, 64, 32)]
+    wide = [tiles(192, 128)] if blocks else [tiles(128, 256), tiles(128, 192)]
+    return _fill(min(wide + narrow, key=cost), blocks)
 
 
 def _turns(items: int) -> int:
@@ -82,7 +85,7 @@ def _turns(items: int) -> int:
 
 def _fill(tiles: Tiles, blocks: bool) -> Tiles:
     """tiles with as many stages as shared memory holds."""
-    return dataclasses.replace(tiles, stages=min(8, (SHARED - _fixed(tiles)) // _stage(tiles, blocks)))
+    return dataclasses.replace(tiles, stages=min(24, (SHARED - _fixed(tiles)) // _stage(tiles, blocks)))
 
 
 def _fixed(tiles):
@@ -90,8 +93,7 @@ def _fixed(tiles):
 
 
 def _stage(tiles, blocks):
-    one = (tiles.rows + tiles.cols) * DEPTH + (4 * (tiles.rows + _padded(tiles.cols)) if blocks else 0)
-    return one * tiles.chunks
+    return (tiles.rows + tiles.cols) * DEPTH + (4 * (tiles.rows + _padded(tiles.cols)) if blocks else 0)
 
 
 def _padded(n: int) -> int:
@@ -236,8 +238,7 @@ def quant_matmul(
 
 @functools.partial(jax.jit, static_argnames=("activations", "plan"))
 def _call(x, w, w_scale, *, activations, plan):
-    codes = activations.encode(x)  # XLA reads x once: 2.7 TB/s at 8192 x 8192
-    return multiply(codes.data, codes.scale, w, w_scale, plan=plan)
+    return multiply(*round_rows(x, activations), w, w_scale, plan=plan)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -254,11 +255,11 @@ def multiply(q, s, w, w_scale, *, plan):
 
 
 def _kernel(m, d, f, q_dtype, w_dtype, plan):
-    tiles, blocks, chunks = plan.tiles, plan.blocks, plan.tiles.chunks
+    tiles, blocks = plan.tiles, plan.blocks
     shape = (-(-m // tiles.rows), -(-f // tiles.cols))
     items = shape[0] * shape[1]
     programs = min(tiles.programs, items)
-    steps, stages = d // (DEPTH * chunks), tiles.stages
+    steps, stages = d // DEPTH, tiles.stages
     sums = jnp.int32 if q_dtype == jnp.int8 else jnp.float32
     rows_layout, columns_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     width, pieces = tiles.width, tiles.wg_cols // tiles.width
@@ -286,18 +287,16 @@ def _kernel(m, d, f, q_dtype, w_dtype, plan):
             if not blocks:
                 two = lax.rem(turn, 2)
                 pl.when(turn >= 2)(lambda: plgpu.barrier_wait(s_empty.at[two]))
-                copy(s.at[0, rows], s_smem.at[two, 0], s_full.at[two])
-                copy(w_scale.at[0, scales], c_smem.at[two, 0], s_full.at[two])
+                copy(s.at[0, rows], s_smem.at[two], s_full.at[two])
+                copy(w_scale.at[0, scales], c_smem.at[two], s_full.at[two])
 
             def load(k, slot):
                 pl.when(turn * steps + k >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                for c in range(chunks):
-                    panel = k * chunks + c
-                    copy(w.at[panel, cols], w_rows.at[slot, c], full.at[slot])
-                    copy(q.at[rows, pl.ds(panel * DEPTH, DEPTH)], q_rows.at[slot, c], full.at[slot])
-                    if blocks:
-                        copy(s.at[panel, rows], s_smem.at[slot, c], full.at[slot])
-                        copy(w_scale.at[panel, scales], c_smem.at[slot, c], full.at[slot])
+                copy(w.at[k, cols], w_rows.at[slot], full.at[slot])
+                copy(q.at[rows, pl.ds(k * DEPTH, DEPTH)], q_rows.at[slot], full.at[slot])
+                if blocks:
+                    copy(s.at[k, rows], s_smem.at[slot], full.at[slot])
+                    copy(w_scale.at[k, scales], c_smem.at[slot], full.at[slot])
                 return after(slot)
 
             return lax.fori_loop(0, steps, load, slot)
@@ -306,17 +305,17 @@ def _kernel(m, d, f, q_dtype, w_dtype, plan):
         cols_at = 0 if tiles.by_rows else wg * tiles.wg_cols
         my_rows, my_cols = pl.ds(rows_at, tiles.wg_rows), pl.ds(cols_at, tiles.wg_cols)
 
-        def row_scales(slot, c=0):
-            scales = plgpu.load(s_smem.at[slot, c, my_rows], layout=rows_layout, optimized=False)
+        def row_scales(slot):
+            scales = plgpu.load(s_smem.at[slot, my_rows], layout=rows_layout, optimized=False)
             return lax.broadcast_in_dim(scales, (tiles.wg_rows, width), [0])
 
-        def column_scales(slot, piece, c=0):
+        def column_scales(slot, piece):
             at = pl.ds(cols_at + piece * width, width)
-            scales = plgpu.load(c_smem.at[slot, c, at], layout=columns_layout, optimized=False)
+            scales = plgpu.load(c_smem.at[slot, at], layout=columns_layout, optimized=False)
             return lax.broadcast_in_dim(scales, (tiles.wg_rows, width), [1])
 
-        def wgmma(acc, slot, c):
-            plgpu.wgmma(acc, q_tiles.at[slot, c, my_rows], w_tiles.at[slot, c, my_cols].T)
+        def wgmma(acc, slot):
+            plgpu.wgmma(acc, q_tiles.at[slot, my_rows], w_tiles.at[slot, my_cols].T)
 
         def cut(acc):
             return [acc[:, i * width : (i + 1) * width].astype(jnp.float32) for i in range(pieces)]
@@ -325,19 +324,15 @@ def _kernel(m, d, f, q_dtype, w_dtype, plan):
             """Sums over all of D: scales come last."""
 
             def accumulate(acc):
-                def add(slot):
-                    for c in range(chunks):
-                        wgmma(acc, slot, c)
-
                 def step(_, slots):
                     before, slot = slots
                     plgpu.barrier_wait(full.at[slot])
-                    add(slot)
-                    plgpu.wgmma_wait(chunks)
+                    wgmma(acc, slot)
+                    plgpu.wgmma_wait(1)
                     plgpu.barrier_arrive(empty.at[before])  # the step before is through
                     return slot, after(slot)
 
-                add(slot)
+                wgmma(acc, slot)
                 last, slot_ = lax.fori_loop(1, steps, step, (slot, after(slot)))
                 return acc[...], last, slot_
 
@@ -357,18 +352,16 @@ def _kernel(m, d, f, q_dtype, w_dtype, plan):
             def step(_, carry):
                 slot, *total = carry
                 plgpu.barrier_wait(full.at[slot])
-                for c in range(chunks):
 
-                    def run(acc, c=c):
-                        wgmma(acc, slot, c)
-                        by_row = row_scales(slot, c)  # while the tensor cores work
-                        return cut(acc[...]), by_row
+                def part(acc):
+                    wgmma(acc, slot)
+                    by_row = row_scales(slot)  # while the tensor cores work
+                    return cut(acc[...]), by_row
 
-                    parts, by_row = pl.run_scoped(run, plgpu.ACC(product, sums))
-                    parts = [part * column_scales(slot, i, c) for i, part in enumerate(parts)]
-                    if c == chunks - 1:
-                        plgpu.barrier_arrive(empty.at[slot])
-                    total = [sum_ + part * by_row for sum_, part in zip(total, parts, strict=True)]
+                parts, by_row = pl.run_scoped(part, plgpu.ACC(product, sums))
+                parts = [part * column_scales(slot, i) for i, part in enumerate(parts)]
+                plgpu.barrier_arrive(empty.at[slot])
+                total = [sum_ + part * by_row for sum_, part in zip(total, parts, strict=True)]
                 return after(slot), *total
 
             zeros = plgpu.layout_cast(jnp.zeros((tiles.wg_rows, width), jnp.float32), plgpu.Layout.WGMMA)
@@ -410,13 +403,13 @@ def _kernel(m, d, f, q_dtype, w_dtype, plan):
         rows may end inside one."""
         swizzle = plgpu.SwizzleTransform(128)
         tiled = (plgpu.TilingTransform((8, DEPTH)), swizzle)
-        smem = functools.partial(plgpu.SMEM, (stages, chunks, rows, DEPTH), dtype)
+        smem = functools.partial(plgpu.SMEM, (stages, rows, DEPTH), dtype)
         if tiles.interpretable:
             return smem(transforms=tiled)
         return plgpu.RefUnion(smem(transforms=(swizzle,)), smem(transforms=tiled))
 
     swizzle = width * plan.out.itemsize
-    slots = (stages, chunks) if blocks else (2, 1)
+    slots = stages if blocks else 2
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, -(-f // 8) * 8), plan.out),
@@ -427,14 +420,14 @@ def _kernel(m, d, f, q_dtype, w_dtype, plan):
         scratch_types=(
             ring(tiles.rows, q_dtype),
             ring(tiles.cols, w_dtype),
-            plgpu.SMEM((*slots, tiles.rows), jnp.float32),
-            plgpu.SMEM((*slots, _padded(tiles.cols)), jnp.float32),
+            plgpu.SMEM((slots, tiles.rows), jnp.float32),
+            plgpu.SMEM((slots, _padded(tiles.cols)), jnp.float32),
             plgpu.SMEM(
                 (tiles.consumers, 2, tiles.wg_rows, width),
                 plan.out,
                 transforms=(plgpu.SwizzleTransform(swizzle),) if swizzle >= 32 else (),
             ),
-            plgpu.Barrier(num_arrivals=(4 if blocks else 2) * chunks, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=4 if blocks else 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=tiles.consumers, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             plgpu.Barrier(num_arrivals=tiles.consumers, num_barriers=2),
@@ -442,3 +435,75 @@ def _kernel(m, d, f, q_dtype, w_dtype, plan):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="quant_matmul_w8a8",
     )
+
+
+# --- Rounding x ------------------------------------------------------------------------------------------------------
+
+
+def round_rows(x: jax.Array, format_: Format) -> tuple[jax.Array, jax.Array]:
+    """x [M, D] -> codes [M, D] and scales [M, 1 or D / 128].
+
+    XLA reads x once for groups, but twice for a scale a row: many rows have a kernel. The scale rule is the format's
+    (`optx.formats`); the kernel multiplies by its reciprocal, so a code may differ from `format_.encode` where x / s lies
+    within a float32 rounding of the middle between two codes.
+    """
+    if format_.group in (None, x.shape[1]) and x.size >= MANY:
+        return _round_rows(x, format_=format_)
+    codes = format_.encode(x)
+    return codes.data, codes.scale
+
+
+def _scale_of(absmax, format_):
+    """float32 scale that the format stores for numbers up to absmax."""
+    info = jnp.finfo(format_.scale_dtype)
+    span, levels = (2 * absmax, 255.0) if isinstance(format_, Int) else (absmax, float(jnp.finfo(format_.dtype).max))
+    tiny = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+    scale = jnp.where(span > 0, jnp.minimum(jnp.maximum(span / levels, tiny), float(info.max)), 1.0)
+    scale = jnp.where(span < jnp.inf, scale, jnp.nan)  # an infinity or a NaN in the row
+    return scale.astype(format_.scale_dtype).astype(jnp.float32)
+
+
+def _codes(x, inverse, format_):
+    """round(x * inverse) in the format's 8 bits."""
+    x = x.astype(jnp.float32) * inverse
+    if isinstance(format_, Float8):
+        top = float(jnp.finfo(format_.dtype).max)
+        return jnp.minimum(jnp.maximum(x, -top), top).astype(format_.dtype)
+    x = jnp.minimum(jnp.maximum(x, -128.0), 127.0) + 1.5 * 2**23  # floats there lie 1 apart: rounds to nearest even
+    return lax.bitcast_convert_type(x, jnp.int32).astype(jnp.int8)
+
+
+@functools.partial(jax.jit, static_argnames="format_")
+def _round_rows(x, *, format_):
+    """One scale a row; a warpgroup a row, which it reads once if it is no longer than KEEP."""
+    m, d = x.shape
+    vector = math.gcd(8, d // 128)
+    chunk = max(n for n in range(128 * vector, min(d, 8192) + 1, 128 * vector) if d % n == 0)
+    chunks, keep = d // chunk, d <= KEEP
+    layout = plgpu.Layout.WG_STRIDED((chunk,), vec_size=vector)
+
+    def body(x_ref, q_ref, s_ref):
+        row = lax.axis_index("row")
+        read = lambda i: plgpu.load(x_ref.at[row, pl.ds(i * chunk, chunk)], layout=layout, optimized=False)  # noqa: E731
+        kept = [read(i) for i in range(chunks)] if keep else None
+        largest = jnp.float32(0)
+        for i in range(chunks):
+            part = kept[i] if keep else read(i)
+            largest = jnp.maximum(largest, jnp.max(jnp.abs(part.astype(jnp.float32))))
+        scale = _scale_of(largest, format_)
+        s_ref[row] = scale
+        inverse = 1 / scale
+        for i in range(chunks):
+            part = kept[i] if keep else read(i)
+            q_ref[row, pl.ds(i * chunk, chunk)] = _codes(part, inverse, format_)
+
+    dtype = format_.dtype if isinstance(format_, Float8) else jnp.int8
+    codes, scale = plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct((m, d), dtype), jax.ShapeDtypeStruct((m,), jnp.float32)),
+        grid=(m,),
+        grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        kernel_name="round_rows",
+    )(x)
+    return codes, scale[:, None]
