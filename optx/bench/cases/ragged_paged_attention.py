@@ -157,7 +157,7 @@ CASES = (
         gaps=True,
         small=True,
     ),
-    case("small_group_of_1", [70, 1], [10, 130], heads=2, small=True),
+    case("group_of_1_short", [70, 1], [10, 130], heads=2),
     case("small_int8", [5, 1], [50, 70], kv_heads=1, format="int8_asym", small=True),
     *(case(f"page{size}", *MIXED, **LLAMA, page_size=size, padding=7) for size in (16, 32, 64, 128)),
     case("fp16", *MIXED, **LLAMA, page_size=64, dtype="float16"),
