@@ -74,8 +74,9 @@ def test_tiles_fill_shared_memory():
     for head_dim in kernel.HEAD_DIMS:
         for fmt in ("dense", "int8", "int4", "fp8"):
             for rows in (1, 128):
-                tiles = kernel.tiles(head_dim, fmt, 2048, rows)
-                assert tiles.stages >= 2 and tiles.wgs * tiles.stages <= 32
+                for small in (0, 3072):
+                    tiles = kernel.tiles(head_dim, fmt, small, rows)
+                    assert 2 <= tiles.stages <= 8 and tiles.wgs in kernel.REGISTERS
 
 
 SITE = cases.site(8, 2, 128, 64)

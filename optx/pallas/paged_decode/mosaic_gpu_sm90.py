@@ -134,12 +134,19 @@ class Plan:
         return self.small_dtypes[self.small.index(name)]
 
 
-def tiles(head_dim: int, format: str = "dense", small: int = 0, rows: int = TILE) -> Tiles:
-    """As many steps in flight as SMEM holds. small: bytes of scales, zero points and positions of a step."""
-    wgs = 1 if head_dim == 256 and format == "dense" else 2
-    step = 2 * 64 * head_dim * {"dense": 4, "int4": 1}.get(format, 2) // 2 + small
+def tiles(head_dim: int, format: str = "dense", small: int = 0, rows: int = TILE, window: int | None = None) -> Tiles:
+    """As many steps in flight as SMEM holds. small: bytes of scales, zero points and positions of 64 tokens.
+
+    Measured on an H100, 32 x 8k: 128 tokens a step for 64 gain 2% with bytes of 128 dims and 1% with 64 dense dims, and
+    lose 0.5% with int4. Short windows take 64: a step is read whole.
+    """
+    step = 2 * 64 * head_dim * {"dense": 4, "int4": 1}.get(format, 2) // 2
+    longer = step == 16384 and format != "int4" and (window is None or window >= 512)
+    step = (step + small) * (2 if longer else 1)
     staged = (4 if rows > 2 * TILE else 2) * TILE * head_dim * 2 if head_dim > 128 else 512
-    return Tiles(stages=min(8, (SHARED // wgs - 4 * SHARE - 1024 - staged) // step), wgs=wgs)
+    stages = {wgs: min(8, (SHARED // wgs - 4 * SHARE - 1024 - staged) // step) for wgs in (2, 1)}
+    wgs = 2 if stages[2] >= 2 else 1
+    return Tiles(tokens=128 if longer else 64, stages=stages[wgs], wgs=wgs)
 
 
 def _format(fmt) -> str | None:
@@ -284,7 +291,7 @@ def _plan(q, k_pool, v_pool, table, mask, scale, softcap, sinks, logit_scale, ch
         scale=float(1 / math.sqrt(h) if scale is None else scale),
         softcap=None if softcap is None else float(softcap),
         sinks=sinks,
-        tiles=chosen or tiles(h, fmt, size, queries * n // k_pool.shape[1]),
+        tiles=chosen or tiles(h, fmt, size, queries * n // k_pool.shape[1], mask.window),
     )
 
 
