@@ -61,7 +61,7 @@ CASES = (
 
 
 def xla(x, w, activations):
-    """The same through XLA: codes by `encode`, one dot of codes, scales after it. Formats with one scale a row, a channel."""
+    """The same through XLA: codes by `encode`, one product of codes, scales after it. Takes one scale a row and a channel."""
     codes = activations.encode(x)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     wide = jnp.int32 if w.data.dtype == jnp.int8 else jnp.float32
@@ -69,14 +69,9 @@ def xla(x, w, activations):
     return (y * codes.scale.astype(jnp.float32) * w.scale[:, 0].astype(jnp.float32)).astype(x.dtype)
 
 
-def xla_dense(x, w, activations):
-    """What bfloat16 weights would cost: a plain matmul with dequantized weights is the reference; here w as bfloat16."""
-    return jnp.matmul(x, w.data.astype(x.dtype).T)
-
-
 def shape(name, m, d, f, activations, stored) -> Shape:
     scales = (m + f) * 4 * (d // 128 if activations.group or stored.group else 1)
-    peers = {} if activations.group or stored.group else {"xla w8a8": xla}
+    peers = {} if activations.group or stored.group else {"xla, 8-bit product": xla}
     return Shape(
         op=OP,
         name=f"w8a8_{name}",
@@ -85,7 +80,7 @@ def shape(name, m, d, f, activations, stored) -> Shape:
         bytes=2 * m * d + f * d + scales + 2 * m * f,
         flops=2 * m * d * f,
         unit="fp8",
-        peers={**peers, "xla, w widened": xla_dense},
+        peers=peers,
     )
 
 
