@@ -166,6 +166,11 @@ def test_refuses_x(shape, dtype):
         kernel.quant_matmul(jnp.zeros(shape, dtype), w, cases.FP8)
 
 
+def test_declines_x_of_32_bits():
+    assert kernel.supports({**site(), "dtype": "float32"}, HOPPER) == "x float32; takes bfloat16 and float16"
+    assert kernel.supports({**site(), "dtype": "float16"}, HOPPER) is None
+
+
 def test_expert_weights_are_declined():
     weight = tensor.quantize(jax.ShapeDtypeStruct((3, 256, 512), jnp.bfloat16), cases.FP8)
     assert "a QTensor" in kernel.supports({"weight": weight, "activations": cases.FP8}, HOPPER)

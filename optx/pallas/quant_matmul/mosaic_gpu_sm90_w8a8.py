@@ -23,6 +23,7 @@ from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
 from optx.tensor import Arranged, QTensor, is_qtensor, leaf_bytes
 
+DTYPES = ("bfloat16", "float16")  # of x
 BLOCKS = 132  # persistent blocks: the SMs of H100 SXM and H200; on a part with fewer some blocks wait their turn
 DEPTH = 128  # contracted numbers a step: a row of the widest swizzle; also the group of block scales
 SHARED = 232448 - 2048  # bytes of shared memory a block may have, less barriers and alignment
@@ -164,9 +165,11 @@ def _beside(scale):
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
-    """None, or why this kernel does not take the call site. Facts read: weight, activations."""
+    """None, or why this kernel does not take the call site. Facts read: weight, activations, dtype (of x, if known)."""
     if getattr(target, "platform", None) != "gpu" or getattr(target, "arch", None) != "sm90":
         return "needs a Hopper GPU (sm90)"
+    if args.get("dtype", "bfloat16") not in DTYPES:
+        return f"x {args['dtype']}; takes {' and '.join(DTYPES)}"
     reason = _refusal(args["weight"], args.get("activations"))
     return None if reason is None else f"{reason[0]} {reason[1]}; takes {reason[2]}"
 
@@ -200,8 +203,8 @@ def _check(x, w, activations):
     reason = _refusal(w, activations)
     if reason is not None:
         refuse(*reason)
-    if x.ndim < 1 or x.dtype not in (jnp.bfloat16, jnp.float16) or x.shape[-1] != w.length:
-        refuse("x", f"{x.dtype}{list(x.shape)}", f"bfloat16 or float16 [..., {w.length}]")
+    if x.ndim < 1 or x.dtype.name not in DTYPES or x.shape[-1] != w.length:
+        refuse("x", f"{x.dtype}{list(x.shape)}", f"{' or '.join(DTYPES)} [..., {w.length}]")
     if x.size == 0:
         refuse("x", f"{x.dtype}{list(x.shape)}", "at least one row")
 
