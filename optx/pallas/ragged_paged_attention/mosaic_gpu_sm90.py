@@ -121,7 +121,7 @@ class Plan:
     @property
     def chunks(self) -> int:
         """Bound on tiles of chunks."""
-        return self.tokens // self.tile + min(self.batch, self.tokens // 2)
+        return max(1, self.tokens // self.tile + min(self.batch, self.tokens // 2))
 
     @property
     def units(self) -> int:
