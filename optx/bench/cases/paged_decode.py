@@ -1,6 +1,5 @@
 """Cases and benchmark shapes of `paged_decode`: up to 8 new tokens a row over paged keys and values."""
 
-import dataclasses
 import functools
 import math
 
@@ -288,14 +287,3 @@ SHAPES = (
     shape("32x1k", 32, 1024),
     shape("32x32k_window1k", 32, 32768, mask=Mask(window=1024)),
 )
-
-
-def with_scores(chosen: Shape) -> Shape:
-    """The same call with the attention mass by slot."""
-    make = chosen.make
-
-    def scored(rng):
-        args, kwargs = make(rng)
-        return args, {**kwargs, "want_scores": True}
-
-    return dataclasses.replace(chosen, name=f"{chosen.name}_scores", make=scored)
