@@ -173,8 +173,7 @@ def copies(text: str, operand) -> list[str]:
     return found
 
 
-def compile_one(case: Compile, topology: str, kind: str) -> dict:
-    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+def compile_one(case: Compile, device, kind: str) -> dict:
     where = SingleDeviceSharding(device)
     args = jax.tree.map(lambda x: array(x.shape, x.dtype, sharding=where), case.args)
     abstract = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
@@ -197,9 +196,14 @@ def main():
     todo = [(arch, name) for name in MAIN for arch in options.archs] + [(options.archs[0], name) for name in MORE]
     todo = [(arch, name) for arch, name in todo if options.k in name]
 
+    # Here and not in the threads: the first call loads libtpu, which can be done once.
+    devices = {
+        arch: topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[arch][0]).devices[0] for arch in CHIPS
+    }
+
     def one(arch, name):
         try:
-            found = compile_one((MAIN | MORE)[name], *CHIPS[arch])
+            found = compile_one((MAIN | MORE)[name], devices[arch], CHIPS[arch][1])
         except Exception as error:  # whatever the compiler raises is the result of this case
             found = {"error": f"{type(error).__name__}: {str(error)[:1500]}"}
         return json.dumps({"arch": arch, "name": name, **found})
