@@ -606,7 +606,10 @@ def quant_matmul(
     if x.shape[-1] != w.shape[0]:
         raise LoweringError(f"quant_matmul: x {list(x.shape)} meets w {list(w.shape)}; allowed: x [..., {w.shape[0]}]")
     if activations is not None:
-        x = tensor.quantize(x, activations, axis=-1).dequantize()
+        codes = lax.optimization_barrier(
+            tensor.quantize(x, activations, axis=-1)
+        )  # XLA drops a conversion to fp8 and back
+        x = codes.dequantize()
     w = w if isinstance(w, Fragments) else relayout(w)
     d, f = w.shape
     if x.size == 0:
