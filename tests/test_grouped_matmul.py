@@ -15,7 +15,7 @@ from optx.bench.cases.registry import in_float32
 from optx.bench.timing import relative_error
 from optx.errors import LoweringError, OptxError
 from optx.pallas.grouped_matmul import mosaic_gpu_sm90 as kernel
-from optx.pallas.grouped_matmul import reference
+from optx.pallas.grouped_matmul import packed_sm90, reference
 
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
 SMALL = {case.name: case for case in cases.CASES if case.small}
@@ -24,7 +24,8 @@ LOWERED = ("prefill", "one_token", "decode_int4_g64_asym", "decode_fp8_e4m3")
 
 def interpretable(x, w, **more):
     """Tiles of the call, few blocks, without what the interpreter cannot run."""
-    return dataclasses.replace(kernel.tiles_of(x, w), grid=2, stages=3, registers=False, **more)
+    plain = {"registers": False} if kernel.packed(w) else {"alias": False}
+    return dataclasses.replace(kernel.tiles_of(x, w), grid=2, stages=3, **plain, **more)
 
 
 def interpret(x, w, sizes, **more):
@@ -56,11 +57,11 @@ def test_more_rows_listed_than_there_are(name):
     assert relative_error(interpret(x, w, sizes), want) < 5e-3
 
 
-@pytest.mark.parametrize("strips", kernel.REGISTERS)
+@pytest.mark.parametrize("strips", packed_sm90.REGISTERS)
 def test_registers_fit_into_those_of_the_launch(strips):
     threads = 128 * (strips + 1)
     at_launch = 65536 // threads // 8 * 8 * threads
-    computes, loads = kernel.REGISTERS[strips]
+    computes, loads = packed_sm90.REGISTERS[strips]
     assert 128 * (strips * computes + loads) <= at_launch
 
 
@@ -142,6 +143,7 @@ def test_declines_other_chips():
         ({"group_sizes": jnp.zeros(5, jnp.int32)}, OptxError, "group_sizes"),
         ({"group_sizes": jnp.zeros(3)}, OptxError, "group_sizes float32"),
         ({"x": jnp.zeros((3, 128))}, LoweringError, "x of float32"),
+        ({"tiles": "packed"}, LoweringError, "tiles"),
     ],
 )
 def test_refuses(change, error, said):

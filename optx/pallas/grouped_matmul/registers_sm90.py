@@ -140,7 +140,7 @@ def widen(words, scale, zero, *, block: int, plan):
 
 
 def store(acc, scale, smem):
-    """acc float32[64, rows] (times scale[0, outputs], a ref or None) -> smem [rows, 64] of 128-byte swizzled rows."""
+    """acc float32[64, rows] (times scale[0, outputs], a ref or None) -> smem bfloat16[rows, 64] of 128-byte swizzled rows."""
     to = plgpu.RefType((plgpu.SwizzleTransform(128),))
     refs = [smem] if scale is None else [smem, scale]
     types = (to, *(plgpu.RefType() for _ in refs[1:]))
@@ -148,7 +148,7 @@ def store(acc, scale, smem):
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, *types), return_type=())
     def run(_, acc, smem, *scales):
         thread, first = _thread()
-        i32, half = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.MemRefType(smem.type).element_type)
+        i32, half = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         factors = _two(scales[0], 0, first) if scales else None
         tiles = acc.shape[1] // 8

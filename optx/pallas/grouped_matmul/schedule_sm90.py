@@ -134,8 +134,8 @@ class Schedule:
 
 
 def store_rows(smem, out, row, rows, column):
-    """The first `rows` < R rows of smem [R, 64] to out[row:, column:], as one group of copies."""
-    for size in (1 << i for i in reversed(range(smem.shape[0].bit_length() - 1))):  # any number is a sum of these
+    """The first `rows` rows of smem [R, 64] to out[row:, column:], as one group of copies."""
+    for size in (1 << i for i in reversed(range(smem.shape[0].bit_length()))):  # any number is a sum of these
         start = rows - lax.rem(rows, 2 * size)  # the larger pieces come first
 
         @pl.when(lax.rem(lax.div(rows, size), 2) == 1)
