@@ -17,7 +17,9 @@ from optx.bench import timing
 from optx.bench.cases import Shape, registry
 from optx.bench.timing import Ceilings
 from optx.pallas import dispatch
+from optx.pallas.dispatch import Row
 from optx.report import table
+from optx.tensor import is_qtensor
 
 SANE = {
     "H100": Ceilings(device="H100", read=2.9e12, bf16=740e12)
@@ -55,13 +57,15 @@ def measure(shape: Shape, ceilings: Ceilings, seed: int = 0) -> list[Line]:
     inputs = [(args, registry.split(kwargs)[0]) for args, kwargs in sets]
     least, binds = bound(shape, ceilings)
     rows = registry.kernels(shape, targets.detect())
-    candidates: dict[str, Callable] = {row.name: registry.jitted(row.run, kwargs) for row in rows}
-    candidates["xla"] = registry.jitted(dispatch.rows(shape.op)[-1].run, kwargs)
+    candidates: dict[str, tuple[Callable, list]] = {
+        row.name: (registry.jitted(row.run, kwargs), _arranged(row, inputs)) for row in rows
+    }
+    candidates["xla"] = (registry.jitted(dispatch.rows(shape.op)[-1].run, kwargs), inputs)
     for name, peer in shape.peers.items():
-        candidates[name] = registry.jitted(peer, kwargs)
+        candidates[name] = (registry.jitted(peer, kwargs), inputs)
     want = _first(registry.reference(shape.op, args, kwargs))
     lines = []
-    for name, function in candidates.items():
+    for name, (function, inputs) in candidates.items():
         facts = {"op": shape.op, "shape": shape.name, "implementation": name, "bound": binds}
         try:
             error = timing.relative_error(_first(function(*inputs[0])), want)
@@ -76,6 +80,13 @@ def measure(shape: Shape, ceilings: Ceilings, seed: int = 0) -> list[Line]:
             times = {"microseconds": 1e6 * seconds, "wall_microseconds": 1e6 * wall}
             lines.append(Line(**facts, **times, of_ceiling=least / seconds, error=error))
     return lines
+
+
+def _arranged(row: Row, inputs: list) -> list:
+    """The inputs as the row gets them in a lowered model: packed weights in its order."""
+    if row.relayout is None:
+        return inputs
+    return jax.tree.map(lambda x: row.relayout(x) if is_qtensor(x) else x, inputs, is_leaf=is_qtensor)
 
 
 def _first(out):
