@@ -17,10 +17,11 @@ from optx.errors import LoweringError
 from optx.formats import Int
 from optx.pallas.grouped_matmul import packed_sm90, reference
 from optx.pallas.grouped_matmul.packed_sm90 import Experts, PackedTiles, packed_tiles_for, relayout
-from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table
+from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table, table_bytes
 from optx.tensor import QTensor
 
 DTYPES = (jnp.bfloat16, jnp.float16)
+SHARED = 231936  # bytes of the 227 KB of a block that tiles may take
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ def tiles_for(tokens: int, experts: int, d: int, f: int) -> Tiles:
     """Decode (few rows an expert) streams weights in small tiles, prefill takes the largest that registers hold."""
     if tokens <= 32 * experts:
         return Tiles(rows=64, cols=128, short=16, stages=7)
-    return Tiles(rows=128, cols=256, short=64, stages=4)
+    left = SHARED - 2 * 2 * 64 * WIDE * 2 - table_bytes(experts)  # less results on their way
+    return Tiles(rows=128, cols=256, short=64, stages=min(4, left // ((128 + 256) * WIDE * 2)))
 
 
 def _dense_body(sizes, x, w, out, entries, x_smem, w_smem, out_smem, full, empty, *, tiles: Tiles):

@@ -15,11 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.formats import Float8, Int
 from optx.pallas.grouped_matmul import registers_sm90 as registers
-from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table
+from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table, table_bytes
 from optx.pallas.quant_matmul import mosaic_gpu_sm90_fragments as fragments
 from optx.tensor import Arranged, QTensor
 
-SHARED = 222 << 10  # bytes of the 227 KB of a block that tiles may take
+SHARED = 224 << 10  # bytes of the 227 KB of a block that tiles may take
 PART = 64  # rows of an item that leave together
 # By strips: of a thread that computes, that loads. More in all than a launch gives (65536 / threads, in eights) hangs.
 REGISTERS = {2: (232, 40), 3: (160, 32)}
@@ -104,7 +104,7 @@ def packed_tiles_for(tokens: int, experts: int, d: int, bits: int, group: int) -
     fits = lambda n: d % (WIDE * n) == 0 and (group == d or group % (WIDE * n) == 0 or WIDE * n % group == 0)  # noqa: E731
     blocks = next(n for n in (2, 1) if n <= most and fits(n))
     stage = blocks * (strips * WIDE * WIDE * bits // 8 + rows * WIDE * 2 + strips * 512)
-    stages = min(16, (SHARED - strips * 2 * min(rows, PART) * WIDE * 2) // stage)
+    stages = min(16, (SHARED - strips * 2 * min(rows, PART) * WIDE * 2 - table_bytes(experts)) // stage)
     unroll = 2 if blocks == 1 and d % (2 * WIDE) == 0 else 1
     return PackedTiles(rows=rows, widths=widths, strips=strips, blocks=blocks, stages=stages, unroll=unroll)
 

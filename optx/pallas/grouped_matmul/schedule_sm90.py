@@ -27,6 +27,10 @@ def table(experts: int):
     return plgpu.SMEM((2, experts + 2), jnp.int32)
 
 
+def table_bytes(experts: int) -> int:
+    return -(-8 * (experts + 2) // 1024) * 1024
+
+
 class Schedule:
     """Work items in the order of experts; a place is (expert, its row where the item starts, rows, column tile)."""
 
