@@ -49,7 +49,7 @@ class Plan:
     interpret: Any = False
 
 
-def tiles(length: int, group: int) -> Tiles:
+def tiles_for(length: int, group: int) -> Tiles:
     """By the length of the sequences and the query heads a kv head."""
     rows = max(ROWS // min(group, ROWS // LANES), LANES)
     size = max(_power(length), 16)
@@ -104,7 +104,7 @@ def flash_attention(
     _check(q, k, v, sink_logits, valid, segments, tiles)
     length, n, h = q.shape[1:]
     group = n // k.shape[2]
-    cut = tiles or globals()["tiles"](length, group)
+    cut = tiles or tiles_for(length, group)
     plan = Plan(
         mask=mask,
         scale=float(1 / math.sqrt(h) if scale is None else scale),
