@@ -27,6 +27,7 @@ from jaxlib.mlir.dialects import llvm, vector
 from optx.errors import LoweringError
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
+from optx.pallas.tiles import tuned
 
 ROWS = 64  # query rows of a warpgroup: the M of a wgmma
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))  # (query and key width, value width)
@@ -68,12 +69,9 @@ class _Call:
 
 
 def tiles(length: int, head_dim: int, value_dim: int) -> Tiles:
-    """The cut of a call over sequences of `length`."""
-    if head_dim == 256:
-        return Tiles(block_kv=64)
-    if head_dim == 64:
-        return Tiles(warpgroups=3, max_registers=160)
-    return Tiles()
+    """The cut of a call over sequences of `length`: what fits shared memory, then what was tuned for the device."""
+    rule = Tiles(block_kv=64 if head_dim == 256 else 128)
+    return tuned("flash_attention", {"head_dim": head_dim, "value_dim": value_dim}, rule)
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
