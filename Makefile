@@ -49,6 +49,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	fi
 	@echo "installing optx and its dependencies into .venv (a few minutes the first time)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-input -e '.[test,demo]' -c constraints.txt
+# The TPU compiler, for tests alone and apart: in the environment itself JAX would look for a TPU at every start.
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(PY) -m pip install --quiet --disable-pip-version-check --no-input \
+	  --no-deps --upgrade --target .venv/libtpu libtpu -c constraints.txt; fi
 	@rm -f .venv/.unfinished
 	@printf '%s\n' '$(CURDIR)' > $@
 

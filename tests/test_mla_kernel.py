@@ -16,6 +16,9 @@ from optx.formats import Int
 from optx.pallas.attention import reference
 from optx.pallas.mla import mosaic_gpu_sm90 as kernel
 
+# The interpreter's warpgroups wait for each other: dispatched to a pool of few threads they would starve.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
 REFERENCE = {cases.DECODE: reference.paged_attention, cases.RAGGED: reference.ragged_paged_attention}
 SMALL = [case for case in cases.CASES if case.small]
