@@ -1,7 +1,11 @@
 """The Hopper kernels over MLA latents: interpreted on small cases, lowered for CUDA, and what they refuse."""
 
 import dataclasses
+import os
 import types
+
+# The interpreter's warpgroups wait for each other: XLA's pool has a thread a core, and on two cores they starve in it.
+os.environ.setdefault("NPROC", "8")
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -15,9 +19,6 @@ from optx.errors import LoweringError
 from optx.formats import Int
 from optx.pallas.attention import reference
 from optx.pallas.mla import mosaic_gpu_sm90 as kernel
-
-# The interpreter's warpgroups wait for each other: dispatched to a pool of few threads they would starve.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
 REFERENCE = {cases.DECODE: reference.paged_attention, cases.RAGGED: reference.ragged_paged_attention}
