@@ -45,15 +45,12 @@ def test_interpreted(case):
         assert relative_error(x, y) < case.tolerance
 
 
-def test_splits_twice():
-    """Two blocks of heads, two programs share a row; twice the same bits.
-
-    Clusters are for the device: six warpgroups that wait for each other starve the interpreter's threads on two cores.
-    """
+def test_splits_and_clusters_twice():
+    """Two blocks of heads share their copies, two programs share a row; twice the same bits."""
     case = SMALL[0]
     sizes = {"queries": 1, "heads": 16, "rank": 64, "rope": 64, "page_size": 32}
     args, kwargs = cases.decode(np.random.default_rng(0), [270, 0], **sizes)
-    found, again = (interpreted(case, args, kwargs, tokens=1, splits=2) for _ in range(2))
+    found, again = (interpreted(case, args, kwargs, tokens=1, splits=2, cluster=True) for _ in range(2))
     for x, y, z in zip(found[:2], wanted(case, args, kwargs)[:2], again[:2], strict=True):
         assert relative_error(x, y) < case.tolerance
         assert jnp.array_equal(x, z)
