@@ -29,6 +29,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax-tests" / _cpu()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Threads of XLA's CPU client, else one a core: the GPU interpreter runs each warpgroup in one, and they wait for each other.
+os.environ.setdefault("NPROC", "8")
 
 
 @pytest.fixture

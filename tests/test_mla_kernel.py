@@ -1,11 +1,7 @@
 """The Hopper kernels over MLA latents: interpreted on small cases, lowered for CUDA, and what they refuse."""
 
 import dataclasses
-import os
 import types
-
-# The interpreter's warpgroups wait for each other: XLA's pool has a thread a core, and on two cores they starve in it.
-os.environ.setdefault("NPROC", "8")
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu

@@ -8,6 +8,7 @@ CONFIG is a config.json: nothing is downloaded. The step is the engine's own tic
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -55,6 +56,11 @@ def random_weights(tree: nnx.Module, seed: int = 0) -> nnx.Module:
         return timing.random(leaf.shape, leaf.dtype, seed + i, 0.02)
 
     return nnx.merge(graph, jax.tree.unflatten(treedef, [draw(i, leaf) for i, leaf in enumerate(leaves)]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _bits(shape, dtype, seed):
+    return jax.random.bits(jax.random.key(seed), shape, f"uint{8 * dtype.itemsize}").astype(dtype)
 
 
 def ticks(stepper: Stepper, batch: int, context: int, page_size: int):

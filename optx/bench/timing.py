@@ -104,8 +104,12 @@ class Ceilings:
 
 def random(shape, dtype=jnp.bfloat16, seed: int = 0, scale: float = 1.0) -> jax.Array:
     """Normal numbers made on the device."""
-    make = jax.jit(lambda key: (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype))
-    return make(jax.random.key(seed))
+    return _normal(tuple(shape), jnp.dtype(dtype), seed, scale)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _normal(shape, dtype, seed, scale):
+    return (scale * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
 
 
 @functools.cache
