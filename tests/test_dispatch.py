@@ -58,7 +58,8 @@ def chosen(module, target="h100", require=None):
 
 def test_attention_on_each_target():
     ops = ("flash_attention", "ragged_paged_attention", "paged_decode")
-    assert chosen(part()) == dict.fromkeys(ops, "mosaic_gpu/sm90")
+    assert chosen(part(), require="mosaic_gpu") == dict.fromkeys(ops, "mosaic_gpu/sm90")
+    assert chosen(part()) == chosen(part(), require="mosaic_gpu") | {"ragged_paged_attention": "xla"}
     assert chosen(part(), "h200") == chosen(part())
     assert chosen(part(), "cpu") == dict.fromkeys(ops, "xla")
     assert chosen(part(), "b200") == dict.fromkeys(ops, "xla")
@@ -71,6 +72,12 @@ def test_what_no_kernel_takes_goes_to_the_reference_with_reasons():
     assert str(choice) == "xla" and "80" in dict(choice.declined)["mosaic_gpu/sm90"]
     with pytest.raises(LoweringError, match="flash_attention: no kernel takes this call.*80.*the reference"):
         dispatch.select(flash, TARGETS["h100"], require="mosaic_gpu")
+
+
+def test_a_row_that_is_not_verified_has_to_be_asked_for():
+    site = next(site for site in part().op_sites() if site.op == "ragged_paged_attention")
+    choice = dispatch.select(site, TARGETS["h100"])
+    assert str(choice) == "xla" and "not verified on the device yet" in dict(choice.declined)["mosaic_gpu/sm90"]
 
 
 def test_latents_have_kernels_of_their_own():

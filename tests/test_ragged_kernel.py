@@ -1,25 +1,22 @@
 """The Hopper kernel of `ragged_paged_attention`: interpreted on small cases, lowered for CUDA, and what it refuses."""
 
 import dataclasses
-import os
 import types
 
-os.environ.setdefault("NPROC", "8")  # threads of XLA's CPU client: the interpreter needs one for each warpgroup
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
-import jax  # noqa: E402
-import jax.experimental.pallas.mosaic_gpu as plgpu  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-
-from optx.bench.cases import ragged_paged_attention as cases  # noqa: E402
-from optx.bench.timing import relative_error  # noqa: E402
-from optx.cache import Ragged  # noqa: E402
-from optx.errors import LoweringError  # noqa: E402
-from optx.formats import Int  # noqa: E402
-from optx.pallas.attention import reference  # noqa: E402
-from optx.pallas.attention.reference import Mask  # noqa: E402
-from optx.pallas.ragged_paged_attention import mosaic_gpu_sm90 as kernel  # noqa: E402
+from optx.bench.cases import ragged_paged_attention as cases
+from optx.bench.timing import relative_error
+from optx.cache import Ragged
+from optx.errors import LoweringError
+from optx.formats import Int
+from optx.pallas.attention import reference
+from optx.pallas.attention.reference import Mask
+from optx.pallas.ragged_paged_attention import mosaic_gpu_sm90 as kernel
 
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
 SMALL = [case for case in cases.CASES if case.small]
