@@ -472,7 +472,9 @@ def test_libtpu_compiles_every_row():
     """For three generations, in a process of its own."""
     apart = Path(sys.prefix) / "libtpu"  # where `make setup` puts it
     if not apart.exists() and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: the TPU kernels were NOT compiled. `make setup` installs it on Linux x86_64")
+        pytest.skip(
+            "libtpu is not installed: the TPU kernels were NOT compiled. `make setup` installs it on Linux x86_64"
+        )
     helper = Path(__file__).with_name("tpu_compile.py")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(apart), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, helper, "v5e", "v6e", "v7x"], capture_output=True, text=True, env=env)

@@ -235,6 +235,7 @@ def shape(name, counts, context, page_size, *, heads=32, kv_heads=8, head_dim=12
         site=site(heads, kv_heads, head_dim, format=format),
         bytes=read + tokens,
         flops=4 * heads * head_dim * pairs,
+        both="decodes" in name and "chunk" in name,
     )
 
 
