@@ -392,3 +392,22 @@ def test_a_reader_that_leaves_is_no_error(model, tmp_path):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 0
+
+
+# Benchmarks
+
+
+def test_ceilings_of_this_machine(optx_):
+    code, out, _ = optx_("bench", "ceilings", "--json")
+    measured = json.loads(out)["ceilings"]
+    assert code == 0 and measured["read"] > 1e8 and measured["bf16"] > 1e8 and measured["fp8"] is None
+
+
+def test_bench_errors(optx_):
+    fails(optx_("bench", "kernels"), 1, "this machine runs on cpu, which has no kernels")
+    fails(optx_("bench", "kernel"), 2, "bench: 'kernel'; did you mean 'kernels'?")
+    fails(
+        optx_("bench", "kernels", "--op", "paged_decod"),
+        2,
+        "no cases for op 'paged_decod'; did you mean 'paged_decode'?",
+    )

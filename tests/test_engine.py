@@ -17,7 +17,7 @@ from optx.engine.engine import Engine, EngineOptions
 from optx.engine.pages import OutOfPages, PagePool, PageTable
 from optx.engine.request import Request, Sampling
 from optx.engine.sampling import sample
-from optx.errors import RequestError
+from optx.errors import LoweringError, RequestError
 from optx.generate import generate
 
 OPTIONS = EngineOptions(rows=3, context=48, page_size=4, chunks=(4, 8))
@@ -90,6 +90,17 @@ def test_a_ragged_batch_gives_what_each_gives_alone(name, models):
     assert [run(engine, [prompt])[0] for prompt in PROMPTS] == together
     assert run(engine, PROMPTS[::-1]) == together[::-1]
     assert len({tuple(output) for output in together}) > 2, "the prompts matter"
+
+
+def test_debug_checks_page_tables(models):
+    model, engine = models("llama")
+    debug = Engine(optx.compile(model).program, dataclasses.replace(OPTIONS, debug=True))
+    assert run(debug, PROMPTS[:2]) == run(engine, PROMPTS[:2])
+    debug.add_request(PROMPTS[1], GREEDY)
+    debug.step()
+    debug._tables[0].table += 10**6
+    with pytest.raises(LoweringError, match=r"the table lists pages \d+ to \d+; allowed: 0 to \d+"):
+        debug.run()
 
 
 def test_requests_that_come_while_others_run(llama):

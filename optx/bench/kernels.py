@@ -16,6 +16,7 @@ from optx import target as targets
 from optx.bench import timing
 from optx.bench.cases import Shape, registry
 from optx.bench.timing import Ceilings
+from optx.errors import LoweringError
 from optx.pallas import dispatch
 from optx.pallas.dispatch import Row
 from optx.report import table
@@ -116,8 +117,15 @@ def ceilings_text(ceilings: Ceilings) -> str:
 
 
 def run(ops: Sequence[str] = (), seed: int = 0) -> tuple[list[Line], Ceilings]:
-    """All benchmark lines of `ops` (all when empty) on the running device. Raises UsageError for an unknown op."""
+    """All benchmark lines of `ops` (all when empty) on the running device.
+
+    Raises: UsageError for an unknown op, LoweringError on a machine whose device has no kernels.
+    """
     shapes = registry.shapes(ops)
+    if (here := jax.default_backend()) not in dispatch.PLATFORMS.values():
+        raise LoweringError(
+            f"bench kernels: this machine runs on {here}, which has no kernels; run it on a GPU or a TPU"
+        )
     ceilings = timing.ceilings()
     lines: list[Line] = []
     for shape in tqdm(shapes, unit="shape", file=sys.stderr, mininterval=5):

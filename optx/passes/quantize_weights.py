@@ -13,9 +13,7 @@ from optx.registry import Axis, PassOptions, Site, Stage, register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeWeights(PassOptions):
     format: Literal["int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4"]
-    group: int | None = (
-        None  # input channels that share a scale; None: an output channel, or the block of a 4-bit float
-    )
+    group: int | None = None  # input channels a scale; None: an output channel, or the block of a 4-bit float
     symmetric: bool = True  # False: a zero point a group (integers only)
     requantize: bool = False  # True: weights that are packed already are dequantized and rounded again
 
