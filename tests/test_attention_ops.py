@@ -13,6 +13,7 @@ from optx.cache import Ragged
 from optx.pallas import dispatch
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
+from optx.target import TARGETS
 
 TOLERANCE = 2e-5
 
@@ -421,4 +422,5 @@ def test_large_logits_do_not_overflow(row, rng):
 def test_every_op_has_a_reference_that_takes_everything():
     for op in {row.op for row in dispatch.ROWS}:
         last = dispatch.rows(op)[-1]
-        assert last.backend == "xla" and last.arch == "any" and last.supports({}, None) is None
+        assert last.backend == "xla" and last.arch == "any" and last.verified
+        assert all(last.supports({}, target) is None for target in TARGETS.values())
