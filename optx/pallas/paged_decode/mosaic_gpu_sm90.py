@@ -27,7 +27,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from optx.errors import LoweringError
-from optx.formats import Float8, Int
+from optx.pallas.attention.page_formats import page_kind
 from optx.pallas.attention.reference import Mask, gather_pages
 from optx.tensor import is_qtensor
 
@@ -149,17 +149,6 @@ def tiles(head_dim: int, format: str = "dense", small: int = 0, rows: int = TILE
     return Tiles(tokens=128 if longer else 64, stages=stages[wgs], wgs=wgs)
 
 
-def _format(fmt) -> str | None:
-    """dense, int8, int4, fp8 of a cache format; None: not one that the kernel reads."""
-    if fmt is None:
-        return "dense"
-    if getattr(fmt, "group", None) is not None:
-        return None
-    if isinstance(fmt, Int) and fmt.width in (8, 4):
-        return f"int{fmt.width}"
-    return "fp8" if isinstance(fmt, Float8) and fmt.kind == "e4m3" else None
-
-
 def supports(args, target) -> str | None:
     if (target.platform, target.arch) != ("gpu", "sm90"):
         return f"is for gpu/sm90, not {target.platform}/{target.arch}"
@@ -170,7 +159,7 @@ def supports(args, target) -> str | None:
         return f"head_dim {args['head_dim']}; allowed: 64, 128, 256"
     if args["heads"] // args["kv_heads"] > GROUPS:
         return f"{args['heads'] // args['kv_heads']} query heads a kv head; at most {GROUPS}"
-    if _format(cache.format) is None:
+    if page_kind(cache.format) is None:
         return f"pages of {cache.format}; allowed: dense, int8, int4, fp8 e4m3, one scale a token and head"
     if cache.dtype not in (("bfloat16", "float16") if cache.format is None else ("bfloat16",)):
         return f"pages and queries of {cache.dtype}; allowed: bfloat16, and float16 where pages are dense"
@@ -253,7 +242,7 @@ def _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logit
     if is_qtensor(k_pool) != is_qtensor(v_pool) or (is_qtensor(k_pool) and k_pool.format != v_pool.format):
         _refuse("formats of keys and values", f"{k_pool.dtype} and {v_pool.dtype}", "the same for both")
     if is_qtensor(k_pool):
-        if _format(k_pool.format) is None:
+        if page_kind(k_pool.format) is None:
             _refuse("format", k_pool.format, "int8, int4, fp8 e4m3, one scale a token and head")
         if q.dtype != BF16:
             _refuse("dtype of q", q.dtype, "bfloat16 over packed pages")
@@ -263,7 +252,7 @@ def _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logit
 
 def _plan(q, k_pool, v_pool, table, mask, scale, softcap, sinks, logit_scale, chosen) -> Plan:
     b, queries, n, h = q.shape
-    fmt = _format(k_pool.format) if is_qtensor(k_pool) else "dense"
+    fmt = page_kind(k_pool.format) if is_qtensor(k_pool) else "dense"
     small = {}
     for part in ("scale", "zero") if is_qtensor(k_pool) else ():
         small |= {f"{x}_{part}": getattr(pool, part) for x, pool in (("k", k_pool), ("v", v_pool))}

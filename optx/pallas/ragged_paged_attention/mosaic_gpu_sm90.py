@@ -26,7 +26,7 @@ from jax import lax
 
 from optx.cache import Ragged
 from optx.errors import LoweringError
-from optx.formats import Float8, Int
+from optx.pallas.attention.page_formats import page_kind
 from optx.pallas.attention.reference import Mask
 from optx.tensor import is_qtensor
 
@@ -173,17 +173,6 @@ def tiles(head_dim: int, format: str = "dense") -> Tiles:
     return Tiles(block_kv=64, stages=stages, raw=raw, columns=columns, registers=(200, 104))
 
 
-def _format(fmt) -> str | None:
-    """dense, int8, int4, fp8 of a cache format; None: not one that the kernel reads."""
-    if fmt is None:
-        return "dense"
-    if getattr(fmt, "group", None) is not None:
-        return None
-    if isinstance(fmt, Int) and fmt.width in (8, 4):
-        return f"int{fmt.width}"
-    return "fp8" if isinstance(fmt, Float8) and fmt.kind == "e4m3" else None
-
-
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
     """None, or why this kernel does not take the call site.
 
@@ -194,7 +183,7 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
     cache = args["cache"]
     if cache is None or cache.kind != "paged":
         return f"takes paged caches, not {cache.kind if cache is not None else 'none'}"
-    if _format(cache.format) is None:
+    if page_kind(cache.format) is None:
         return f"pages of {cache.format}; takes dense, int8, int4, fp8_e4m3 with one scale a token and head"
     if cache.dtype not in (("bfloat16", "float16") if cache.format is None else ("bfloat16",)):
         return f"takes bfloat16, and float16 where pages are dense, not {cache.dtype}"
@@ -256,7 +245,7 @@ def _check(q, k_pool, v_pool, ragged, table, lengths, sink_logits, logit_scale, 
     if is_qtensor(k_pool) != is_qtensor(v_pool) or (is_qtensor(k_pool) and k_pool.format != v_pool.format):
         refuse("k_pool, v_pool", "of different formats", "the same for both")
     if is_qtensor(k_pool):
-        if _format(k_pool.format) is None:
+        if page_kind(k_pool.format) is None:
             refuse("k_pool", f"of {k_pool.format}", "int8, int4, fp8_e4m3, one scale a token and head")
         if q.dtype != jnp.bfloat16:
             refuse("q", q.dtype, "bfloat16 over packed pages")
@@ -287,7 +276,7 @@ def _check(q, k_pool, v_pool, ragged, table, lengths, sink_logits, logit_scale, 
 
 def _plan(q, k_pool, ragged, table, mask, scale, softcap, sink_logits, logit_scale, chosen) -> Plan:
     tokens, heads, head_dim = q.shape
-    fmt = _format(k_pool.format) if is_qtensor(k_pool) else "dense"
+    fmt = page_kind(k_pool.format) if is_qtensor(k_pool) else "dense"
     return Plan(
         tokens=tokens,
         batch=ragged.batch,
