@@ -12,6 +12,7 @@ from optx import ir
 from optx.cache import CachePlan
 from optx.errors import LoweringError
 from optx.pallas import dispatch
+from optx.pallas.attention import checks
 from optx.pallas.dispatch import OpChoice
 from optx.target import Target
 
@@ -95,6 +96,8 @@ class Program:
 
     def merge(self, leaves) -> nnx.Module:
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))
+
+    checkified = staticmethod(checks.checkified)  # what traces a step whose page tables are checked
 
     @functools.cached_property
     def forward(self):

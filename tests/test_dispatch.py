@@ -1,12 +1,12 @@
 """The dispatch table: which row takes a call and why the others decline; what every op asks of its arguments."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import checkify
 
 from optx import ir
 from optx.bench.cases import registry
@@ -16,6 +16,7 @@ from optx.nn.attention import Attention
 from optx.nn.core import Rope
 from optx.nn.mla import MLA
 from optx.pallas import dispatch
+from optx.pallas.attention import checks
 from optx.pallas.dispatch import OpSite
 from optx.target import TARGETS
 
@@ -59,7 +60,7 @@ def chosen(module, target="h100", require=None):
 def test_attention_on_each_target():
     ops = ("flash_attention", "ragged_paged_attention", "paged_decode")
     assert chosen(part(), require="mosaic_gpu") == dict.fromkeys(ops, "mosaic_gpu/sm90")
-    assert chosen(part()) == chosen(part(), require="mosaic_gpu") | {"ragged_paged_attention": "xla"}
+    assert chosen(part()) == chosen(part(), require="mosaic_gpu")
     assert chosen(part(), "h200") == chosen(part())
     assert chosen(part(), "cpu") == dict.fromkeys(ops, "xla")
     assert chosen(part(), "b200") == dict.fromkeys(ops, "xla")
@@ -74,10 +75,13 @@ def test_what_no_kernel_takes_goes_to_the_reference_with_reasons():
         dispatch.select(flash, TARGETS["h100"], require="mosaic_gpu")
 
 
-def test_a_row_that_is_not_verified_has_to_be_asked_for():
+def test_a_row_that_is_not_verified_has_to_be_asked_for(monkeypatch):
+    rows = [dataclasses.replace(row, verified=row.backend == "xla") for row in dispatch.ROWS]
+    monkeypatch.setattr(dispatch, "ROWS", tuple(rows))
     site = next(site for site in part().op_sites() if site.op == "ragged_paged_attention")
     choice = dispatch.select(site, TARGETS["h100"])
     assert str(choice) == "xla" and "not verified on the device yet" in dict(choice.declined)["mosaic_gpu/sm90"]
+    assert str(dispatch.select(site, TARGETS["h100"], require="mosaic_gpu")) == "mosaic_gpu/sm90"
 
 
 def test_latents_have_kernels_of_their_own():
@@ -167,8 +171,9 @@ def test_wrong_shapes_are_named(changes, message):
     ],
 )
 def test_page_tables_are_checked_in_debug_mode(changes, message):
-    error, _ = checkify.checkify(lambda: call(**changes))()
+    error, _ = checks.checkified(lambda: call(**changes))()
     assert message in error.get()
     unread = {"table": np.array([[[0, 99], [2, 3]]], np.int32), "lengths": np.array([[16, 20]], np.int32)}
-    assert checkify.checkify(lambda: call(**unread))()[0].get() is None, "what is not read may be anything"
+    assert checks.checkified(lambda: call(**unread))()[0].get() is None, "what is not read may be anything"
+    assert not jax.make_jaxpr(lambda: call(**unread))().effects, "an effect would slow down every call of the program"
     jax.jit(lambda: call(**unread))()

@@ -113,14 +113,17 @@ def _normal(shape, dtype, seed, scale):
 
 
 @functools.cache
+def read_ceiling() -> float:
+    """Bytes/s that the running device reads in a sum over 4 GiB (256 MiB on a CPU)."""
+    data = random(((1 << 27 if jax.default_backend() == "cpu" else 1 << 31),), jnp.bfloat16)
+    return data.nbytes / seconds(lambda x: jnp.sum(x.astype(jnp.float32)), [(data,)], calls=4)
+
+
+@functools.cache
 def ceilings() -> Ceilings:
     """Measures the running device: a sum over 4 GiB, and products of 8192^2 matrices (far smaller on a CPU)."""
     device = jax.devices()[0]
-    cpu = device.platform == "cpu"
-    size, read_bytes = (1024, 1 << 28) if cpu else (8192, 1 << 32)
-    data = random((read_bytes // 2,), jnp.bfloat16)
-    read = data.nbytes / seconds(lambda x: jnp.sum(x.astype(jnp.float32)), [(data,)], calls=4)
-    del data
+    size = 1024 if device.platform == "cpu" else 8192
     flops = 2 * size**3
 
     def rate(dtype) -> float:
@@ -130,7 +133,7 @@ def ceilings() -> Ceilings:
         return flops / seconds(product, pairs, calls=8)
 
     fp8 = rate(jnp.float8_e4m3fn) if device.platform == "gpu" else None
-    return Ceilings(device=device.device_kind, read=read, bf16=rate(jnp.bfloat16), fp8=fp8)
+    return Ceilings(device=device.device_kind, read=read_ceiling(), bf16=rate(jnp.bfloat16), fp8=fp8)
 
 
 def relative_error(out: Any, reference: Any) -> float:

@@ -9,11 +9,15 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
 from optx.cache import Address, CachePlan, Caches, Layout, Ragged
 from optx.engine.sampling import sample
 from optx.errors import LoweringError
+
+
+# Integers between the starts of packed parts: XLA hands kernels pointers into the vector, and those of Pallas Mosaic GPU
+# take buffers at multiples of 256 bytes only.
+ALIGN = 64
 
 
 class Program(Protocol):
@@ -25,6 +29,8 @@ class Program(Protocol):
     vocab: int
 
     def merge(self, leaves): ...
+
+    def checkified(self, function: Callable) -> Callable: ...  # -> (checkify error, result), values checked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +52,14 @@ class Tick:
         parts = jax.tree.leaves((self.tokens, self.counts, self.starts, self.slots, self.seeds.view(np.int32),
                                  self.tables, self.lengths, self.writes))  # fmt: skip
         shapes = tuple(part.shape for part in parts)
-        return np.concatenate([part.reshape(-1) for part in parts]), shapes
+        return np.concatenate([np.pad(part.reshape(-1), (0, -part.size % ALIGN)) for part in parts]), shapes
 
 
 def unpack(packed: jax.Array, shapes: tuple, sampling: jax.Array) -> Tick:
     """Inverse of `Tick.pack`, on the device."""
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    parts = [part.reshape(shape) for part, shape in zip(jnp.split(packed, ends[:-1]), shapes, strict=True)]
+    sizes = [math.prod(shape) for shape in shapes]
+    starts = np.cumsum([0] + [size + -size % ALIGN for size in sizes])
+    parts = [packed[at : at + size].reshape(shape) for at, size, shape in zip(starts, sizes, shapes, strict=False)]
     tokens, counts, starts, slots, seeds, *rest = parts
     groups = len(rest) // 3
     tables, lengths, writes = (tuple(rest[i * groups : (i + 1) * groups]) for i in range(3))
@@ -96,7 +103,7 @@ class Stepper:
         packed, shapes = tick.pack()
         if (shapes, greedy) not in self._ticks:
             step = functools.partial(_tick, self.program.merge, self._treedef, shapes, greedy)
-            self._ticks[shapes, greedy] = _checked(step) if self._debug else jax.jit(step, donate_argnums=(1, 2))
+            self._ticks[shapes, greedy] = _checked(self.program.checkified(step)) if self._debug else jax.jit(step, donate_argnums=(1, 2))
         self._caches, self._newest, chosen = self._ticks[shapes, greedy](
             self.program.leaves, self._caches, self._newest, packed, tick.sampling
         )
@@ -104,8 +111,8 @@ class Stepper:
 
 
 def _checked(step):
-    """The step with its `checkify` checks made on the device; it keeps its inputs, so that a failed one leaves them."""
-    checked = jax.jit(checkify.checkify(step))
+    """A checkified step that raises where a check fails; it keeps its inputs, so that a failed one leaves them."""
+    checked = jax.jit(step)
 
     def run(*args):
         error, out = checked(*args)
