@@ -14,7 +14,6 @@ from optx.cache import Address, CachePlan, Caches, Layout, Ragged
 from optx.engine.sampling import sample
 from optx.errors import LoweringError
 
-
 # Integers between the starts of packed parts: XLA hands kernels pointers into the vector, and those of Pallas Mosaic GPU
 # take buffers at multiples of 256 bytes only.
 ALIGN = 64

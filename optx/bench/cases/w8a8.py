@@ -51,6 +51,7 @@ CASES = (
     case("float16", 65, 512, 264, FP8, FP8, dtype=jnp.float16, lead=(2,), small=False),
     case("int8_groups_of_x", 17, 1024, 136, INT8_BLOCKS, INT8_BLOCKS, small=False),
     case("one_output", 40, 128, 1, INT8, INT8, small=False),
+    case("eight_outputs", 40, 256, 8, INT8, INT8),
     case("decode_fp8", 16, 4096, 6144, FP8, FP8, small=False),
     case("decode_int8", 64, 11008, 4096, INT8, INT8, small=False),
     case("decode_blocks", 33, 7168, 2304, FP8_BLOCKS, FP8_BLOCKS, shared=128, small=False),

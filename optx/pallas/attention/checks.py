@@ -12,7 +12,6 @@ from jax.experimental import checkify
 
 from optx.errors import LoweringError
 
-
 _values = contextvars.ContextVar("values are checked", default=False)
 
 

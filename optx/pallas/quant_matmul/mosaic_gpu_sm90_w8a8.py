@@ -415,7 +415,9 @@ def _kernel(m, d, f, q_dtype, w_dtype, plan):
     slots = stages if blocks else 2
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((m, -(-f // 8) * 8), plan.out),
+        # Not as narrow as a piece: a copy of whole rows is taken for one run of memory, and one past the last column
+        # then lands in the next row.
+        out_type=jax.ShapeDtypeStruct((m, max(16, -(-f // 8) * 8)), plan.out),
         grid=(programs,),
         grid_names=("block",),
         num_threads=tiles.consumers + 1,
