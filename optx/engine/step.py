@@ -102,7 +102,8 @@ class Stepper:
         packed, shapes = tick.pack()
         if (shapes, greedy) not in self._ticks:
             step = functools.partial(_tick, self.program.merge, self._treedef, shapes, greedy)
-            self._ticks[shapes, greedy] = _checked(self.program.checkified(step)) if self._debug else jax.jit(step, donate_argnums=(1, 2))
+            checked = _checked(self.program.checkified(step)) if self._debug else None
+            self._ticks[shapes, greedy] = checked or jax.jit(step, donate_argnums=(1, 2))
         self._caches, self._newest, chosen = self._ticks[shapes, greedy](
             self.program.leaves, self._caches, self._newest, packed, tick.sampling
         )
