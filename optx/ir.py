@@ -161,6 +161,15 @@ def weight_count(module: nnx.Module) -> int:
     return sum(int(np.prod(v.get_value().shape)) for v in _distinct(module))
 
 
+def active_count(module: nnx.Module) -> int:
+    """Numbers that one token meets: of parts that run in part (`active`: their share), that share."""
+    idle = 0.0
+    for _, part in walk(module):
+        if (share := getattr(part, "active", 1.0)) < 1:
+            idle += (1 - share) * weight_count(part)
+    return weight_count(module) - round(idle)
+
+
 def _distinct(module) -> list[nnx.Variable]:
     return list({id(v): v for v in params(module).values()}.values())
 

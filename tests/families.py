@@ -96,10 +96,10 @@ def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
 def hf_tensors(model: CausalLM, family: str) -> dict[str, np.ndarray]:
     """The model's weights under their names in an HF checkpoint, matrices [out, in]."""
     rows = {row.path: row for row in expand(by_hf_type(CONFIGS[family]["model_type"], "test").ROWS, len(model.layers))}
-    return {
-        rows[path].hf: np.ascontiguousarray(value.T if rows[path].kind == "linear" else value)
-        for path, value in parameters(model).items()
-    }
+    found = {}
+    for path, value in parameters(model).items():
+        found |= rows[path].parts(value, ir.get(model, path.rsplit("/", 1)[0]))
+    return {name: np.ascontiguousarray(part) for name, part in found.items()}
 
 
 def write_hf(folder: Path, config: dict, tensors: dict[str, np.ndarray], *, shards: int = 1) -> Path:

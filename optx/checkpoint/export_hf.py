@@ -7,10 +7,12 @@ config.json can say is refused.
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
@@ -40,7 +42,13 @@ def write_hf(source: Source, folder: Path, family_of: FamilyOf, *, overwrite: bo
     check_expressible(plain(source.tree), expected, where)
     config = hf_config(source, family.HF_TYPES, where)
     names = {row.path: row for row in expand(family.ROWS, len(expected.layers))}
-    sizes = {names[p].hf: tensor.leaf_bytes(v.get_value()) for p, v in ir.params(expected).items()}
+    sizes = {}
+    for path, variable in ir.params(expected).items():
+        shape, row = variable.get_value().shape, names[path]
+        module = ir.get(expected, path.rsplit("/", 1)[0])
+        shapes = row.layout.shapes(shape, module, len(row.patterns))
+        item = jnp.dtype(variable.get_value().dtype).itemsize
+        sizes |= {n: math.prod(s) * item for n, s in zip(row.names("hf", shape), shapes, strict=True)}
     with atomic_folder(folder, overwrite) as partial:
         _write_json(partial / "config.json", config)
         write_shards(partial, _named(source, names), sizes, shard)
@@ -99,10 +107,12 @@ def hf_config(source: Source, classes: dict[str, str], where: str) -> dict:
 def _named(source: Source, names) -> Iterator[tuple[str, np.ndarray]]:
     """(HF name, array as files keep it) of every parameter, block by block."""
     for prefix, block in source.blocks():
-        for path, variable in ir.params(plain(block)).items():
-            row = names[f"{prefix}/{path}"]
+        block = plain(block)
+        for path, variable in ir.params(block).items():
+            row, module = names[f"{prefix}/{path}"], ir.get(block, path.rpartition("/")[0])
             array = np.asarray(jax.device_get(variable.get_value()))
-            yield row.hf, np.ascontiguousarray(array.T if row.kind == "linear" else array)
+            for name, part in row.parts(array, module).items():
+                yield name, np.ascontiguousarray(part)
 
 
 def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes: dict[str, int], shard: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from optx import ir
+from optx.checkpoint.kinds import KINDS, Kind
 from optx.errors import CheckpointError
 from optx.formats import Format
 from optx.ggml import BLOCKS
@@ -36,27 +37,52 @@ class Raw:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One parameter and its names in files; `{i}` is the layer. Rows whose path a model lacks do not apply to it."""
+    """One parameter and its names in files; `{i}` is the layer, `{e}` the expert. Rows whose path a model lacks do not
+    apply to it."""
 
     path: str
-    hf: str
-    gguf: str
-    kind: Literal["linear", "table", "vector"] = "linear"  # linear: [out, in] in files, [D, F] in the tree
+    hf: str | tuple[str, ...]  # several: the parameter is joined from them
+    gguf: str | None = None  # None: the family's GGUF files are not read
+    kind: str | Kind = "linear"  # of KINDS
     gguf_heads: Literal["heads", "kv_heads"] | None = None  # rows of each head are in llama.cpp's rope order (pairs)
+
+    @property
+    def layout(self) -> Kind:
+        return KINDS[self.kind] if isinstance(self.kind, str) else self.kind
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """HF names, `{e}` not filled in."""
+        return (self.hf,) if isinstance(self.hf, str) else self.hf
+
+    def names(self, kind: Literal["hf", "gguf"], shape: tuple[int, ...]) -> list[str]:
+        """Tensors that hold the parameter of `shape`, in order; experts are its first axis."""
+        if kind == "gguf":
+            return [self.gguf or f"(no GGUF name for {self.path})"]
+        if not any("{e}" in name for name in self.patterns):
+            return list(self.patterns)
+        return [name.replace("{e}", str(e)) for e in range(shape[0]) for name in self.patterns]
+
+    def parts(self, array: np.ndarray, module: nnx.Module) -> dict[str, np.ndarray]:
+        """The parameter as HF files hold it, by name."""
+        parts = self.layout.split(array, module, len(self.patterns))
+        return dict(zip(self.names("hf", array.shape), parts, strict=True))
 
 
 def expand(rows: Sequence[Row], layers: int) -> Iterator[Row]:
+    def at(name, i):
+        return name and (name.replace("{i}", str(i)) if isinstance(name, str) else tuple(at(n, i) for n in name))
+
     for row in rows:
         for i in range(layers) if "{i}" in row.path else (None,):
-            names = {key: getattr(row, key).replace("{i}", str(i)) for key in ("path", "hf", "gguf")}
-            yield dataclasses.replace(row, **names)
+            yield dataclasses.replace(row, **{key: at(getattr(row, key), i) for key in ("path", "hf", "gguf")})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
     """Every parameter of a tree bound to a tensor of a file. `load(path)` reads one."""
 
-    sources: Mapping[str, tuple[Raw, Row]]
+    sources: Mapping[str, tuple[tuple[Raw, ...], Row]]
     tree: nnx.Module  # abstract, in the form that `load` gives
     kind: Literal["hf", "gguf"]
 
@@ -65,8 +91,12 @@ class Weights:
 
         Raises: CheckpointError for NaN or infinity, naming tensor, file and the first index.
         """
-        raw, row = self.sources[path]
+        raws, row = self.sources[path]
+        raw, owner = raws[0], ir.get(self.tree, path.rsplit("/", 1)[0])
         want = ir.get(self.tree, path).get_value()
+        if row.layout.pack is not None:
+            packed = row.layout.pack([jnp.asarray(_read(raw)) for raw in raws], owner, want.dtype)
+            return packed if isinstance(want, QTensor) else packed.dequantize()
         data = _read(raw)
         if row.gguf_heads and self.kind == "gguf":
             mixer = ir.get(self.tree, path.rsplit("/", 2)[0])
@@ -78,12 +108,14 @@ class Weights:
             return packed
         if raw.format is not None:
             data = _decode(jnp.asarray(data), raw.format, raw.shape[-1], jnp.dtype(want.dtype))
-        owner = ir.get(self.tree, path.rsplit("/", 1)[0])
         if self.kind == "gguf" and isinstance(owner, RMSNorm) and owner.offset:
             data = data - np.asarray(owner.offset, data.dtype)  # GGUF keeps offset + weight
-        _check_finite(raw, data)
+        parts = [data, *(_read(other) for other in raws[1:])]
+        for part, of in zip(parts, raws, strict=True):
+            _check_finite(of, part)
+        data = row.layout.join(parts, owner)
         with np.errstate(over="ignore"):  # looked for below
-            value = jnp.asarray(data.T if row.kind == "linear" else data, want.dtype)
+            value = jnp.asarray(data, want.dtype)
         if value.dtype != data.dtype and not jnp.isfinite(value).all():
             raise CheckpointError(
                 f"{raw.where}: {raw.text}: holds values up to {np.max(np.abs(data)):.3g}, beyond {want.dtype}; "
@@ -113,40 +145,51 @@ def bind(
     """
     tree = ir.shallow(tree)
     parameters = ir.params(tree)
-    sources, missing, wrong = {}, [], []
+    sources, missing, wrong, used = {}, [], [], set()
     by_path = {row.path: row for row in expand(rows, len(tree.layers))}
     for path, variable in parameters.items():
         row = by_path.get(path)
         assert row is not None, f"{path}: the family has no row for this parameter"
-        name = getattr(row, kind)
-        if name not in raws:
-            missing.append(f"{name} (for {path} {ir.tensor_text(variable.get_value())})")
+        value, (owner, last) = variable.get_value(), path.rsplit("/", 1)
+        module = ir.get(tree, owner)
+        names = row.names(kind, value.shape)
+        used |= set(names)
+        absent = [name for name in names if name not in raws]
+        if absent:
+            text = f"{absent[0]} and {len(absent) - 1} more" if len(absent) > 1 else absent[0]
+            missing.append(f"{text} (for {path} {ir.tensor_text(value)})")
             continue
-        raw, shape = raws[name], variable.get_value().shape
-        need = shape[::-1] if row.kind == "linear" else shape
-        if raw.shape != need:
-            wrong.append(f"{raw.text}: {path} needs {list(need)}")
+        mine = tuple(raws[name] for name in names)
+        form = _form(mine, row, value, module, packed)
+        if isinstance(form, str):
+            wrong.append(form.format(path=path))
             continue
-        sources[path] = (raw, row)
-        axes = variable.get_metadata().get("axes")
-        owner, last = path.rsplit("/", 1)
-        setattr(ir.get(tree, owner), last, nnx.Param(_form(raw, row, shape, packed, dtype), axes=axes))
-    used = {raw.name for raw, _ in sources.values()}
+        sources[path] = (mine, row)
+        setattr(module, last, nnx.Param(form, axes=variable.get_metadata().get("axes")))
     left = [r.text for n, r in raws.items() if n not in used and not any(re.fullmatch(p, n) for p in ignored)]
-    wrong_names = {text.split(" ")[0] for text in wrong}
-    left = [text for text in left if text.split(" ")[0] not in wrong_names]
     _complain(where, missing, wrong, left)
     return Weights(sources=sources, tree=tree, kind=kind)
 
 
-def _form(raw: Raw, row: Row, shape, packed: bool, dtype: str):
-    """The abstract value that `load` will give."""
+def _form(raws: Sequence[Raw], row: Row, value, module, packed: bool):
+    """The abstract value that `load` will give, or what does not fit, with `{path}` to fill in."""
+    shape, dtype, layout = value.shape, jnp.dtype(value.dtype), row.layout
+    if layout.pack is not None:
+        parts = [jax.ShapeDtypeStruct(raw.shape, raw.dtype) for raw in raws]
+        form = jax.eval_shape(lambda parts: layout.pack(parts, module, dtype), parts)
+        if form.shape != shape:
+            return f"{raws[0].text}: {{path}} {list(shape)} is packed in tensors of another shape"
+        return form if packed else jax.ShapeDtypeStruct(shape, dtype)
+    for raw, need in zip(raws, layout.shapes(shape, module, len(row.patterns)), strict=True):
+        if raw.shape != need:
+            return f"{raw.text}: {{path}} needs {list(need)}"
+    raw = raws[0]
     if not (packed and raw.format is not None):
         return jax.ShapeDtypeStruct(shape, dtype)
     length = raw.shape[-1]
     data = jax.ShapeDtypeStruct((*raw.shape[:-1], raw.format.packed(length)), jnp.uint8)
     axis = -2 if row.kind == "linear" else -1
-    return QTensor(data=data, format=raw.format, length=length, axis=axis, dtype=jnp.dtype(dtype))
+    return QTensor(data=data, format=raw.format, length=length, axis=axis, dtype=dtype)
 
 
 def _complain(where, missing, wrong, left) -> None:

@@ -144,7 +144,7 @@ def open_gguf(path: Path, family_of: FamilyOf, *, dtype: str, packed: bool) -> S
     weights = bind(
         tree, family.ROWS, raws, kind="gguf", packed=packed, dtype=dtype, ignored=family.IGNORED, where=str(path)
     )
-    formats = {p: str(raw.format) for p, (raw, _) in weights.sources.items() if packed and raw.format is not None}
+    formats = {p: str(raws[0].format) for p, (raws, _) in weights.sources.items() if packed and raws[0].format is not None}
     return Source(
         tree=weights.tree,
         read=weights.load,

@@ -1,5 +1,7 @@
 """Decoder-only language models: a stack of blocks between an embedding and a head."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,37 +10,67 @@ from optx.cache import Address, CachePlan, Caches, Ragged, View, store_tokens, v
 from optx.nn.core import Embed, Linear, RMSNorm
 
 
-class Block(nnx.Module):
-    """x + post(mixer(norm(x))), then the same around the mlp. `mlp` may be None; post norms are None in most models."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Residual:
+    """kept * (x or norm(x)) + added * y: how what a part made of norm(x) joins the stream."""
 
-    def __init__(self, *, norm, mixer, mlp_norm=None, mlp=None, post_norm=None, post_mlp_norm=None):
+    kept: float = 1.0
+    added: float = 1.0
+    normed: bool = False  # the stream goes on from norm(x)
+
+    def __call__(self, x: jax.Array, normed: jax.Array, y: jax.Array) -> jax.Array:
+        x = normed if self.normed else x
+        x = x if self.kept == 1 else x * jnp.asarray(self.kept, x.dtype)
+        return x + (y if self.added == 1 else y * jnp.asarray(self.added, y.dtype))
+
+
+PLAIN = Residual()
+
+
+class Block(nnx.Module):
+    """x + post(mixer(norm(x))), then the same around the mlp. Mixer or mlp may be None; post norms are
+    None in most models."""
+
+    def __init__(
+        self, *, norm=None, mixer=None, mlp_norm=None, mlp=None, post_norm=None, post_mlp_norm=None,
+        residual: Residual | None = None, mlp_residual: Residual | None = None,
+    ):  # fmt: skip
         self.norm, self.mixer, self.post_norm = norm, mixer, post_norm
         self.mlp_norm, self.mlp, self.post_mlp_norm = mlp_norm, mlp, post_mlp_norm
+        self.residual, self.mlp_residual = residual, mlp_residual
 
     def __call__(self, x: jax.Array, ragged: Ragged, cache: View | None):
         """x [T, D] -> (x [T, D], the mixer's pool)."""
-        y, pool = self.mixer(self.norm(x), ragged, cache)
-        x = x + (y if self.post_norm is None else self.post_norm(y))
+        pool = {}
+        if self.mixer is not None:
+            normed = self.norm(x)
+            y, pool = self.mixer(normed, ragged, cache)
+            x = (self.residual or PLAIN)(x, normed, y if self.post_norm is None else self.post_norm(y))
         if self.mlp is not None:
-            y = self.mlp(self.mlp_norm(x))
-            x = x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y))
+            normed = self.mlp_norm(x)
+            y = self.mlp(normed)
+            x = (self.mlp_residual or PLAIN)(x, normed, y if self.post_mlp_norm is None else self.post_mlp_norm(y))
         return x, pool
 
 
 class CausalLM(nnx.Module):
     """logits = head(norm(blocks(embed(tokens)))); `head` None ties it to the embedding."""
 
-    def __init__(self, *, embed: Embed, layers, norm: RMSNorm, head: Linear | None, context: int, logit_softcap=None):
-        """context: longest sequence, tokens."""
+    def __init__(
+        self, *, embed: Embed, layers, norm: RMSNorm, head: Linear | None, context: int, logit_softcap=None,
+        logit_scale: float | None = None,
+    ):  # fmt: skip
+        """context: longest sequence, tokens; logit_scale: multiplies the logits."""
         self.embed = embed
         self.layers = nnx.List(layers)
         self.norm = norm
         self.output = head
         self.context = context
         self.logit_softcap = logit_softcap
+        self.logit_scale = logit_scale
 
     def cache_plan(self) -> CachePlan:
-        return CachePlan(specs=tuple(layer.mixer.cache for layer in self.layers))
+        return CachePlan(specs=tuple(layer.mixer and layer.mixer.cache for layer in self.layers))
 
     def backbone(
         self,
@@ -76,6 +108,7 @@ class CausalLM(nnx.Module):
         """Selected rows of the hidden state [M, D] -> float32[M, V]."""
         logits = self.embed.attend(x) if self.output is None else self.output(x)
         logits = logits.astype(jnp.float32)
+        logits = logits if self.logit_scale is None else logits * self.logit_scale
         return logits if self.logit_softcap is None else self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
 
     def __call__(self, tokens: jax.Array, counts: jax.Array | None = None) -> jax.Array:

@@ -46,25 +46,25 @@ def grouped_matmul(x: jax.Array, w: Tensor, group_sizes: jax.Array) -> jax.Array
     padded = jnp.pad(x, ((0, size), (0, 0)))
     inside = jnp.arange(size)[:, None]
 
-    def of_expert(expert, out):
-        start = jnp.where(expert > 0, ends[expert - 1], 0)
-        end = ends[expert]
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    (busy,) = jnp.nonzero(ends > starts, size=min(experts, tokens), fill_value=experts)
 
-        def product(out):
-            product_of = _product_with(w, expert)
+    def of_expert(i, out):
+        expert = busy[i]
+        start, end = starts[expert], ends[expert]
+        product_of = _product_with(w, expert)
 
-            def block(i, out):
-                at = start + i * size
-                y = product_of(jax.lax.dynamic_slice_in_dim(padded, at, size))
-                before = jax.lax.dynamic_slice_in_dim(out, at, size)
-                y = jnp.where(inside < end - at, y, before)
-                return jax.lax.dynamic_update_slice_in_dim(out, y, at, axis=0)
+        def block(i, out):
+            at = start + i * size
+            y = product_of(jax.lax.dynamic_slice_in_dim(padded, at, size))
+            before = jax.lax.dynamic_slice_in_dim(out, at, size)
+            y = jnp.where(inside < end - at, y, before)
+            return jax.lax.dynamic_update_slice_in_dim(out, y, at, axis=0)
 
-            return jax.lax.fori_loop(0, -(-(end - start) // size), block, out)
+        return jax.lax.fori_loop(0, -(-(end - start) // size), block, out)
 
-        return jax.lax.cond(end > start, product, lambda out: out, out)
-
-    out = jax.lax.fori_loop(0, experts, of_expert, jnp.zeros((tokens + size, f), x.dtype))
+    out = jnp.zeros((tokens + size, f), x.dtype)
+    out = jax.lax.fori_loop(0, jnp.sum(ends > starts), of_expert, out)
     return out[:tokens]
 
 
