@@ -283,17 +283,81 @@ def test_abort_frees_what_a_request_held(when, llama):
     assert others[0].output == run(llama, [PROMPTS[0]], Sampling(max_tokens=12))[0]
 
 
+# Several ticks a dispatch.
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "hybrid"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ticks_of_one_dispatch_are_ticks(name, temperature, models):
+    """Rows with limits of their own, among them fewer and more than a dispatch has ticks."""
+    model, engine = models(name)
+    several = Engine(optx.compile(model).program, dataclasses.replace(OPTIONS, ticks=5))
+    each = [Sampling(max_tokens=n, temperature=temperature, seed=n) for n in (11, 2, 1, 5, 14)]
+    wanted = run(engine, PROMPTS, each)
+    dispatches = count(several)
+    assert run(several, PROMPTS, each) == wanted
+    assert [len(output) for output in wanted] == [11, 2, 1, 5, 14]
+    dispatches.clear()
+    assert run(several, PROMPTS[:2], each[:2]) == wanted[:2]
+    assert dispatches.count(5) == 2 and 1 not in dispatches[-2:], (
+        "the ten tokens after a prompt's first: two dispatches"
+    )
+
+
+def count(engine) -> list[int]:
+    """Grows by the ticks of each dispatch."""
+    found, stepper = [], engine._stepper
+
+    class Counted:
+        compiles = property(lambda self: stepper.compiles)
+
+        def __call__(self, tick, *, greedy):
+            found.append(tick.ticks)
+            return stepper(tick, greedy=greedy)
+
+    engine._stepper = Counted()
+    return found
+
+
+def test_a_stop_id_ends_a_row_inside_a_dispatch(models):
+    model, engine = models("llama")
+    several = Engine(optx.compile(model).program, dataclasses.replace(OPTIONS, ticks=8))
+    free = run(several, PROMPTS[:3], Sampling(max_tokens=12))
+    stop = next(token for i, token in enumerate(free[0]) if i > 1 and token not in free[0][:i])
+    how = Sampling(max_tokens=12, stop_ids=(stop,))
+    stopped = run(several, PROMPTS[:3], how)
+    assert stopped == run(engine, PROMPTS[:3], how)
+    assert stopped[0] == free[0][: free[0].index(stop) + 1] and len(stopped[0]) < 12
+    many = Sampling(max_tokens=12, stop_ids=(stop, *range(10**6, 10**6 + 20)))
+    assert run(several, PROMPTS[:3], many) == stopped, "more stop ids than the device looks for"
+
+
+def test_the_host_looks_at_every_token_while_others_wait_or_a_text_may_stop(models):
+    several = Engine(optx.compile(models("llama")[0]).program, dataclasses.replace(OPTIONS, ticks=4))
+    ticks = count(several)
+    run(several, [PROMPTS[0]], Sampling(max_tokens=9, stop=("never",)))
+    assert set(ticks) == {1}
+    requests = [several.add_request(PROMPTS[0], Sampling(max_tokens=9)) for _ in range(4)]
+    ticks.clear()
+    while requests[3].row < 0:
+        several.step()
+    assert set(ticks) == {1}, "one more request than rows"
+    several.run()
+    assert 4 in ticks
+
+
 # Compiles.
 
 
-@pytest.mark.parametrize("greedy, context", [(True, 48), (False, 48), (True, 7)])
-def test_nothing_compiles_after_warm_up(greedy, context, models):
+@pytest.mark.parametrize("greedy, context, ticks", [(True, 48, 1), (False, 48, 1), (True, 7, 1), (True, 48, 4)])
+def test_nothing_compiles_after_warm_up(greedy, context, ticks, models):
     """A context of 7 has no room for a chunk of 8, but a prompt of 6 is padded to one."""
-    engine = Engine(optx.compile(models("llama")[0]).program, dataclasses.replace(OPTIONS, context=context))
+    options = dataclasses.replace(OPTIONS, context=context, ticks=ticks)
+    engine = Engine(optx.compile(models("llama")[0]).program, options)
     engine.warm_up(greedy=greedy)
     engine.check()
     compiled = engine.compiles
-    assert compiled == 3
+    assert compiled == 3 + (ticks > 1)
     sampling = Sampling(max_tokens=4, temperature=0.0 if greedy else 1.0)
     longest = context - 1
     run(engine, [families.prompt(length) for length in (1, 3, 4, 5, longest, 2)], sampling)

@@ -77,7 +77,9 @@ def ticks(stepper: Stepper, batch: int, context: int, page_size: int):
         seeds=np.zeros(batch, np.uint32),
         tables=(pages,) * groups,
         lengths=(np.full((1, batch), context, np.int32),) * groups,
-        writes=(last.astype(np.int32),) * groups,
+        writes=(last.astype(np.int32)[None],) * groups,
+        limits=np.full(batch, TICKS, np.int32),
+        stops=np.full((batch, 1), -1, np.int32),
         sampling=np.zeros((batch, 3), np.float32),
     )
 

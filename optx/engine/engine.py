@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from optx.cache import Layout
@@ -11,6 +12,9 @@ from optx.engine.pages import PagePool, PageTable
 from optx.engine.request import Request, Sampling, token_ids
 from optx.engine.step import Program, Stepper, Tick
 from optx.errors import RequestError
+
+TICKS = 16
+STOPS = 8  # stop ids a row that the device looks for; with more of them the host looks at every token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,10 +26,11 @@ class EngineOptions:
     page_size: int = 64  # tokens a cache page
     chunks: tuple[int, ...] = (16, 64, 256, 512)  # prompt tokens a prefill tick, padded up to one of these, ascending
     pages: int | None = None  # pages a token group; None: enough for all rows at full context
+    ticks: int | None = None  # decode ticks a dispatch while nothing waits; None: 16, on a CPU 1
     debug: bool = False  # check page tables on the device in every tick; slower
 
     def __post_init__(self):
-        for name in ("rows", "context", "page_size", "pages"):
+        for name in ("rows", "context", "page_size", "pages", "ticks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"engine.{name}: got {value}; allowed: at least 1")
@@ -43,6 +48,7 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.context = min(options.context or program.context, program.context)
         self._vocab = program.vocab
+        self._ticks = options.ticks or (1 if jax.default_backend() == "cpu" else TICKS)
         self._tables = [self._page_table(spec) for spec in program.plan.groups]
         layouts = [
             Layout(pages=table.pool.pages, page_size=options.page_size, slots=options.rows) for table in self._tables
@@ -55,7 +61,7 @@ class Engine:
 
     def _page_table(self, spec) -> PageTable:
         size, rows = self.options.page_size, self.options.rows
-        width = PageTable.width_for(spec, self.context, self.options.chunks[-1], size)
+        width = PageTable.width_for(spec, self.context, max(self.options.chunks[-1], self._ticks), size)
         pool = PagePool(self.options.pages or width * rows)
         return PageTable(spec, pool, rows=rows, width=width, page_size=size)
 
@@ -99,7 +105,8 @@ class Engine:
             self._finish(request, "abort")
 
     def step(self) -> list[tuple[Request, int]]:
-        """One tick: a prefill chunk if a prompt is unfinished, else one token for every running row.
+        """One dispatch: a prefill chunk if a prompt is unfinished, else a token for every running row, or several while nothing
+        waits.
 
         -> (request, token) of every token produced; a request that ended has `finish` set.
         """
@@ -129,6 +136,9 @@ class Engine:
         """Compiles every program of greedy or of sampled decoding, so that no later request of that kind waits for one."""
         assert self.idle, "warm up before the first request"
         sampling = Sampling(max_tokens=2, temperature=0.0 if greedy else 1.0, ignore_eos=True)
+        if self._ticks > 1 and self.context > 3:
+            self.add_request([0], dataclasses.replace(sampling, max_tokens=3))
+            self.run()
         shorter = 0
         for chunk in self.options.chunks:
             length = min(chunk, self.context - 1)
@@ -161,7 +171,7 @@ class Engine:
         width = next(chunk for chunk in self.options.chunks if chunk >= count)
         tokens = np.zeros(width, np.int32)
         tokens[:count] = request.prompt[start : start + count]
-        (chosen,) = self._dispatch([request], tokens, [count], width)
+        ((chosen,),) = self._dispatch([request], tokens, [count], width)
         if request.computed < len(request.prompt):
             return []
         self._prefilling.popleft()
@@ -170,22 +180,40 @@ class Engine:
     def _decode(self, running: list[Request]) -> list[tuple[Request, int]]:
         rows: list[Request | None] = list(self._rows)
         tokens = np.full(len(rows), -1, np.int32)
-        chosen = self._dispatch(rows, tokens, [0 if r is None else 1 for r in rows], 1)
-        return [out for request in running for out in self._emit(request, int(chosen[request.row]))]
+        counts = [0 if request is None else 1 for request in rows]
+        found = []
+        for chosen in self._dispatch(rows, tokens, counts, 1, self._ticks_for(running)):
+            found += [out for r in running if r.finish is None for out in self._emit(r, int(chosen[r.row]))]
+        return found
 
-    def _dispatch(self, batch: list[Request | None], tokens: np.ndarray, counts: list[int], width: int) -> np.ndarray:
-        """Runs one tick over `batch` (None: an idle row) and returns the chosen token of every row."""
+    def _ticks_for(self, running: list[Request]) -> int:
+        """Decode ticks of the next dispatch: one where the host has to look at every token."""
+        if self._waiting or any(r.sampling.stop or len(r.stop_ids) > STOPS for r in running):
+            return 1
+        return self._ticks if max(r.left for r in running) > 1 else 1
+
+    def _dispatch(
+        self, batch: list[Request | None], tokens: np.ndarray, counts: list[int], width: int, ticks: int = 1
+    ) -> np.ndarray:
+        """Runs ticks over `batch` (None: an idle row) -> the tokens chosen, int32[ticks, rows]."""
         b = len(batch)
         live = [(i, request) for i, request in enumerate(batch) if request is not None]
         slots = np.full(b, self.options.rows, np.int32)
         starts, seeds, sampling = np.zeros(b, np.int32), np.zeros(b, np.uint32), np.ones((b, 3), np.float32)
-        writes = [np.full(b * width, table.pool.pages * table.page_size, np.int32) for table in self._tables]
+        limits, stops = np.zeros(b, np.int32), np.full((b, STOPS), -1, np.int32)
+        writes = [np.full((ticks, b * width), table.pool.pages * table.page_size, np.int32) for table in self._tables]
+        ahead = np.zeros(b, np.int32)  # slots taken for ticks after the first
         for i, request in live:
             how = request.sampling
-            slots[i], starts[i], seeds[i] = request.row, request.computed, how.seed
+            slots[i], starts[i], seeds[i], limits[i] = request.row, request.computed, how.seed, request.left
+            ids = sorted(request.stop_ids)[:STOPS]
+            stops[i, : len(ids)] = ids
             sampling[i] = how.temperature, how.top_k, how.top_p
+            rounds = min(ticks, request.left)
+            ahead[i] = rounds - 1
             for table, write in zip(self._tables, writes, strict=True):
-                write[i * width : i * width + counts[i]] = table.append(request.row, counts[i])
+                taken = table.append(request.row, rounds * counts[i]).reshape(rounds, counts[i])
+                write[:rounds, i * width : i * width + counts[i]] = taken
             request.computed += counts[i]
         rows = np.minimum(slots, self.options.rows - 1)
         tick = Tick(
@@ -194,13 +222,21 @@ class Engine:
             starts=starts,
             slots=slots,
             tables=tuple(table.table[None, rows] for table in self._tables),
-            lengths=tuple(np.where(slots < self.options.rows, table.lengths[rows], 0)[None] for table in self._tables),
+            lengths=tuple(
+                np.where(slots < self.options.rows, table.lengths[rows] - ahead, 0)[None] for table in self._tables
+            ),
             writes=tuple(writes),
+            limits=limits,
+            stops=stops,
             seeds=seeds,
             sampling=sampling,
+            ticks=ticks,
         )
         greedy = all(request.sampling.temperature == 0 for _, request in live)
-        return np.asarray(self._stepper(tick, greedy=greedy))
+        chosen = np.asarray(self._stepper(tick, greedy=greedy))
+        for i, request in live:
+            request.computed += int(np.sum(chosen[1:, i] >= 0))
+        return chosen
 
     def _emit(self, request: Request, token: int) -> list[tuple[Request, int]]:
         request.output.append(token)

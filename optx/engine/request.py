@@ -80,6 +80,11 @@ class Request:
     def tokens(self) -> int:
         return len(self.prompt) + len(self.output)
 
+    @property
+    def left(self) -> int:
+        """Tokens that it may still produce."""
+        return self.sampling.max_tokens - len(self.output)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:

@@ -1,4 +1,7 @@
-"""One tick on the device: gather token ids, run the model over a ragged batch, choose the next tokens, write them back."""
+"""Ticks on the device: gather token ids, run the model over a ragged batch, choose the next tokens, write them back.
+
+Several decode ticks may run in one dispatch: stop ids and limits are then checked on the device, row by row.
+"""
 
 import dataclasses
 import functools
@@ -34,7 +37,8 @@ class Program(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tick:
-    """What the host says about one tick, as numpy arrays. B rows in the batch, Q tokens a row (padded), row-major."""
+    """What the host says about one dispatch, as numpy arrays. B rows in the batch, Q tokens a row (padded), row-major; N ticks,
+    each fed by the one before (Q is 1 then)."""
 
     tokens: np.ndarray  # int32[B * Q]; -1: the row's newest token on the device
     counts: np.ndarray  # int32[B] tokens of each row, 0: idle
@@ -42,14 +46,17 @@ class Tick:
     slots: np.ndarray  # int32[B] row of the token pool and of the state pools; past the end: idle
     seeds: np.ndarray  # uint32[B]
     tables: tuple[np.ndarray, ...]  # int32[1, B, pages] a group
-    lengths: tuple[np.ndarray, ...]  # int32[1, B] a group
-    writes: tuple[np.ndarray, ...]  # int32[B * Q] a group
+    lengths: tuple[np.ndarray, ...]  # int32[1, B] a group, the first tick's tokens included
+    writes: tuple[np.ndarray, ...]  # int32[N, B * Q] a group
+    limits: np.ndarray  # int32[B]: tokens that a row may still produce
+    stops: np.ndarray  # int32[B, S]: tokens that end a row; -1: none
     sampling: np.ndarray  # float32[B, 3]: temperature, top_k, top_p
+    ticks: int = 1  # N
 
     def pack(self) -> tuple[np.ndarray, tuple]:
         """All integers in one vector (one transfer, one argument) and the shapes that `unpack` needs."""
         parts = jax.tree.leaves((self.tokens, self.counts, self.starts, self.slots, self.seeds.view(np.int32),
-                                 self.tables, self.lengths, self.writes))  # fmt: skip
+                                 self.limits, self.stops, self.tables, self.lengths, self.writes))  # fmt: skip
         shapes = tuple(part.shape for part in parts)
         return np.concatenate([np.pad(part.reshape(-1), (0, -part.size % ALIGN)) for part in parts]), shapes
 
@@ -59,13 +66,13 @@ def unpack(packed: jax.Array, shapes: tuple, sampling: jax.Array) -> Tick:
     sizes = [math.prod(shape) for shape in shapes]
     starts = np.cumsum([0] + [size + -size % ALIGN for size in sizes])
     parts = [packed[at : at + size].reshape(shape) for at, size, shape in zip(starts, sizes, shapes, strict=False)]
-    tokens, counts, starts, slots, seeds, *rest = parts
+    tokens, counts, starts, slots, seeds, limits, stops, *rest = parts
     groups = len(rest) // 3
     tables, lengths, writes = (tuple(rest[i * groups : (i + 1) * groups]) for i in range(3))
     seeds = jax.lax.bitcast_convert_type(seeds, jnp.uint32)
     return Tick(
-        tokens=tokens, counts=counts, starts=starts, slots=slots, seeds=seeds, tables=tables, lengths=lengths,
-        writes=writes, sampling=sampling,
+        tokens=tokens, counts=counts, starts=starts, slots=slots, seeds=seeds, limits=limits, stops=stops, tables=tables,
+        lengths=lengths, writes=writes, sampling=sampling,
     )  # fmt: skip
 
 
@@ -81,7 +88,7 @@ class Stepper:
         self._debug = debug
         self._caches, self._treedef = jax.tree.flatten(program.plan.init(layouts))
         self._newest = jnp.zeros(rows, jnp.int32)  # newest token of each row
-        # By shapes and way of choosing: static arguments would cost more a call.
+        # By shapes, ticks and way of choosing: static arguments would cost more a call.
         self._ticks: dict[tuple, Callable] = {}
 
     @property
@@ -98,13 +105,14 @@ class Stepper:
         self._caches = jax.tree.leaves(caches)
 
     def __call__(self, tick: Tick, *, greedy: bool) -> jax.Array:
-        """Runs the tick; -> the token chosen for each row, int32[B]."""
+        """Runs the ticks; -> the tokens chosen, int32[N, B]; -1 where a row had ended before."""
         packed, shapes = tick.pack()
-        if (shapes, greedy) not in self._ticks:
-            step = functools.partial(_tick, self.program.merge, self._treedef, shapes, greedy)
+        key = (shapes, tick.ticks, greedy)
+        if key not in self._ticks:
+            step = functools.partial(_ticks, self.program.merge, self._treedef, *key)
             checked = _checked(self.program.checkified(step)) if self._debug else None
-            self._ticks[shapes, greedy] = checked or jax.jit(step, donate_argnums=(1, 2))
-        self._caches, self._newest, chosen = self._ticks[shapes, greedy](
+            self._ticks[key] = checked or jax.jit(step, donate_argnums=(1, 2))
+        self._caches, self._newest, chosen = self._ticks[key](
             self.program.leaves, self._caches, self._newest, packed, tick.sampling
         )
         return chosen
@@ -124,33 +132,56 @@ def _checked(step):
     return run
 
 
-def _tick(merge, treedef, shapes, greedy, leaves, caches, newest, packed, sampling):
-    model = merge(leaves)
+def _ticks(merge, treedef, shapes, ticks, greedy, leaves, caches, newest, packed, sampling):
+    model, tick = merge(leaves), unpack(packed, shapes, sampling)
+    live = tick.counts > 0
+    if ticks == 1:
+        caches, newest, chosen = _tick(model, treedef, tick, greedy, 0, live, caches, newest)
+        return caches, newest, chosen[None]
+
+    def go_on(state):
+        i, _, _, live, _ = state
+        return (i < ticks) & jnp.any(live)
+
+    def advance(state):
+        i, caches, newest, live, out = state
+        caches, newest, chosen = _tick(model, treedef, tick, greedy, i, live, caches, newest)
+        out = out.at[i].set(jnp.where(live, chosen, -1))
+        ended = jnp.any(chosen[:, None] == tick.stops, axis=1) | (i + 1 >= tick.limits)
+        return i + 1, caches, newest, live & ~ended, out
+
+    out = jnp.full((ticks, live.shape[0]), -1, jnp.int32)
+    _, caches, newest, _, out = jax.lax.while_loop(go_on, advance, (jnp.int32(0), list(caches), newest, live, out))
+    return caches, newest, out
+
+
+def _tick(model, treedef, tick: Tick, greedy: bool, i, live, caches, newest):
+    """Tick i of a dispatch over rows `live` bool[B] -> (flat caches, newest tokens, chosen int32[B])."""
     caches = jax.tree.unflatten(treedef, caches)
-    tick = unpack(packed, shapes, sampling)
-    rows, width = tick.counts.shape[0], tick.tokens.shape[0] // tick.counts.shape[0]
+    counts = jnp.where(live, tick.counts, 0)
+    rows, width = counts.shape[0], tick.tokens.shape[0] // counts.shape[0]
     row = jnp.repeat(jnp.arange(rows, dtype=jnp.int32), width)
     offset = jnp.tile(jnp.arange(width, dtype=jnp.int32), rows)
-    real = offset < tick.counts[row]
+    real = offset < counts[row]
+    starts = tick.starts + i
     ragged = Ragged(
         rows=jnp.where(real, row, rows),
         starts=jnp.arange(rows, dtype=jnp.int32) * width,
-        counts=tick.counts,
-        positions=jnp.where(real, tick.starts[row] + offset, 0),
+        counts=counts,
+        positions=jnp.where(real, starts[row] + offset, 0),
         longest=width,
         rectangular=True,
     )
     held = jnp.take(newest, tick.slots[row], mode="clip")
-    tokens = jnp.where(real, jnp.where(tick.tokens < 0, held, tick.tokens), 0)
-    address = Address(tables=tick.tables, lengths=tick.lengths, writes=tick.writes, slots=tick.slots)
+    tokens = jnp.where(real, jnp.where((tick.tokens < 0) | (i > 0), held, tick.tokens), 0)
+    lengths = tuple(length + jnp.where(live, i, 0) for length in tick.lengths)
+    address = Address(tables=tick.tables, lengths=lengths, writes=tuple(w[i] for w in tick.writes), slots=tick.slots)
     hidden, caches, _ = model.backbone(tokens, ragged, caches, address)
-    last = ragged.starts + jnp.maximum(tick.counts - 1, 0)
-    logits = model.head(hidden[last])
+    logits = model.head(hidden[ragged.starts + jnp.maximum(counts - 1, 0)])
     if greedy:
         chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
         temperature, top_k, top_p = tick.sampling.T
-        step = tick.starts + tick.counts
-        chosen = sample(logits, temperature, top_k.astype(jnp.int32), top_p, tick.seeds, step)
-    newest = newest.at[tick.slots].set(chosen, mode="drop")
+        chosen = sample(logits, temperature, top_k.astype(jnp.int32), top_p, tick.seeds, starts + tick.counts)
+    newest = newest.at[jnp.where(live, tick.slots, newest.shape[0])].set(chosen, mode="drop")
     return jax.tree.leaves(caches), newest, chosen
