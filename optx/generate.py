@@ -121,4 +121,5 @@ def _completion(answer: Answer) -> Completion:
         token_ids=tuple(request.output),
         finish=finish,
         prompt_tokens=len(request.prompt),
+        logprobs=None if request.sampling.logprobs is None else tuple(request.logprobs),
     )

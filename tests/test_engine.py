@@ -311,9 +311,9 @@ def count(engine) -> list[int]:
     class Counted:
         compiles = property(lambda self: stepper.compiles)
 
-        def __call__(self, tick, *, greedy):
+        def __call__(self, tick, way):
             found.append(tick.ticks)
-            return stepper(tick, greedy=greedy)
+            return stepper(tick, way)
 
     engine._stepper = Counted()
     return found
@@ -354,7 +354,7 @@ def test_nothing_compiles_after_warm_up(greedy, context, ticks, models):
     """A context of 7 has no room for a chunk of 8, but a prompt of 6 is padded to one."""
     options = dataclasses.replace(OPTIONS, context=context, ticks=ticks)
     engine = Engine(optx.compile(models("llama")[0]).program, options)
-    engine.warm_up(greedy=greedy)
+    engine.warm_up(Sampling(temperature=0.0 if greedy else 1.0))
     engine.check()
     compiled = engine.compiles
     assert compiled == 3 + (ticks > 1)

@@ -9,7 +9,8 @@ import numpy as np
 
 from optx.cache import Layout
 from optx.engine.pages import PagePool, PageTable
-from optx.engine.request import Request, Sampling, token_ids
+from optx.engine.request import Logprobs, Request, Sampling, token_ids
+from optx.engine.sampling import BIASES, KNOBS, WAYS, Chosen
 from optx.engine.step import Program, Stepper, Tick
 from optx.errors import RequestError
 
@@ -132,10 +133,10 @@ class Engine:
                 if on_token is not None:
                     on_token(request, token)
 
-    def warm_up(self, greedy: bool = True) -> None:
-        """Compiles every program of greedy or of sampled decoding, so that no later request of that kind waits for one."""
+    def warm_up(self, sampling: Sampling = Sampling()) -> None:
+        """Compiles every program that requests with such a sampling need, so that none of them waits for one."""
         assert self.idle, "warm up before the first request"
-        sampling = Sampling(max_tokens=2, temperature=0.0 if greedy else 1.0, ignore_eos=True)
+        sampling = dataclasses.replace(sampling, max_tokens=2, ignore_eos=True, stop=(), stop_ids=())
         if self._ticks > 1 and self.context > 3:
             self.add_request([0], dataclasses.replace(sampling, max_tokens=3))
             self.run()
@@ -171,19 +172,21 @@ class Engine:
         width = next(chunk for chunk in self.options.chunks if chunk >= count)
         tokens = np.zeros(width, np.int32)
         tokens[:count] = request.prompt[start : start + count]
-        ((chosen,),) = self._dispatch([request], tokens, [count], width)
+        chosen = self._dispatch([request], tokens, [count], width)
         if request.computed < len(request.prompt):
             return []
         self._prefilling.popleft()
-        return self._emit(request, int(chosen))
+        return self._emit(request, chosen, 0, 0)
 
     def _decode(self, running: list[Request]) -> list[tuple[Request, int]]:
         rows: list[Request | None] = list(self._rows)
         tokens = np.full(len(rows), -1, np.int32)
         counts = [0 if request is None else 1 for request in rows]
         found = []
-        for chosen in self._dispatch(rows, tokens, counts, 1, self._ticks_for(running)):
-            found += [out for r in running if r.finish is None for out in self._emit(r, int(chosen[r.row]))]
+        ticks = self._ticks_for(running)
+        chosen = self._dispatch(rows, tokens, counts, 1, ticks)
+        for i in range(ticks):
+            found += [out for r in running if r.finish is None for out in self._emit(r, chosen, i, r.row)]
         return found
 
     def _ticks_for(self, running: list[Request]) -> int:
@@ -194,21 +197,31 @@ class Engine:
 
     def _dispatch(
         self, batch: list[Request | None], tokens: np.ndarray, counts: list[int], width: int, ticks: int = 1
-    ) -> np.ndarray:
-        """Runs ticks over `batch` (None: an idle row) -> the tokens chosen, int32[ticks, rows]."""
+    ) -> Chosen:
+        """Runs ticks over `batch` (None: an idle row) -> what was chosen as numpy arrays, [ticks, rows, ...]."""
         b = len(batch)
         live = [(i, request) for i, request in enumerate(batch) if request is not None]
         slots = np.full(b, self.options.rows, np.int32)
-        starts, seeds, sampling = np.zeros(b, np.int32), np.zeros(b, np.uint32), np.ones((b, 3), np.float32)
+        way = max((request.sampling.way for _, request in live), key=WAYS.index)
+        biases = BIASES if way == "full" else 0
+        starts, seeds, sampling = (
+            np.zeros(b, np.int32),
+            np.zeros(b, np.uint32),
+            np.zeros((b, len(KNOBS) + biases), np.float32),
+        )
         limits, stops = np.zeros(b, np.int32), np.full((b, STOPS), -1, np.int32)
+        prompts, biased = np.zeros(b, np.int32), np.full((b, biases), -1, np.int32)
         writes = [np.full((ticks, b * width), table.pool.pages * table.page_size, np.int32) for table in self._tables]
         ahead = np.zeros(b, np.int32)  # slots taken for ticks after the first
         for i, request in live:
             how = request.sampling
-            slots[i], starts[i], seeds[i], limits[i] = request.row, request.computed, how.seed, request.left
+            slots[i], starts[i], seeds[i], prompts[i] = request.row, request.computed, how.seed, len(request.prompt)
+            limits[i] = request.left if request.computed + counts[i] >= len(request.prompt) else 0
             ids = sorted(request.stop_ids)[:STOPS]
             stops[i, : len(ids)] = ids
-            sampling[i] = how.temperature, how.top_k, how.top_p
+            sampling[i, : len(KNOBS)] = how.knobs
+            for at, (token, bias) in enumerate((how.logit_bias or {}).items()):
+                biased[i, at], sampling[i, len(KNOBS) + at] = token, bias
             rounds = min(ticks, request.left)
             ahead[i] = rounds - 1
             for table, write in zip(self._tables, writes, strict=True):
@@ -228,18 +241,27 @@ class Engine:
             writes=tuple(writes),
             limits=limits,
             stops=stops,
+            prompts=prompts,
+            biased=biased,
             seeds=seeds,
             sampling=sampling,
             ticks=ticks,
         )
-        greedy = all(request.sampling.temperature == 0 for _, request in live)
-        chosen = np.asarray(self._stepper(tick, greedy=greedy))
+        chosen = jax.device_get(self._stepper(tick, way))
         for i, request in live:
-            request.computed += int(np.sum(chosen[1:, i] >= 0))
+            request.computed += int(np.sum(chosen.tokens[1:, i] >= 0))
         return chosen
 
-    def _emit(self, request: Request, token: int) -> list[tuple[Request, int]]:
+    def _emit(self, request: Request, chosen: Chosen, tick: int, row: int) -> list[tuple[Request, int]]:
+        token = int(chosen.tokens[tick, row])
         request.output.append(token)
+        if (wanted := request.sampling.logprobs) is not None:
+            top = zip(
+                chosen.top_tokens[tick, row, :wanted].tolist(),
+                chosen.top_logprobs[tick, row, :wanted].tolist(),
+                strict=True,
+            )
+            request.logprobs.append(Logprobs(float(chosen.logprobs[tick, row]), tuple(top)))
         if token in request.stop_ids:
             self._finish(request, "stop")
         elif len(request.output) >= request.sampling.max_tokens:

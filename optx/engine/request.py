@@ -3,8 +3,9 @@
 import dataclasses
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from optx.engine.sampling import BIASES, KNOBS, TOP, Way
 from optx.errors import RequestError
 
 
@@ -16,6 +17,12 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # nucleus: the smallest set of tokens with at least this mass
+    min_p: float = 0.0  # tokens less likely than this times the likeliest are out
+    repetition_penalty: float = 1.0  # divides (multiplies, where negative) the logits of tokens of prompt and answer
+    presence_penalty: float = 0.0  # off the logits of tokens of the answer
+    frequency_penalty: float = 0.0  # the same, for each time that they came
+    logit_bias: Mapping[int, float] | None = None  # token id -> added to its logit
+    logprobs: int | None = None  # log-probabilities of the tokens chosen, and of this many likeliest beside them
     seed: int = 0  # with a temperature: equal seeds and prompts give equal tokens, whatever runs beside them
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
     stop_ids: tuple[int, ...] = ()  # token ids that end the answer, besides the tokenizer's own
@@ -32,12 +39,38 @@ class Sampling:
             ("temperature", lambda x: _number(x) and 0 <= x < float("inf"), "0 (greedy) or more"),
             ("top_k", lambda x: _whole(x) and x >= 0, "0 (off) or more"),
             ("top_p", lambda x: _number(x) and 0 < x <= 1, "above 0, at most 1"),
+            ("min_p", lambda x: _number(x) and 0 <= x <= 1, "0 (off) to 1"),
+            ("repetition_penalty", lambda x: _number(x) and 0 < x < float("inf"), "above 0; 1 is off"),
+            ("presence_penalty", lambda x: _number(x) and -2 <= x <= 2, "-2 to 2; 0 is off"),
+            ("frequency_penalty", lambda x: _number(x) and -2 <= x <= 2, "-2 to 2; 0 is off"),
+            ("logit_bias", _biases, f"at most {BIASES} token ids with a bias of -100 to 100 each"),
+            ("logprobs", lambda x: x is None or (_whole(x) and 0 <= x <= TOP), f"0 to {TOP}, or null for none"),
             ("seed", lambda x: _whole(x) and 0 <= x < 2**32, "0 to 2^32 - 1"),
             ("stop", lambda x: isinstance(x, tuple) and all(isinstance(t, str) and t for t in x), "texts, none empty"),
             ("stop_ids", lambda x: isinstance(x, tuple) and all(map(_whole, x)), "token ids"),
         ):
             if not fits(getattr(self, name)):
                 raise RequestError(f"sampling.{name}: got {getattr(self, name)!r}; allowed: {allowed}")
+
+    @property
+    def way(self) -> Way:
+        """What the program that serves it must be able to do."""
+        plain = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
+        if not plain or self.logit_bias or self.logprobs is not None:
+            return "full"
+        return "sampled" if self.temperature > 0 else "greedy"
+
+    @property
+    def knobs(self) -> list[float]:
+        return [float(getattr(self, name)) for name in KNOBS]
+
+
+def _biases(value) -> bool:
+    return value is None or (
+        isinstance(value, Mapping)
+        and len(value) <= BIASES
+        and all(_whole(token) and _number(bias) and -100 <= bias <= 100 for token, bias in value.items())
+    )
 
 
 def _number(value) -> bool:
@@ -63,6 +96,14 @@ def token_ids(prompt: Iterable[int], vocab: int | None = None) -> list[int]:
     return ids
 
 
+@dataclasses.dataclass(frozen=True)
+class Logprobs:
+    """The model's log-probabilities at one token, before temperature, penalties and bias."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
+
+
 @dataclasses.dataclass(kw_only=True)
 class Request:
     """One running request: its prompt, what it has produced, how far its cache is."""
@@ -72,6 +113,7 @@ class Request:
     sampling: Sampling
     stop_ids: frozenset[int]
     output: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list["Logprobs"] = dataclasses.field(default_factory=list)  # of `output`, where asked for
     computed: int = 0  # prompt and output tokens whose keys are cached
     row: int = -1  # row of the batch; -1: waiting
     finish: str | None = None  # "stop" (a stop id), "length", "abort"
@@ -94,3 +136,4 @@ class Completion:
     token_ids: tuple[int, ...]
     finish: str  # "stop" or "length"
     prompt_tokens: int
+    logprobs: tuple[Logprobs, ...] | None = None  # of token_ids, where asked for

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.cache import Address, CachePlan, Caches, Layout, Ragged
-from optx.engine.sampling import sample
+from optx.engine.sampling import KNOBS, Chosen, Way, choose, mark
 from optx.errors import LoweringError
 
 # Integers between the starts of packed parts: XLA hands kernels pointers into the vector, and those of Pallas Mosaic GPU
@@ -50,13 +50,15 @@ class Tick:
     writes: tuple[np.ndarray, ...]  # int32[N, B * Q] a group
     limits: np.ndarray  # int32[B]: tokens that a row may still produce
     stops: np.ndarray  # int32[B, S]: tokens that end a row; -1: none
-    sampling: np.ndarray  # float32[B, 3]: temperature, top_k, top_p
+    prompts: np.ndarray  # int32[B]: tokens of each row's prompt
+    biased: np.ndarray  # int32[B, K]: tokens with a bias; -1: none. K is 0 but for way "full"
+    sampling: np.ndarray  # float32[B, 7 + K]: KNOBS, then the biases
     ticks: int = 1  # N
 
     def pack(self) -> tuple[np.ndarray, tuple]:
         """All integers in one vector (one transfer, one argument) and the shapes that `unpack` needs."""
-        parts = jax.tree.leaves((self.tokens, self.counts, self.starts, self.slots, self.seeds.view(np.int32),
-                                 self.limits, self.stops, self.tables, self.lengths, self.writes))  # fmt: skip
+        parts = jax.tree.leaves((self.tokens, self.counts, self.starts, self.slots, self.seeds.view(np.int32), self.limits,
+                                 self.stops, self.prompts, self.biased, self.tables, self.lengths, self.writes))  # fmt: skip
         shapes = tuple(part.shape for part in parts)
         return np.concatenate([np.pad(part.reshape(-1), (0, -part.size % ALIGN)) for part in parts]), shapes
 
@@ -66,13 +68,13 @@ def unpack(packed: jax.Array, shapes: tuple, sampling: jax.Array) -> Tick:
     sizes = [math.prod(shape) for shape in shapes]
     starts = np.cumsum([0] + [size + -size % ALIGN for size in sizes])
     parts = [packed[at : at + size].reshape(shape) for at, size, shape in zip(starts, sizes, shapes, strict=False)]
-    tokens, counts, starts, slots, seeds, limits, stops, *rest = parts
+    tokens, counts, starts, slots, seeds, limits, stops, prompts, biased, *rest = parts
     groups = len(rest) // 3
     tables, lengths, writes = (tuple(rest[i * groups : (i + 1) * groups]) for i in range(3))
     seeds = jax.lax.bitcast_convert_type(seeds, jnp.uint32)
     return Tick(
-        tokens=tokens, counts=counts, starts=starts, slots=slots, seeds=seeds, limits=limits, stops=stops, tables=tables,
-        lengths=lengths, writes=writes, sampling=sampling,
+        tokens=tokens, counts=counts, starts=starts, slots=slots, seeds=seeds, limits=limits, stops=stops, prompts=prompts,
+        biased=biased, tables=tables, lengths=lengths, writes=writes, sampling=sampling,
     )  # fmt: skip
 
 
@@ -87,7 +89,10 @@ class Stepper:
         self.program = program
         self._debug = debug
         self._caches, self._treedef = jax.tree.flatten(program.plan.init(layouts))
-        self._newest = jnp.zeros(rows, jnp.int32)  # newest token of each row
+        # What ticks carry from one to the next beside caches: the newest token of each row, and for rows that need it which
+        # tokens they have seen.
+        self._newest = jnp.zeros(rows, jnp.int32)
+        self._seen: jax.Array | None = None
         # By shapes, ticks and way of choosing: static arguments would cost more a call.
         self._ticks: dict[tuple, Callable] = {}
 
@@ -104,17 +109,20 @@ class Stepper:
     def caches(self, caches: Caches) -> None:
         self._caches = jax.tree.leaves(caches)
 
-    def __call__(self, tick: Tick, *, greedy: bool) -> jax.Array:
-        """Runs the ticks; -> the tokens chosen, int32[N, B]; -1 where a row had ended before."""
+    def __call__(self, tick: Tick, way: Way) -> Chosen:
+        """Runs the ticks; -> what was chosen, with a leading axis N; token -1 where a row had ended before."""
         packed, shapes = tick.pack()
-        key = (shapes, tick.ticks, greedy)
+        key = (shapes, tick.ticks, way)
         if key not in self._ticks:
             step = functools.partial(_ticks, self.program.merge, self._treedef, *key)
             checked = _checked(self.program.checkified(step)) if self._debug else None
             self._ticks[key] = checked or jax.jit(step, donate_argnums=(1, 2))
-        self._caches, self._newest, chosen = self._ticks[key](
-            self.program.leaves, self._caches, self._newest, packed, tick.sampling
-        )
+        if way == "full" and self._seen is None:
+            self._seen = jnp.zeros((self._newest.shape[0], self.program.vocab), jnp.uint16)
+        rows = (self._newest, self._seen) if way == "full" else (self._newest,)
+        self._caches, rows, chosen = self._ticks[key](self.program.leaves, self._caches, rows, packed, tick.sampling)
+        self._newest, *seen = rows
+        self._seen = seen[0] if seen else self._seen
         return chosen
 
 
@@ -132,56 +140,71 @@ def _checked(step):
     return run
 
 
-def _ticks(merge, treedef, shapes, ticks, greedy, leaves, caches, newest, packed, sampling):
+def _ticks(merge, treedef, shapes, ticks, way, leaves, caches, rows, packed, sampling):
+    """rows: (newest tokens int32[R],) and with way "full" (..., seen uint16[R, V])."""
     model, tick = merge(leaves), unpack(packed, shapes, sampling)
+    run = functools.partial(_tick, model, treedef, tick, way)
     live = tick.counts > 0
     if ticks == 1:
-        caches, newest, chosen = _tick(model, treedef, tick, greedy, 0, live, caches, newest)
-        return caches, newest, chosen[None]
+        caches, rows, chosen = run(0, live, caches, rows)
+        return caches, rows, jax.tree.map(lambda x: x[None], chosen)
 
     def go_on(state):
         i, _, _, live, _ = state
         return (i < ticks) & jnp.any(live)
 
     def advance(state):
-        i, caches, newest, live, out = state
-        caches, newest, chosen = _tick(model, treedef, tick, greedy, i, live, caches, newest)
-        out = out.at[i].set(jnp.where(live, chosen, -1))
-        ended = jnp.any(chosen[:, None] == tick.stops, axis=1) | (i + 1 >= tick.limits)
-        return i + 1, caches, newest, live & ~ended, out
+        i, caches, rows, live, out = state
+        caches, rows, chosen = run(i, live, caches, rows)
+        tokens = chosen.tokens
+        chosen = dataclasses.replace(chosen, tokens=jnp.where(live, tokens, -1))
+        out = jax.tree.map(lambda all_, one: all_.at[i].set(one), out, chosen)
+        ended = jnp.any(tokens[:, None] == tick.stops, axis=1) | (i + 1 >= tick.limits)
+        return i + 1, caches, rows, live & ~ended, out
 
-    out = jnp.full((ticks, live.shape[0]), -1, jnp.int32)
-    _, caches, newest, _, out = jax.lax.while_loop(go_on, advance, (jnp.int32(0), list(caches), newest, live, out))
-    return caches, newest, out
+    one = jax.eval_shape(run, 0, live, list(caches), rows)[2]
+    out = jax.tree.map(lambda x: jnp.full((ticks, *x.shape), -1, x.dtype), one)
+    _, caches, rows, _, out = jax.lax.while_loop(go_on, advance, (jnp.int32(0), list(caches), rows, live, out))
+    return caches, rows, out
 
 
-def _tick(model, treedef, tick: Tick, greedy: bool, i, live, caches, newest):
-    """Tick i of a dispatch over rows `live` bool[B] -> (flat caches, newest tokens, chosen int32[B])."""
+def _tick(model, treedef, tick: Tick, way: Way, i, live, caches, rows):
+    """Tick i of a dispatch over rows `live` bool[B] -> (flat caches, rows, Chosen)."""
     caches = jax.tree.unflatten(treedef, caches)
+    newest, *seen = rows
     counts = jnp.where(live, tick.counts, 0)
-    rows, width = counts.shape[0], tick.tokens.shape[0] // counts.shape[0]
-    row = jnp.repeat(jnp.arange(rows, dtype=jnp.int32), width)
-    offset = jnp.tile(jnp.arange(width, dtype=jnp.int32), rows)
+    batch, width = counts.shape[0], tick.tokens.shape[0] // counts.shape[0]
+    row = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), width)
+    offset = jnp.tile(jnp.arange(width, dtype=jnp.int32), batch)
     real = offset < counts[row]
     starts = tick.starts + i
     ragged = Ragged(
-        rows=jnp.where(real, row, rows),
-        starts=jnp.arange(rows, dtype=jnp.int32) * width,
+        rows=jnp.where(real, row, batch),
+        starts=jnp.arange(batch, dtype=jnp.int32) * width,
         counts=counts,
         positions=jnp.where(real, starts[row] + offset, 0),
         longest=width,
         rectangular=True,
     )
     held = jnp.take(newest, tick.slots[row], mode="clip")
-    tokens = jnp.where(real, jnp.where((tick.tokens < 0) | (i > 0), held, tick.tokens), 0)
+    given = (tick.tokens >= 0) & (i == 0)
+    tokens = jnp.where(real, jnp.where(given, tick.tokens, held), 0)
     lengths = tuple(length + jnp.where(live, i, 0) for length in tick.lengths)
     address = Address(tables=tick.tables, lengths=lengths, writes=tuple(w[i] for w in tick.writes), slots=tick.slots)
     hidden, caches, _ = model.backbone(tokens, ragged, caches, address)
     logits = model.head(hidden[ragged.starts + jnp.maximum(counts - 1, 0)])
-    if greedy:
-        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    slots = jnp.where(live, tick.slots, newest.shape[0])
+    if way == "full":
+        known = seen[0].at[jnp.where(starts == 0, slots, newest.shape[0])].set(0, mode="drop")
+        known = mark(known, jnp.where(given & real, slots[row], newest.shape[0]), tokens,
+                     ragged.positions < tick.prompts[row])  # fmt: skip
+        extra = {"seen": jnp.take(known, tick.slots, axis=0, mode="clip")}
+        extra["bias"] = (tick.biased, tick.sampling[:, len(KNOBS) :])
     else:
-        temperature, top_k, top_p = tick.sampling.T
-        chosen = sample(logits, temperature, top_k.astype(jnp.int32), top_p, tick.seeds, starts + tick.counts)
-    newest = newest.at[jnp.where(live, tick.slots, newest.shape[0])].set(chosen, mode="drop")
-    return jax.tree.leaves(caches), newest, chosen
+        known, extra = None, {}
+    chosen = choose(way, logits, tick.sampling[:, : len(KNOBS)], tick.seeds, starts + tick.counts, **extra)
+    if known is not None:  # a chunk before a prompt's last chooses nothing
+        none = jnp.zeros(batch, bool)
+        seen = [mark(known, jnp.where(tick.limits > 0, slots, newest.shape[0]), chosen.tokens, none)]
+    newest = newest.at[slots].set(chosen.tokens, mode="drop")
+    return jax.tree.leaves(caches), (newest, *seen), chosen
