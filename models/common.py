@@ -1,5 +1,7 @@
 """What the families' configs and tensor names have in common."""
 
+import math
+
 from optx.checkpoint.config import Fields
 from optx.checkpoint.mapping import Row
 from optx.errors import ConfigError
@@ -54,20 +56,74 @@ def head_rows(prefix: str, *, permuted: bool, post_norms: bool = False) -> tuple
     return tuple(rows)
 
 
-def rope_from_hf(config: Fields, head_dim: int, default_theta: float = 1e4) -> Rope:
-    """Rope of `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
+def expert_rows(prefix: str, *, router="gate", gate="gate_proj", up="up_proj", down="down_proj") -> tuple[Row, ...]:
+    """Rows of a router and of gated experts that files keep one by one; prefix like `model.layers.{i}.mlp.`."""
+    path, expert = "layers/{i}/mlp/", prefix + "experts.{e}."
+    both = (f"{expert}{gate}.weight", f"{expert}{up}.weight")
+    return (
+        Row(path=f"{path}router/weight", hf=f"{prefix}{router}.weight"),
+        Row(path=f"{path}experts/gate_up/weight", hf=both, kind="experts"),
+        Row(path=f"{path}experts/down/weight", hf=(f"{expert}{down}.weight",), kind="experts"),
+    )
+
+
+def rope_from_hf(config: Fields, head_dim: int, default_theta: float = 1e4, *, partial: float | None = None) -> Rope:
+    """Rope of `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
+
+    partial: the family's default of `partial_rotary_factor`; None: it turns whole heads only.
+    """
     parameters = config.nested("rope_parameters")
     theta = config.positive("rope_theta", None)
     scaling = config.nested("rope_scaling")
-    config.expect("partial_rotary_factor", 1.0)
     if parameters is not None:
         theta = parameters.positive("rope_theta", theta or default_theta)
         scaling = parameters
-    return rope_of(scaling, theta or default_theta, head_dim, config)
+    return rope_of(scaling, theta or default_theta, _turned(config, scaling, head_dim, partial), config)
+
+
+def _turned(config: Fields, scaling: Fields | None, head_dim: int, partial: float | None) -> int:
+    """How many numbers of a head turn, by `partial_rotary_factor` beside the rope's fields or among them."""
+    places = (config,) if scaling is None else (config, scaling)
+    if partial is None:
+        for fields in places:
+            fields.expect("partial_rotary_factor", 1.0)
+        return head_dim
+    for fields in places:
+        partial = fields.positive("partial_rotary_factor", partial)
+    if partial > 1:
+        raise ConfigError(f"{config.where}: 'partial_rotary_factor' is {partial}; allowed: above 0, up to 1")
+    return int(head_dim * partial)
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """0.1 mscale ln(factor) + 1: how much yarn sharpens attention (arXiv:2309.00071, eq. 22)."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def _yarn(scaling: Fields, theta: float, dim: int, config: Fields) -> Rope:
+    context = config.size("max_position_embeddings")
+    original = scaling.size("original_max_position_embeddings", context)
+    factor = scaling.positive("factor", context / original)
+    mscale, all_dim = scaling.take("mscale", float, 0.0), scaling.take("mscale_all_dim", float, 0.0)
+    share = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor)
+    return Rope(
+        theta=theta,
+        dim=dim,
+        scaling="yarn",
+        factor=factor,
+        original=original,
+        beta_fast=scaling.positive("beta_fast", 32.0),
+        beta_slow=scaling.positive("beta_slow", 1.0),
+        truncate=scaling.take("truncate", bool, True),
+        attention_factor=scaling.positive("attention_factor", share),
+    )
 
 
 def rope_of(scaling: Fields | None, theta: float, head_dim: int, config: Fields) -> Rope:
-    """Rope of one `rope_scaling` mapping (None: plain). Raises ConfigError for a type that is not supported."""
+    """Rope of one `rope_scaling` mapping (None: plain) that turns `head_dim` numbers of a head.
+
+    Raises: ConfigError for a type that is not supported.
+    """
     if scaling is None:
         return Rope(theta=theta, dim=head_dim)
     kind = scaling.take("rope_type", str, None) or scaling.take("type", str, "default")
@@ -86,15 +142,46 @@ def rope_of(scaling: Fields | None, theta: float, head_dim: int, config: Fields)
             high_freq=scaling.positive("high_freq_factor"),
             original=scaling.size("original_max_position_embeddings"),
         )
+    elif kind == "yarn":
+        rope = _yarn(scaling, theta, head_dim, config)
     elif kind == "factors":
         factors = tuple(scaling.take("factors", list))
         if len(factors) != head_dim // 2:
             raise ConfigError(f"{scaling.where}: {len(factors)} frequency factors for a head of {head_dim}")
         rope = Rope(theta=theta, dim=head_dim, scaling="factors", factors=factors)
     else:
-        raise ConfigError(f"{scaling.where}: rope_type {kind!r}; supported: default, linear, llama3")
+        raise ConfigError(f"{scaling.where}: rope_type {kind!r}; supported: default, linear, llama3, yarn")
     scaling.done()
     return rope
+
+
+def upper_windows(config: Fields, layers: int) -> list[int | None]:
+    """Window of each layer: with use_sliding_window, `layer_types` or else the layers from max_window_layers on."""
+    on = config.take("use_sliding_window", bool, False)
+    window = config.size("sliding_window", None)
+    first = config.take("max_window_layers", int, 28)
+    kinds = config.names("layer_types", layers, LAYER_TYPES)
+    if kinds is None:
+        kinds = ["sliding_attention" if on and i >= first else "full_attention" for i in range(layers)]
+    if "sliding_attention" in kinds and window is None:
+        raise ConfigError(f"{config.where}: sliding layers but no sliding_window")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def expect_mxfp4(config: Fields, kept: tuple[str, ...]) -> None:
+    """Refuses a `quantization_config` other than MXFP4 that leaves modules of `kept` dense, and no others."""
+    details = config.nested("quantization_config")
+    if details is None:
+        return
+    if (method := details.take("quant_method", str)) != "mxfp4":
+        raise ConfigError(f"{details.where}: 'quant_method' is {method!r}; supported: 'mxfp4'")
+    others = [name for name in details.take("modules_to_not_convert", list, []) if name not in kept]
+    if others:
+        raise ConfigError(
+            f"{details.where}: 'modules_to_not_convert' names {others[0]!r}; supported: {', '.join(kept)}"
+        )
+    details.expect("dequantize", False)
+    details.done()
 
 
 def gguf_fields(meta: Fields, architecture: str, tensors: dict, table: dict[str, str]) -> dict:

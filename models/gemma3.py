@@ -27,13 +27,13 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
     vocab, context = config.size("vocab_size"), config.size("max_position_embeddings")
     eps = config.positive("rms_norm_eps", 1e-6)
     window = config.size("sliding_window")
-    scale = config.positive("query_pre_attn_scalar", float(head_dim)) ** -0.5
-    softcap = config.positive("attn_logit_softcapping", None)
+    scale = config.positive("query_pre_attn_scalar", 256.0) ** -0.5
     logit_softcap = config.positive("final_logit_softcapping", None)
     bias = config.take("attention_bias", bool, False)
     tied = config.take("tie_word_embeddings", bool, True)
     kinds = layer_kinds(config, layers)
     ropes = _ropes(config, head_dim)
+    config.expect("attn_logit_softcapping", None)  # a field that transformers does not apply
     config.expect("use_bidirectional_attention", False)
     config.expect("hidden_activation", "gelu_pytorch_tanh")
     config.expect("hidden_act", "gelu_pytorch_tanh")
@@ -47,7 +47,7 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
 
     def block(kind):
         mixer = Attention(
-            d, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=ropes[kind], scale=scale, softcap=softcap,
+            d, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=ropes[kind], scale=scale,
             window=window if kind == "sliding_attention" else None, norm=head_norm, bias=bias, out_bias=bias,
             dtype=dtype,
         )  # fmt: skip

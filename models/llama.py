@@ -27,8 +27,7 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
     vocab, context = config.size("vocab_size"), config.size("max_position_embeddings")
     eps = config.positive("rms_norm_eps", 1e-6)
     rope = rope_from_hf(config, head_dim)
-    window = config.size("sliding_window", None)
-    bias, mlp_bias = config.take("attention_bias", bool, False), config.take("mlp_bias", bool, False)
+    window, bias, mlp_bias = _mistral(config) if config.data.get("model_type") == "mistral" else _llama(config)
     tied = config.take("tie_word_embeddings", bool, False)
     config.expect("hidden_act", "silu")
     config.expect("pretraining_tp", 1)
@@ -55,6 +54,19 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
         head=None if tied else Linear(d, vocab, dtype=dtype, axes=("embed", "vocab")),
         context=context,
     )
+
+
+def _llama(config: Fields) -> tuple[None, bool, bool]:
+    """(window, bias of attention, bias of the mlp)."""
+    config.expect("sliding_window", None)
+    return None, config.take("attention_bias", bool, False), config.take("mlp_bias", bool, False)
+
+
+def _mistral(config: Fields) -> tuple[int | None, bool, bool]:
+    """The same. A config without the field slides: only null says that it does not."""
+    config.expect("attention_bias", False)
+    config.expect("mlp_bias", False)
+    return config.size("sliding_window", None if "sliding_window" in config.data else 4096), False, False
 
 
 def gguf_config(meta: Fields, tensors: dict) -> dict:

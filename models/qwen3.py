@@ -2,8 +2,7 @@
 
 from optx.checkpoint.config import Fields
 from optx.checkpoint.mapping import Row
-from optx.errors import ConfigError
-from optx.models.common import GGUF_DECODER, LAYER_TYPES, gguf_fields, head_rows, rope_from_hf
+from optx.models.common import GGUF_DECODER, gguf_fields, head_rows, rope_from_hf, upper_windows
 from optx.nn import Attention, Block, CausalLM, Embed, GatedMLP, Linear, RMSNorm
 
 HF_TYPES = {"qwen3": "Qwen3ForCausalLM"}  # model_type -> transformers class
@@ -29,7 +28,7 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
     rope = rope_from_hf(config, head_dim)
     bias = config.take("attention_bias", bool, False)
     tied = config.take("tie_word_embeddings", bool, False)
-    windows = _windows(config, layers)
+    windows = upper_windows(config, layers)
     config.expect("hidden_act", "silu")
     config.done()
 
@@ -53,19 +52,6 @@ def from_hf(config: Fields, dtype: str) -> CausalLM:
         head=None if tied else Linear(d, vocab, dtype=dtype, axes=("embed", "vocab")),
         context=context,
     )
-
-
-def _windows(config: Fields, layers: int) -> list[int | None]:
-    """Window of each layer: with use_sliding_window, `layer_types` or else the layers from max_window_layers on."""
-    on = config.take("use_sliding_window", bool, False)
-    window = config.size("sliding_window", None)
-    first = config.take("max_window_layers", int, layers)
-    kinds = config.names("layer_types", layers, LAYER_TYPES)
-    if kinds is None:
-        kinds = ["sliding_attention" if on and i >= first else "full_attention" for i in range(layers)]
-    if "sliding_attention" in kinds and window is None:
-        raise ConfigError(f"{config.where}: sliding layers but no sliding_window")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def gguf_config(meta: Fields, tensors: dict) -> dict:

@@ -1,6 +1,7 @@
 """load, plan, compile: the public interface."""
 
 import dataclasses
+import difflib
 import functools
 import numbers
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from optx import target as targets
 from optx.checkpoint import export as exports
 from optx.checkpoint.export_hf import write_hf
 from optx.checkpoint.source import Source, from_module, open_config, open_gguf, open_hf
+from optx.configs import model_names, model_path
 from optx.cost import StepBytes, step_bytes
 from optx.engine.engine import Engine, EngineOptions
 from optx.engine.request import Completion, Sampling, token_ids
@@ -33,11 +35,11 @@ WEIGHTS = ("dense", "packed")
 
 
 def load(model: str | Path, weights: str = "dense", dtype: str | None = None) -> Source:
-    """A model by path or hub id, without reading its weights.
+    """A model by path, name or hub id, without reading its weights.
 
-    model: an HF directory, a GGUF file, an optx export, a bare config.json (`load_config`), or a hub id (downloaded
-    when online).
-    weights: "dense", or "packed" to keep a GGUF's block formats as they are in memory.
+    model: an HF directory, a GGUF file, an optx export, a bare config.json (`load_config`), the name of a config that
+    ships with optx (`optx.configs.model_names()`; shapes only), or a hub id (downloaded when online).
+    weights: "dense", or "packed" to keep the blocks of a GGUF file or of an MXFP4 checkpoint as they are in memory.
     dtype: of dense weights and activations; None: the checkpoint's own, float32 for GGUF.
     Raises: CheckpointError, ConfigError.
     """
@@ -47,18 +49,18 @@ def load(model: str | Path, weights: str = "dense", dtype: str | None = None) ->
     path = Path(model)
     try:
         if not path.exists():
-            path = _from_hub(str(model))
+            path = model_path(str(model)) if str(model) in model_names() else _from_hub(str(model))
         if path.is_file() and path.suffix != ".json":
             return open_gguf(path, by_gguf_architecture, dtype=dtype or "float32", packed=weights == "packed")
-        if weights == "packed":
-            raise CheckpointError(f"{path}: weights='packed' is for GGUF files, whose tensors are stored in blocks")
         if path.is_file():
-            return load_config(path, dtype)
+            return open_config(path, by_hf_type, dtype=dtype, allowed=DTYPES, packed=weights == "packed")
         if exports.is_export(path):
             if dtype is not None:
                 raise CheckpointError(f"{path}: an optx export keeps the dtype it was compiled with; leave dtype out")
+            if weights == "packed":
+                raise CheckpointError(f"{path}: an optx export keeps its weights' formats; leave weights='packed' out")
             return exports.open_export(path, by_hf_type)
-        return open_hf(path, by_hf_type, dtype=dtype)
+        return open_hf(path, by_hf_type, dtype=dtype, packed=weights == "packed")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -84,13 +86,21 @@ def _from_hub(name: str) -> Path:
 
     looks_local = name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir()
     if looks_local or name.endswith((".gguf", ".yaml", ".json")):
-        raise CheckpointError(no_such_path(name))
+        raise CheckpointError(no_such_path(name) + _near_config(name))
     patterns = ["*.safetensors", "*.json", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name}: no such path, and the hub gave no model of this name: {first}") from None
+
+
+def _near_config(name: str) -> str:
+    """What to add to an error about a path that may be meant as a shipped config's name."""
+    near = difflib.get_close_matches(name.lower(), model_names(), n=3, cutoff=0.6)
+    if near:
+        return f"; configs that ship with optx under such a name: {', '.join(near)}"
+    return "" if {"/", "."} & set(name) else "; optx.configs.model_names() lists the configs that ship with optx"
 
 
 def as_source(model: "Source | nnx.Module | str | Path") -> Source:
@@ -126,7 +136,8 @@ class Plan:
         return f"{self.source.origin.name} + {recipe.name}" if recipe else self.source.origin.name
 
     def bytes_per_token(self, batch: int = 1, context: int = 1) -> dict[str, float]:
-        """Bytes that one decode step reads: weights (the input embedding is not, unless tied) and KV."""
+        """Bytes that one decode step reads: weights (the input embedding is not, unless tied; of experts those that the
+        batch is expected to take, with uniform routing) and KV."""
         step = step_bytes(self.tree, batch, context)
         return {"weights": step.weights, "kv": step.kv}
 

@@ -12,6 +12,7 @@ from absl import app, flags, logging
 import optx
 from optx import cli_verbs
 from optx.api import DTYPES, WEIGHTS
+from optx.bench.step import SHAPES
 from optx.cli_flags import Flag, Verb, find, overview, parse
 from optx.cli_verbs import say
 from optx.compilation_cache import enable_compilation_cache
@@ -19,7 +20,12 @@ from optx.errors import OptxError, UsageError
 from optx.target import TARGETS
 
 MODEL_FLAGS = (
-    Flag(name="weights", allowed=WEIGHTS, default="dense", help="packed: a GGUF's weights stay in the file's blocks"),
+    Flag(
+        name="weights",
+        allowed=WEIGHTS,
+        default="dense",
+        help="packed: weights stay in the blocks of the file, GGUF or MXFP4",
+    ),
     Flag(name="dtype", allowed=DTYPES, help="of dense weights and activations (default: the checkpoint's own)"),
 )
 RECIPE = Flag(name="recipe", value="R", help="YAML file, or the name of a recipe that ships with optx")
@@ -35,8 +41,8 @@ VERBS = (
         line="print the module tree of a model: parts, shapes, formats, bytes",
         arguments=("MODEL",),
         flags=(*MODEL_FLAGS, JSON),
-        examples=("optx describe model.gguf --weights packed", "optx describe config.json"),
-        notes="Reads headers only, no weights. A bare config.json will do.",
+        examples=("optx describe model.gguf --weights packed", "optx describe config.json", "optx describe qwen3-8b"),
+        notes="Reads headers only, no weights. A bare config.json will do, or the name of one that ships with optx.",
         run=cli_verbs.describe,
     ),
     Verb(
@@ -58,7 +64,8 @@ VERBS = (
             JSON,
         ),
         examples=("optx plan config.json --recipe int4_kv8 --target h100 --batch 8 --context 4096",),
-        notes="Reads no weights, needs no accelerator: a bare config.json will do. What fails here fails in compile.",
+        notes="Reads no weights, needs no accelerator: a bare config.json will do, or the name of one that ships with "
+        "optx. What fails here fails in compile.",
         run=cli_verbs.plan,
     ),
     Verb(
@@ -152,15 +159,25 @@ VERBS = (
     ),
     Verb(
         name="bench",
-        line="time kernels, or plain work that bounds them, on this machine's device",
-        arguments=("kernels|ceilings",),
+        line="time kernels, decode steps of whole models, or plain work that bounds them, on this machine's device",
+        arguments=("kernels|decode|ceilings",),
         flags=(
-            Flag(name="op", value="OP", repeated=True, help="only this op's kernels"),
+            Flag(name="op", value="OP", repeated=True, help="kernels: only this op's"),
+            Flag(name="shape", value="CONFIG", repeated=True, help="decode: this config's shape, with random weights"),
+            Flag(name="batch", kind=int, least=1, value="N", repeated=True, help="decode: sequences (1, 32 and 128)"),
+            Flag(name="context", kind=int, least=1, value="N", help="decode: tokens of each sequence (896)"),
+            Flag(name="recipe", value="R", help="decode: YAML file, or the name of a recipe that ships with optx"),
+            Flag(name="require", value="BACKEND", help="decode: a backend that every op must use where it has one"),
             Flag(name="out", value="FILE", help="write every figure there as JSON"),
             JSON,
         ),
-        examples=("optx bench kernels --op paged_decode --out paged_decode.json", "optx bench ceilings"),
-        notes="Ceilings are measured in the same run: reading, bf16 and fp8 products. Percentages are of the one that binds.",
+        examples=(
+            "optx bench kernels --op paged_decode --out paged_decode.json",
+            "optx bench decode --shape qwen3-30b-a3b --batch 1 --batch 32 --out decode.json",
+            "optx bench ceilings",
+        ),
+        notes="Ceilings are measured in the same run: reading, bf16 and fp8 products. Percentages are of the one that binds. "
+        f"Shapes of decode: {', '.join(SHAPES)} (by default all three), any config that ships with optx, or a config.json.",
         run=cli_verbs.bench,
     ),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import optx
 from optx import ir
-from optx.bench import kernels, timing
+from optx.bench import kernels, step, timing
 from optx.checkpoint.export import check_free
 from optx.checkpoint.source import Source
 from optx.errors import RequestError, UsageError, did_you_mean, no_such_path
@@ -32,9 +32,7 @@ def _facts(source: Source) -> dict:
     return {
         "model": origin.name,
         "family": origin.config.get("model_type"),
-        "form": {"hf": "Hugging Face directory", "gguf": "GGUF file"}[origin.kind]
-        if source.recipe is None
-        else "optx export",
+        "form": _form(source),
         "dtype": origin.dtype,
         "file_bytes": origin.bytes or None,
         "context": source.tree.context,
@@ -45,6 +43,14 @@ def _facts(source: Source) -> dict:
         "weight_bytes": ir.weight_bytes(source.tree),
         "kv_bytes_per_token": source.tree.cache_plan().bytes(1, 1),
     }
+
+
+def _form(source: Source) -> str:
+    if source.recipe is not None:
+        return "optx export"
+    if source.origin.kind == "gguf":
+        return "GGUF file"
+    return "Hugging Face directory" if source.origin.bytes else "config, without weights"
 
 
 def _module(entry: ir.Entry) -> dict:
@@ -139,20 +145,34 @@ def evaluate(
     print("\n".join(f"{label:<12} {value}" for label, value in rows))
 
 
-def bench(what: str, *, op, out, json) -> None:
-    if what not in ("kernels", "ceilings"):
-        raise UsageError(f"bench: {what!r}{did_you_mean(what, ('kernels', 'ceilings'))}")
-    if what == "ceilings":
-        lines, ceilings = [], timing.ceilings()
+BENCHES = {"kernels": ("op",), "decode": ("shape", "batch", "context", "recipe", "require"), "ceilings": ()}
+
+
+def bench(what: str, *, out, json, **flags) -> None:
+    if what not in BENCHES:
+        raise UsageError(f"bench: {what!r}{did_you_mean(what, BENCHES)}")
+    wrong = [name for name, value in flags.items() if value and name not in BENCHES[what]]
+    if wrong:
+        raise UsageError(f"bench {what}: --{wrong[0]} says nothing here; allowed: {', '.join(BENCHES[what]) or 'none'}")
+    if what == "decode":
+        found = step.run(
+            flags["shape"] or step.SHAPES, batches=flags["batch"] or step.BATCHES,
+            context=flags["context"] or step.CONTEXT, recipes=[_recipe(flags["recipe"])], require=flags["require"], say=say,
+        )  # fmt: skip
+        data, shown = step.to_dict(found), step.text(found)
+    elif what == "kernels":
+        lines, ceilings = kernels.run(flags["op"])
+        data = kernels.to_dict(lines, ceilings)
+        shown = kernels.text(lines, ceilings) if lines else kernels.ceilings_text(ceilings)
     else:
-        lines, ceilings = kernels.run(op)
-    data = kernels.to_dict(lines, ceilings)
+        ceilings = timing.ceilings()
+        data, shown = kernels.to_dict([], ceilings), kernels.ceilings_text(ceilings)
     if out:
         Path(out).write_text(json_text.dumps(data, indent=1) + "\n")
     if json:
         _print_json(data)
     else:
-        print(kernels.text(lines, ceilings) if lines else kernels.ceilings_text(ceilings))
+        print(shown)
 
 
 def _recipe(path: str | None) -> Recipe | None:

@@ -45,14 +45,15 @@ def step_bytes(tree: nnx.Module, batch: int = 1, context: int = 1) -> StepBytes:
     return StepBytes(
         batch=batch,
         context=context,
-        weights=weights_read(tree),
+        weights=weights_read(tree, batch),
         kv=kv,
         kv_token=plan.bytes(1, 1),
         held=ir.weight_bytes(tree) + kv,
     )
 
 
-def weights_read(tree: nnx.Module) -> int:
-    """Weight bytes that one decode step reads: all but the rows of an untied input embedding."""
-    total = ir.weight_bytes(tree)
-    return total if tree.output is None else total - ir.weight_bytes(tree.embed)
+def weights_read(tree: nnx.Module, batch: int = 1) -> int:
+    """Weight bytes that one decode step reads: all but the rows of an untied input embedding, and of experts those that some
+    of the `batch` tokens take, as many as uniform routing makes expect. A draft module is not run."""
+    unread = [part for part in (tree.draft, tree.output and tree.embed) if part is not None]
+    return ir.active_bytes(tree, batch) - sum(ir.active_bytes(part, batch) for part in unread)

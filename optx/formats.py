@@ -219,6 +219,7 @@ class Float4(Format):
     bytes of s, then those of o (little-endian), so that a slice of rows keeps both. Rules: optx/formats_fp4.py.
     """
 
+    top: ClassVar[float] = fp4.TOP  # largest magnitude of a code
     kind: str
     group: int | None = None  # the block of the kind, 32 or 16; nothing else is allowed
 
@@ -249,7 +250,7 @@ class Float4(Format):
         _require(self.check(length))
         x = x.astype(jnp.float32).reshape(*lead, length // self.group, self.group)
         scale = (fp4.mx_scale if self.kind == "mx" else fp4.nv_scale)(jnp.max(jnp.abs(x), axis=-1))
-        codes = fp4.codes(x / self._factor(scale)[..., None]).reshape(*lead, length)
+        codes = fp4.codes(x / self.factor(scale)[..., None]).reshape(*lead, length)
         return Parts(data=_pack_bits(codes, 4), scale=scale)
 
     def decode(self, parts, length, dtype):
@@ -262,7 +263,7 @@ class Float4(Format):
             x = codes * blocks[..., None] * outer[..., None]
         return x.astype(dtype).reshape(*codes.shape[:-2], length)
 
-    def _factor(self, scale):
+    def factor(self, scale):
         """float32[..., blocks]: what a block's codes are multiplied by."""
         if self.kind == "mx":
             return fp4.mx_factor(scale)

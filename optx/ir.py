@@ -5,7 +5,7 @@ Paths are attribute names and list indices joined by `/`: `layers/3/mixer/q`.
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -163,11 +163,20 @@ def weight_count(module: nnx.Module) -> int:
 
 def active_count(module: nnx.Module) -> int:
     """Numbers that one token meets: of parts that run in part (`active`: their share), that share."""
-    idle = 0.0
-    for _, part in walk(module):
-        if (share := getattr(part, "active", 1.0)) < 1:
-            idle += (1 - share) * weight_count(part)
-    return weight_count(module) - round(idle)
+    return weight_count(module) - round(sum((1 - share) * weight_count(part) for part, share in _in_part(module)))
+
+
+def active_bytes(module: nnx.Module, tokens: int = 1) -> int:
+    """Stored bytes of the parameters that some of `tokens` meets: as `weight_bytes`, but of parts that run in part the share
+    1 - (1 - active)^tokens. With uniform routing E (1 - (1 - k / E)^B) of E experts are expected to be met by B tokens.
+    """
+    idle = sum((1 - share) ** tokens * weight_bytes(part) for part, share in _in_part(module))
+    return weight_bytes(module) - round(idle)
+
+
+def _in_part(module) -> list[tuple[nnx.Module, float]]:
+    parts = [(part, getattr(part, "active", 1.0)) for _, part in walk(module)]
+    return [(part, share) for part, share in parts if share < 1]
 
 
 def _distinct(module) -> list[nnx.Variable]:
@@ -200,8 +209,8 @@ def _public(module) -> list[str]:
     return [name for name in vars(module) if not name.startswith("_")]
 
 
-def _line(module: nnx.Module) -> str:
-    """Class, static attributes and own parameters of one module, without its children."""
+def _line(module: nnx.Module, last: nnx.Module) -> str:
+    """Class, static attributes and own parameters of one module, without its children. last: of those it stands for."""
     facts, tensors = [], []
     for name in _public(module):
         value = vars(module)[name]
@@ -211,7 +220,8 @@ def _line(module: nnx.Module) -> str:
         elif isinstance(value, nnx.Pytree) or name in FOLDED_ATTRIBUTES or value is None:
             continue
         else:
-            text = f"{value:g}" if isinstance(value, float) else str(value)
+            ends = (value, getattr(last, name)) if name in _by_layer(module) else (value,)
+            text = "..".join(dict.fromkeys(f"{end:g}" if isinstance(end, float) else str(end) for end in ends))
             facts.append(f"{name}=({text})" if " " in text else f"{name}={text}")
     return " ".join([type(module).__name__, *tensors, *facts])
 
@@ -226,30 +236,83 @@ class Entry:
     bytes: int
 
 
-def entries(module: nnx.Module, path: str = "", depth: int = 0, times: int = 1) -> Iterator[Entry]:
-    """The tree parents first, equal entries of a list folded into one (`layers/0-4,6-10`)."""
+def entries(module: nnx.Module, path: str = "", depth: int = 0, like: Sequence[nnx.Module] = ()) -> Iterator[Entry]:
+    """The tree parents first, equal entries of a list folded into one: `layers/0-4,6-10`, or `layers/0-6 of every 8 to 79`.
+
+    like: the modules for which this one stands, itself first; itself alone when empty.
+    """
+    like = like or (module,)
     own = sum(tensor.nbytes(v.get_value()) for v in vars(module).values() if isinstance(v, nnx.Variable))
-    yield Entry(path, depth, _line(module), own * times)
+    yield Entry(path, depth, _line(module, like[-1]), own * len(like))
     for name, value in vars(module).items():
         if isinstance(value, nnx.List):
-            folded: dict[tuple, list[int]] = {}
-            for i, item in enumerate(value):
-                folded.setdefault(signature(item), []).append(i)
-            for indices in folded.values():
-                where = f"{path}/{name}/{_ranges(indices)}".lstrip("/")
-                yield from entries(value[indices[0]], where, depth + 1, times * len(indices))
+            for indices in _folds(value):
+                where = f"{path}/{name}/{_ranges(indices, len(value))}".lstrip("/")
+                same = [getattr(m, name)[i] for m in like for i in indices]
+                yield from entries(value[indices[0]], where, depth + 1, same)
         elif isinstance(value, nnx.Module):
-            yield from entries(value, f"{path}/{name}".lstrip("/"), depth + 1, times)
+            yield from entries(value, f"{path}/{name}".lstrip("/"), depth + 1, [getattr(m, name) for m in like])
 
 
-def _ranges(indices: list[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2,5'."""
+def _by_layer(module: nnx.Module) -> tuple[str, ...]:
+    """Numbers that change from layer to layer, which a class may name in `BY_LAYER`."""
+    return getattr(type(module), "BY_LAYER", ())
+
+
+def _folds(items: nnx.List) -> list[list[int]]:
+    """Indices of equal items. Their numbers by layer may differ where they lie on a straight line over the indices: its ends
+    then say all."""
+    lines: dict[tuple, list[int]] = {}
+    for i, item in enumerate(items):
+        lines.setdefault(_key_without(item), []).append(i)
+    folds: list[list[int]] = []
+    for indices in lines.values():
+        if all(_straight(indices, values) for values in zip(*(_numbers(items[i]) for i in indices), strict=True)):
+            folds.append(indices)
+            continue
+        equal: dict[tuple, list[int]] = {}
+        for i in indices:
+            equal.setdefault(signature(items[i]), []).append(i)
+        folds += equal.values()
+    return sorted(folds)
+
+
+def _numbers(module: nnx.Module) -> list[float]:
+    return [getattr(part, name) for _, part in walk(module) for name in _by_layer(part)]
+
+
+def _key_without(module: nnx.Module) -> tuple:
+    """The signature but for numbers by layer."""
+    if not _numbers(module):
+        return signature(module)
+    copy = shallow(module)
+    for _, part in walk(copy):
+        for name in _by_layer(part):
+            _set(part, name, None)
+    return signature(copy)
+
+
+def _straight(indices: Sequence[int], values: Sequence[float]) -> bool:
+    line = np.interp(indices, (indices[0], indices[-1]), (values[0], values[-1]))
+    return bool(np.allclose(values, line, rtol=1e-9, atol=1e-12))
+
+
+LISTED = 4  # runs of indices up to which they are listed
+
+
+def _ranges(indices: list[int], total: int) -> str:
+    """[0, 1, 2, 5] -> '0-2,5'; many runs that repeat to the end of the list -> '0-2,5 of every 8 to 39'."""
     runs: list[list[int]] = []
     for i in indices:
         if runs and i == runs[-1][1] + 1:
             runs[-1][1] = i
         else:
             runs.append([i, i])
+    if len(runs) > LISTED:
+        for period in range(2, total // 2 + 1):
+            first = [i for i in indices if i < period]
+            if first and indices == [i for i in range(total) if i % period in first]:
+                return f"{_ranges(first, total)} of every {period} to {total - 1}"
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 

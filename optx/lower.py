@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optx import ir
+from optx import ir, tensor
 from optx.cache import CachePlan
 from optx.errors import LoweringError
 from optx.pallas import dispatch
@@ -67,10 +67,15 @@ def explain(model: nnx.Module) -> str:
     for choice, paths in sorted(groups.items(), key=lambda item: item[0].op):
         declined = "".join(f"; {name} declined: {reason}" for name, reason in choice.declined)
         sites = "1 site" if len(paths) == 1 else f"{len(paths)} sites"
-        notes = ["weights re-laid once"] if dispatch.row_of(choice).relayout else []
+        notes = ["weights re-laid once"] if any(_arranged(ir.get(model, path)) for path in paths) else []
         notes += [choice.note] if choice.note else []
         lines.append(f"{choice.op} ({sites}, first {paths[0]}): {', '.join([str(choice), *notes])}{declined}")
     return "\n".join(lines)
+
+
+def _arranged(module: nnx.Module) -> bool:
+    values = (v.get_value() for v in vars(module).values() if isinstance(v, nnx.Variable))
+    return any(isinstance(value, tensor.Arranged) for value in values)
 
 
 @dataclasses.dataclass(frozen=True)

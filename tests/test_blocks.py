@@ -15,7 +15,22 @@ from flax import nnx
 from optx import cache, formats, ir, tensor
 from optx.cache import Address, CacheSpec, Layout, Ragged, pages_for
 from optx.errors import FormatError
-from optx.nn import MLA, Attention, Block, CausalLM, Embed, GatedMLP, Linear, Mamba2, RMSNorm, Rope
+from optx.nn import (
+    MLA,
+    Attention,
+    Block,
+    CausalLM,
+    Embed,
+    GatedDelta,
+    GatedMLP,
+    Indexer,
+    Linear,
+    LinearAttention,
+    Mamba1,
+    Mamba2,
+    RMSNorm,
+    Rope,
+)  # fmt: skip
 from optx.pallas.ssm_scan import reference as ssm
 
 D, VOCAB, P = 16, 40, 4
@@ -32,13 +47,29 @@ def mixer(kind: str, dtype):
         made = MLA(D, heads=3, rank=8, nope_dim=4, value_dim=6, rope=small, q_rank=8, dtype=dtype)
         made.cache = made.cache.replace(window=WINDOW, sinks=SINKS) if kind == "mla_window" else made.cache
         return made
+    if kind == "indexed":  # sees 5 tokens of those in the window
+        small = Rope(theta=100.0, dim=4)
+        indexer = Indexer(D, heads=6, head_dim=6, top_k=5, q_rank=8, rope=small, dtype=dtype)
+        made = MLA(D, heads=3, rank=8, nope_dim=4, value_dim=6, rope=small, q_rank=8, indexer=indexer, dtype=dtype)
+        made.cache = made.cache.replace(window=2 * WINDOW)
+        return made
     if kind == "mamba2":
         return Mamba2(D, heads=4, head_dim=4, state_dim=8, groups=2, conv=4, dtype=dtype)
+    if kind == "mamba1":
+        return Mamba1(D, inner=24, state_dim=4, rank=3, norm=functools.partial(RMSNorm, dtype=dtype), dtype=dtype)
+    if kind == "linear":
+        return LinearAttention(D, heads=4, head_dim=6, dtype=dtype)
+    if kind == "delta":
+        return GatedDelta(D, heads=4, key_heads=2, head_dim=6, key_dim=4, conv=4, dtype=dtype)
     attention = functools.partial(Attention, D, heads=4, kv_heads=2, head_dim=8, rope=rope, dtype=dtype)
     if kind == "shared":
         return attention(share=0)
     if kind == "norm":
         return attention(norm=lambda: RMSNorm(8, dtype=dtype), softcap=3.0, bias=True)
+    if kind == "gated":
+        return attention(gated=True, bias=True)
+    if kind == "sink_logits":
+        return attention(sinks=True, window=WINDOW)
     made = attention()
     if kind == "window":
         made.cache = made.cache.replace(window=WINDOW)
@@ -71,10 +102,14 @@ EXACT = {
     "norm": ("norm", "norm"),
     "window": ("window", "window"),
     "sinks": ("sinks", "sinks"),
+    "sink_logits": ("sink_logits", "sink_logits"),
     "mla_window": ("mla_window", "mla_window"),
     "shared": ("gqa", "gqa", "shared"),
     "mla": ("mla", "mla"),
+    "indexed": ("indexed", "indexed"),
     "mamba2": ("mamba2", "mamba2"),
+    "delta": ("delta", "delta", "gated"),
+    "linear": ("mamba1", "linear", "mamba1"),
     "hybrid": ("gqa", "mamba2", "sinks", "mla", "shared", "window"),
 }
 # Bound on the RMS difference from the full forward's logits, in their standard deviations; measured: half of it.
@@ -377,7 +412,9 @@ def test_step_back_and_go_on_another_way(name, rng):
         *((kinds, "float32", None) for kinds in EXACT.values()),
         *(((kind,), "float32", None) for kind in LOSSY),
         (EXACT["hybrid"], "bfloat16", None),
-        (("gqa", "mla", "mamba2"), "float32", "bfloat16"),
+        (("gqa", "mla", "mamba2", "delta"), "float32", "bfloat16"),
+        (EXACT["delta"], "bfloat16", None),
+        (EXACT["linear"], "bfloat16", None),
         (("int8", "int4_asym", "fp8_e4m3"), "bfloat16", None),
         (("int8", "int4_asym", "fp8_e4m3"), "float32", "bfloat16"),
         (("int8", "int4_asym", "fp8_e4m3"), "bfloat16", "float32"),
@@ -550,7 +587,7 @@ def test_mla_layer_equals_its_equations(q_rank, window, sinks, rng):
     layer.cache = layer.cache.replace(window=window, sinks=sinks)
     x, w = rng.normal(size=(11, D)).astype(np.float32), weights_of(layer)
     low = rms(x @ w["q_a/weight"], w["q_norm/weight"]) if q_rank else x
-    q = (low @ w["q_b/weight"]).reshape(11, 3, 8)
+    q = (low @ w["q_b/weight" if q_rank else "q/weight"]).reshape(11, 3, 8)
     q = np.concatenate([q[..., :4], rotate(q[..., 4:], 100.0)], axis=-1)
     c, k_r = np.split(x @ w["kv_a/weight"], [8], axis=-1)
     up = (rms(c, w["kv_norm/weight"]) @ w["kv_b/weight"]).reshape(11, 3, 10)

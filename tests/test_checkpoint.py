@@ -18,6 +18,7 @@ import optx
 from optx import ir
 from optx.checkpoint.mapping import permute, unpermute
 from optx.errors import CheckpointError, ConfigError, OptxError
+from optx.models import FAMILIES
 
 INDEX = "model.safetensors.index.json"
 
@@ -296,7 +297,7 @@ CONFIGS = {
     "unknown type": ({"model_type": "lama"}, "config.json: model_type 'lama' is not supported; did you mean 'llama'?"),
     "another type": (
         {"model_type": "bert"},
-        "model_type 'bert' is not supported; allowed: gemma3_text, llama, mistral, qwen3",
+        f"model_type 'bert' is not supported; allowed: {', '.join(sorted(t for f in FAMILIES for t in f.HF_TYPES))}",
     ),
     "no type": ({"model_type": ...}, "model_type None is not supported"),
     "type of a type": ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
@@ -319,8 +320,8 @@ CONFIGS = {
     "head size": ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size 32 does not divide into 5 heads"),
     "activation": ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'; supported: 'silu' or absent"),
     "rope type": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        "config.json: rope_scaling: rope_type 'yarn'; supported: default, linear, llama3",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        "config.json: rope_scaling: rope_type 'dynamic'; supported: default, linear, llama3, yarn",
     ),
     "rope field": (
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta": 1}},

@@ -11,6 +11,7 @@ import tiny
 
 import optx
 from optx import cli
+from optx.configs import model_names
 
 VERBS = [verb.name for verb in cli.VERBS]
 
@@ -236,6 +237,33 @@ def test_a_bare_config_is_enough_to_describe_and_plan(optx_, model, tmp_path):
     assert json.loads(out)["after"] == whole["after"]
     fails(optx_("generate", config, "--prompt", "a"), 1, "a config holds no weights")
     fails(optx_("plan", config, "--weights", "packed"), 1, "'packed' is for GGUF files")
+
+
+def test_a_shipped_config_is_found_by_its_name(optx_, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing of that name stands there
+    code, out, err = optx_("describe", "gpt-oss-20b", "--weights", "packed")
+    assert (code, err) == (0, "") and "config, without weights" in out
+    assert "gate_up: GroupedLinear mxfp4[32, 2880, 5760]" in out
+    plan = json.loads(optx_("plan", "qwen3-8b", "--target", "h100", "--json")[1])
+    assert plan["model"] == "qwen3-8b" and plan["before"]["kv_per_token"] == 147_456
+    fails(optx_("generate", "qwen3-8b", "--prompt", "a"), 1, "a config holds no weights")
+    fails(optx_("plan", "qwen3-8b", "--weights", "packed"), 1, "this one's tensors are dense")
+    fails(optx_("plan", "Qwen3_8B"), 1, "Qwen3_8B: no such file", "configs that ship with optx", "qwen3-8b")
+    fails(optx_("plan", "nothing-like-it"), 1, "optx.configs.model_names() lists the configs")
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_shipped_config_is_planned_and_described(name, optx_):
+    code, out, err = optx_("plan", name, "--target", "h100", "--batch", 8, "--context", 4096)
+    assert (code, err) == (0, "") and out.startswith(f"{name} for h100")
+    code, out, err = optx_("describe", name, "--json")
+    assert (code, err) == (0, "") and json.loads(out)["form"] == "config, without weights"
+
+
+def test_a_path_comes_before_a_shipped_name(optx_, model, tmp_path, monkeypatch):
+    (tmp_path / "qwen3-8b").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(optx_("describe", "qwen3-8b", "--json")[1])["family"] == "llama"
 
 
 def test_plan_counts_bytes_before_and_after_each_pass(optx_, model):

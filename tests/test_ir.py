@@ -204,7 +204,7 @@ def test_get_and_put(model):
         ("layers/x", "nothing at 'x'; allowed: 0, 1, 2"),
         ("embed/3", "nothing at '3'; allowed: "),
         ("norm/eps/deeper", "nothing at 'deeper'"),
-        ("zzz/q", "nothing at 'zzz'; allowed: context, embed"),
+        ("zzz/q", "nothing at 'zzz'; allowed: context, draft, embed"),
     ],
 )
 def test_paths_that_lead_nowhere(model, path, told):

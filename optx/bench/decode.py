@@ -19,6 +19,7 @@ import numpy as np
 import optx
 from optx import ir
 from optx.engine.engine import Engine
+from optx.engine.sampling import Chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,9 @@ def _host_seconds(engine: Engine, prompt: list[int], tokens: int) -> float:
     real = stepper._ticks
 
     def nothing(ticks):
-        def run(leaves, caches, newest, packed, sampling):
-            return caches, newest, jnp.broadcast_to(packed[: newest.shape[0]], (ticks, newest.shape[0]))
+        def run(leaves, caches, rows, packed, sampling):
+            size = rows[0].shape[0]
+            return caches, rows, Chosen(tokens=jnp.broadcast_to(packed[:size], (ticks, size)))
 
         return jax.jit(run, donate_argnums=(1, 2))
 
@@ -105,7 +107,7 @@ def measure(compiled: optx.Compiled, prompt: int, tokens: int) -> Speed:
     first = min(_run(long, ids, 2)[0] for _ in range(3))
     step = min(_run(short, ids[:16], tokens)[1] for _ in range(3))
     read = sum(compiled.plan.bytes_per_token(1, 16 + tokens // 2).values())
-    linear = 2 * prompt * sum(ir.weight_count(layer) for layer in compiled.tree.layers)
+    linear = 2 * prompt * sum(ir.active_count(layer) for layer in compiled.tree.layers)
     bandwidth, flops = read_bandwidth(), matmul_rate()
     return Speed(
         decode=1 / step,

@@ -1,16 +1,22 @@
 """One decode step of a model's shape with random weights on the running device: time, compile time, bytes against bandwidth.
 
+    optx bench decode [--shape CONFIG] [--batch 32] [--context 896] [--recipe NAME] [--require xla] [--out FILE]
     python -m optx.bench.step CONFIG [--recipe NAME] [--batch 1,32] [--context 896] [--require xla] [--json FILE]
 
-CONFIG is a config.json: nothing is downloaded. The step is the engine's own tick, greedy, caches donated; its time is the mean of
-32 ticks in a row, each fed by the one before.
+CONFIG is the name of one of SHAPES, of a config that ships with optx, or a config.json: nothing is downloaded. The step is the
+engine's own tick, greedy, caches donated; its time is the mean of 32 ticks in a row. Rows have different tokens, so that
+experts are chosen as by the sequences of a real batch. The bound is what the plan says is read, by the bandwidth measured in
+the same run; for experts that is what uniform routing makes expect. What a step writes is not in it: of a state cache as much
+as it reads.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -22,11 +28,19 @@ import optx
 from optx import ir, lower
 from optx.bench import timing
 from optx.cache import Layout, pages_for
+from optx.checkpoint.source import Source
+from optx.configs import model_names, model_path
 from optx.engine.step import Stepper, Tick
+from optx.errors import UsageError, did_you_mean
 from optx.recipe import Recipe
 from optx.report import table
 
 TICKS = 32
+FOLDER = Path(__file__).parent / "shapes"  # published widths with layers and experts that one card holds
+SHAPES = ("qwen3-30b-a3b", "deepseek-v3-small-like", "qwen3-next-small-like")
+BATCHES = (1, 32, 128)
+CONTEXT = 896  # tokens
+PAGE = 64  # tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +52,10 @@ class StepTime:
     context: int
     milliseconds: float
     compile_seconds: float
-    bytes: float  # read: weights and caches, as planned
-    of_read_ceiling: float  # bytes / time / measured bandwidth
+    weight_bytes: float  # read, as planned
+    cache_bytes: float  # read, as planned
+    bound_milliseconds: float  # bytes / measured bandwidth
+    times_bound: float  # measured / bound
     kernels: str
 
 
@@ -67,10 +83,13 @@ def ticks(stepper: Stepper, batch: int, context: int, page_size: int):
     """The decode tick of `batch` rows whose pages lie in random order; the same context every time."""
     width = pages_for(context, page_size)
     pages = np.random.default_rng(0).permutation(batch * width).astype(np.int32).reshape(1, batch, width)
+    tokens = np.random.default_rng(1).integers(
+        0, stepper.program.vocab, batch
+    )  # one for all would take the same experts
     last = pages[0, :, (context - 1) // page_size] * page_size + (context - 1) % page_size
     groups = len(stepper.program.plan.keys)
     return Tick(
-        tokens=np.full(batch, -1, np.int32),
+        tokens=tokens.astype(np.int32),
         counts=np.ones(batch, np.int32),
         starts=np.full(batch, context - 1, np.int32),
         slots=np.arange(batch, dtype=np.int32),
@@ -80,7 +99,9 @@ def ticks(stepper: Stepper, batch: int, context: int, page_size: int):
         writes=(last.astype(np.int32)[None],) * groups,
         limits=np.full(batch, TICKS, np.int32),
         stops=np.full((batch, 1), -1, np.int32),
-        sampling=np.zeros((batch, 3), np.float32),
+        prompts=np.zeros(batch, np.int32),
+        biased=np.zeros((batch, 0), np.int32),
+        sampling=np.zeros((batch, 7), np.float32),
     )
 
 
@@ -90,25 +111,82 @@ def measure(planned: optx.Plan, tree: nnx.Module, batch: int, context: int, page
     stepper = Stepper(program, [layout] * max(len(program.plan.keys), 1), batch)
     tick = ticks(stepper, batch, context, page_size)
     start = time.perf_counter()
-    jax.block_until_ready(stepper(tick, greedy=True))
+    jax.block_until_ready(stepper(tick, "greedy"))
     compiled = time.perf_counter() - start
-    jax.block_until_ready(stepper(tick, greedy=True))
+    jax.block_until_ready(stepper(tick, "greedy"))
     start = time.perf_counter()
     for _ in range(TICKS):
-        chosen = stepper(tick, greedy=True)
+        chosen = stepper(tick, "greedy")
     jax.block_until_ready(chosen)
     seconds = (time.perf_counter() - start) / TICKS
-    moved = sum(planned.bytes_per_token(batch, context).values())
+    moved = planned.bytes_per_token(batch, context)
+    bound = sum(moved.values()) / read
     return StepTime(
         model=planned.name,
         batch=batch,
         context=context,
         milliseconds=1e3 * seconds,
         compile_seconds=compiled,
-        bytes=moved,
-        of_read_ceiling=moved / seconds / read,
+        weight_bytes=moved["weights"],
+        cache_bytes=moved["kv"],
+        bound_milliseconds=1e3 * bound,
+        times_bound=seconds / bound,
         kernels=lower.explain(tree),
     )
+
+
+def source(shape: str, dtype: str | None = None) -> Source:
+    """The config of a shape of benches, of one that ships with optx, or at a path. Raises UsageError naming the nearest."""
+    mine = {path.stem: path for path in FOLDER.glob("*.json")}
+    found = mine | {name: model_path(name) for name in model_names()}
+    path = found.get(shape, Path(shape))
+    if not path.is_file():
+        raise UsageError(f"shape {shape!r}: no such config.json{did_you_mean(shape, found)}")
+    return optx.load_config(path, dtype)
+
+
+def run(
+    shapes: Sequence[str] = SHAPES,
+    *,
+    batches: Sequence[int] = BATCHES,
+    context: int = CONTEXT,
+    recipes: Sequence[Recipe | None] = (None,),
+    require: str | None = None,
+    dtype: str | None = None,
+    page_size: int = PAGE,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[StepTime]:
+    """Times every shape under every recipe (None: as the config says) at every batch. say: called with what is under way."""
+    read, found = timing.read_ceiling(), []
+    for shape, recipe in itertools.product(shapes, recipes):
+        planned = optx.plan(source(shape, dtype), recipe, "auto")
+        tree = lower.lower(random_weights(planned.tree), planned.target, require)
+        say(f"{planned.name}: {ir.size_text(ir.weight_bytes(tree))} of weights\n{lower.explain(tree)}")
+        found += [measure(planned, tree, batch, context, page_size, read) for batch in batches]
+        del tree
+    return found
+
+
+HEADER = ("model", "batch", "context", "ms a step", "tokens/s", "GB a step", "bound, ms", "x bound", "compile s")
+
+
+def text(found: Sequence[StepTime]) -> str:
+    rows = [
+        [s.model, f"{s.batch}", f"{s.context}", f"{s.milliseconds:.3g}", f"{1e3 * s.batch / s.milliseconds:,.0f}",
+         f"{(s.weight_bytes + s.cache_bytes) / 1e9:.3g}", f"{s.bound_milliseconds:.3g}", f"{s.times_bound:.2f}",
+         f"{s.compile_seconds:.1f}"]
+        for s in found
+    ]  # fmt: skip
+    read = timing.read_ceiling() / 1e12
+    return f"{jax.devices()[0].device_kind}: read {read:.3g} TB/s, measured\n{table(HEADER, rows)}"
+
+
+def to_dict(found: Sequence[StepTime]) -> dict:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "read_bytes_per_second": timing.read_ceiling(),
+        "steps": [dataclasses.asdict(step) for step in found],
+    }
 
 
 def main() -> None:
@@ -116,29 +194,19 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--recipe", action="append", default=[], help="may be repeated; none: as the config says")
     parser.add_argument("--batch", default="1,32")
-    parser.add_argument("--context", type=int, default=896)
-    parser.add_argument("--page_size", type=int, default=64)
+    parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--page_size", type=int, default=PAGE)
     parser.add_argument("--require", help="backend, as in a recipe")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    read, found = timing.read_ceiling(), []
-    for name in args.recipe or [None]:
-        recipe = Recipe.from_yaml(name) if name else Recipe(name="none")
-        planned = optx.plan(optx.load_config(args.config, "bfloat16"), recipe, "auto")
-        tree = lower.lower(random_weights(planned.tree), planned.target, args.require)
-        print(f"{planned.name}: {ir.size_text(ir.weight_bytes(tree))} of weights\n{lower.explain(tree)}", flush=True)
-        for batch in map(int, args.batch.split(",")):
-            found.append(measure(planned, tree, batch, args.context, args.page_size, read))
-        del tree
-    header = ("model", "batch", "context", "ms a step", "tokens/s", "GB a step", "% of read ceiling", "compile s")
-    rows = [
-        [s.model, f"{s.batch}", f"{s.context}", f"{s.milliseconds:.2f}", f"{1e3 * s.batch / s.milliseconds:,.0f}",
-         f"{s.bytes / 1e9:.2f}", f"{100 * s.of_read_ceiling:.0f}", f"{s.compile_seconds:.1f}"]
-        for s in found
-    ]  # fmt: skip
-    print(f"{jax.devices()[0].device_kind}: read {read / 1e12:.2f} TB/s\n{table(header, rows)}")
+    found = run(
+        [args.config], batches=[int(size) for size in args.batch.split(",")], context=args.context,
+        recipes=[Recipe.from_yaml(name) for name in args.recipe] or [None], require=args.require, dtype="bfloat16",
+        page_size=args.page_size, say=functools.partial(print, flush=True),
+    )  # fmt: skip
+    print(text(found))
     if args.json:
-        args.json.write_text(json.dumps([dataclasses.asdict(s) for s in found], indent=1))
+        args.json.write_text(json.dumps(to_dict(found), indent=1))
 
 
 if __name__ == "__main__":

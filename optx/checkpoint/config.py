@@ -16,6 +16,7 @@ HARMLESS = frozenset(
         "attention_dropout",
         "auto_map",
         "bos_token_id",
+        "cache_implementation",
         "chunk_size_feed_forward",
         "cross_attention_hidden_size",
         "dtype",

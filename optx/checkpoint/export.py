@@ -27,9 +27,9 @@ from optx import ir, pipeline
 from optx.checkpoint.hf import read_json
 from optx.checkpoint.source import FamilyOf, Origin, Source, build
 from optx.errors import CheckpointError, did_you_mean
-from optx.formats import parse
+from optx.formats import Format, parse
 from optx.recipe import Recipe
-from optx.tensor import QTensor, is_qtensor
+from optx.tensor import QTensor, is_qtensor, quantize
 from optx.tokenizer import Tokenizer
 
 MANIFEST, IR, WEIGHTS = "manifest.json", "ir.txt", "weights"
@@ -122,15 +122,19 @@ def with_formats(tree: nnx.Module, formats: Mapping[str, str]) -> nnx.Module:
         variable = parameters.get(path)
         if variable is None:
             raise CheckpointError(f"the file's packed parameters: nothing at {path!r}{did_you_mean(path, parameters)}")
-        module, shape = ir.get(out, owner), variable.get_value().shape
         axis = -1 if path == "embed/table" else -2
-        length = shape[axis]
-        rows = shape if axis == -1 else shape[::-1]
-        format_ = parse(str(text))
-        data = jax.ShapeDtypeStruct((*rows[:-1], format_.packed(length)), np.uint8)
-        packed = QTensor(data=data, format=format_, length=length, axis=axis, dtype=variable.get_value().dtype)
-        setattr(module, last, nnx.Param(packed, axes=variable.get_metadata().get("axes")))
+        packed = _abstract(variable.get_value(), parse(str(text)), axis)
+        setattr(ir.get(out, owner), last, nnx.Param(packed, axes=variable.get_metadata().get("axes")))
     return out
+
+
+def _abstract(like: jax.ShapeDtypeStruct, format_: Format, axis: int) -> QTensor:
+    if format_.can_encode:
+        return quantize(like, format_, axis)
+    length = like.shape[axis]
+    rows = like.shape if axis == -1 else like.shape[::-1]
+    data = jax.ShapeDtypeStruct((*rows[:-1], format_.packed(length)), np.uint8)
+    return QTensor(data=data, format=format_, length=length, axis=axis, dtype=like.dtype)
 
 
 def flatten(tree: nnx.Module) -> dict[str, jax.Array]:

@@ -101,6 +101,7 @@ def hf_config(source: Source, classes: dict[str, str], where: str) -> dict:
     added = {key: value for key, value in found.items() if value is not None and key not in config}
     config = {"architectures": [classes[config["model_type"]]], **config, **added}
     config.pop("dtype", None)
+    config.pop("quantization_config", None)  # what it speaks of is dense now
     return config | {"torch_dtype": source.origin.dtype}  # transformers 4 reads this name, 5 reads it too
 
 

@@ -11,7 +11,7 @@ from optx.checkpoint.mapping import Raw
 from optx.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 
 
 def read_json(path: Path) -> Any:

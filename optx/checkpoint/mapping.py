@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,12 @@ class Raw:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One parameter and its names in files; `{i}` is the layer, `{e}` the expert. Rows whose path a model lacks do not
-    apply to it."""
+    """One parameter and its names in files; `{i}` is the layer, `{n}` how many layers there are, `{e}` the expert. Rows whose
+    path a model lacks do not apply to it."""
 
     path: str
     hf: str | tuple[str, ...]  # several: the parameter is joined from them
+    packed: tuple[str, ...] = ()  # HF names that hold it in a format, by the kind's `pack`, where the others are absent
     gguf: str | None = None  # None: the family's GGUF files are not read
     kind: str | Kind = "linear"  # of KINDS
     gguf_heads: Literal["heads", "kv_heads"] | None = None  # rows of each head are in llama.cpp's rope order (pairs)
@@ -63,19 +64,36 @@ class Row:
             return list(self.patterns)
         return [name.replace("{e}", str(e)) for e in range(shape[0]) for name in self.patterns]
 
+    def found(self, raws: Mapping[str, Any]) -> "Row":
+        """The row as these tensors have it: dense, without `packed`, or packed, which are its names then."""
+        if any(name in raws for name in self.packed):
+            return dataclasses.replace(self, hf=self.packed)
+        return dataclasses.replace(self, packed=())
+
     def parts(self, array: np.ndarray, module: nnx.Module) -> dict[str, np.ndarray]:
         """The parameter as HF files hold it, by name."""
         parts = self.layout.split(array, module, len(self.patterns))
         return dict(zip(self.names("hf", array.shape), parts, strict=True))
 
 
+NAMES = ("path", "hf", "packed", "gguf")  # of a row's fields
+
+
 def expand(rows: Sequence[Row], layers: int) -> Iterator[Row]:
     def at(name, i):
-        return name and (name.replace("{i}", str(i)) if isinstance(name, str) else tuple(at(n, i) for n in name))
+        if isinstance(name, tuple):
+            return tuple(at(n, i) for n in name)
+        return name and name.replace("{i}", str(i)).replace("{n}", str(layers))
 
     for row in rows:
         for i in range(layers) if "{i}" in row.path else (None,):
-            yield dataclasses.replace(row, **{key: at(getattr(row, key), i) for key in ("path", "hf", "gguf")})
+            yield dataclasses.replace(row, **{key: at(getattr(row, key), i) for key in NAMES})
+
+
+def holds(raws: Mapping[str, Raw], rows: Sequence[Row], layers: int, prefix: str) -> bool:
+    """Whether a tensor is there of any parameter below the path `prefix`."""
+    mine = (row for row in expand(rows, layers) if row.path.startswith(f"{prefix}/"))
+    return any(name in raws for row in mine for name in row.patterns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,9 +112,10 @@ class Weights:
         raws, row = self.sources[path]
         raw, owner = raws[0], ir.get(self.tree, path.rsplit("/", 1)[0])
         want = ir.get(self.tree, path).get_value()
-        if row.layout.pack is not None:
-            packed = row.layout.pack([jnp.asarray(_read(raw)) for raw in raws], owner, want.dtype)
-            return packed if isinstance(want, QTensor) else packed.dequantize()
+        if row.packed:
+            packed = row.layout.pack.make([jnp.asarray(_read(raw)) for raw in raws], want.dtype)
+            _check_packed(raw, packed)
+            return packed if isinstance(want, QTensor) else _dense(packed)
         data = _read(raw)
         if row.gguf_heads and self.kind == "gguf":
             mixer = ir.get(self.tree, path.rsplit("/", 2)[0])
@@ -150,6 +169,7 @@ def bind(
     for path, variable in parameters.items():
         row = by_path.get(path)
         assert row is not None, f"{path}: the family has no row for this parameter"
+        row = row.found(raws)
         value, (owner, last) = variable.get_value(), path.rsplit("/", 1)
         module = ir.get(tree, owner)
         names = row.names(kind, value.shape)
@@ -174,15 +194,19 @@ def bind(
 def _form(raws: Sequence[Raw], row: Row, value, module, packed: bool):
     """The abstract value that `load` will give, or what does not fit, with `{path}` to fill in."""
     shape, dtype, layout = value.shape, jnp.dtype(value.dtype), row.layout
-    if layout.pack is not None:
-        parts = [jax.ShapeDtypeStruct(raw.shape, raw.dtype) for raw in raws]
-        form = jax.eval_shape(lambda parts: layout.pack(parts, module, dtype), parts)
-        if form.shape != shape:
-            return f"{raws[0].text}: {{path}} {list(shape)} is packed in tensors of another shape"
-        return form if packed else jax.ShapeDtypeStruct(shape, dtype)
+    if row.packed:
+        parts = layout.pack.parts(shape)
+        if isinstance(parts, str):
+            return f"{raws[0].text}: {{path}} {list(shape)}: {parts}"
+        for raw, part in zip(raws, parts, strict=True):
+            if (raw.shape, raw.dtype) != (part.shape, part.dtype.name):
+                return f"{raw.text}: {{path}} needs {part.dtype.name}{list(part.shape)}"
+        return layout.pack.form(shape, dtype) if packed else jax.ShapeDtypeStruct(shape, dtype)
     for raw, need in zip(raws, layout.shapes(shape, module, len(row.patterns)), strict=True):
         if raw.shape != need:
             return f"{raw.text}: {{path}} needs {list(need)}"
+        if raw.dtype == "uint8":
+            return f"{raw.text}: {{path}} needs floating-point numbers"
     raw = raws[0]
     if not (packed and raw.format is not None):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -190,6 +214,19 @@ def _form(raws: Sequence[Raw], row: Row, value, module, packed: bool):
     data = jax.ShapeDtypeStruct((*raw.shape[:-1], raw.format.packed(length)), jnp.uint8)
     axis = -2 if row.kind == "linear" else -1
     return QTensor(data=data, format=raw.format, length=length, axis=axis, dtype=dtype)
+
+
+def packed_form(tree: nnx.Module, rows: Sequence[Row]) -> nnx.Module:
+    """An abstract dense tree as it is when what has `packed` names is loaded with weights="packed"."""
+    tree = ir.shallow(tree)
+    parameters = ir.params(tree)
+    for row in expand(rows, len(tree.layers)):
+        if not row.packed or row.path not in parameters:
+            continue
+        variable, (owner, last) = parameters[row.path], row.path.rsplit("/", 1)
+        form = row.layout.pack.form(variable.get_value().shape, jnp.dtype(variable.get_value().dtype))
+        setattr(ir.get(tree, owner), last, nnx.Param(form, axes=variable.get_metadata().get("axes")))
+    return tree
 
 
 def _complain(where, missing, wrong, left) -> None:
@@ -229,6 +266,16 @@ def permute(data: np.ndarray, heads: int) -> np.ndarray:
     out, *rest = data.shape
     halves = data.reshape(heads, 2, out // heads // 2, *rest)
     return np.ascontiguousarray(np.swapaxes(halves, 1, 2)).reshape(out, *rest)
+
+
+_dense = jax.jit(lambda packed: packed.dequantize())
+
+
+def _check_packed(raw: Raw, packed: QTensor) -> None:
+    # Codes are finite: a scale says whether its numbers are. Only where one looks wrong are all of them looked at.
+    largest = packed.format.factor(packed.scale) * packed.format.top
+    if not bool(jnp.isfinite(largest.astype(packed.dtype)).all()):
+        _check_finite(raw, np.asarray(packed.rows()))
 
 
 def _check_finite(raw: Raw, data: np.ndarray) -> None:

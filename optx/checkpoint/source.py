@@ -14,11 +14,11 @@ from flax import nnx
 from optx import ir
 from optx.checkpoint import gguf, hf
 from optx.checkpoint.config import Fields
-from optx.checkpoint.mapping import Raw, bind
+from optx.checkpoint.mapping import Raw, Row, bind, holds, packed_form
 from optx.errors import CheckpointError, OptxError
 from optx.formats import parse
 from optx.ggml import BLOCKS
-from optx.tensor import Tensor
+from optx.tensor import Tensor, is_qtensor
 from optx.tokenizer import Tokenizer
 
 FamilyOf = Callable[[object, str], ModuleType]
@@ -35,6 +35,7 @@ class Origin:
     packed: bool = False
     formats: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> format of parameters packed in the file
     bytes: int = 0  # of the file or files
+    draft: bool = False  # the checkpoint holds the draft module that its config speaks of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,35 +97,65 @@ def from_module(model: nnx.Module, name: str = "module", tokenizer: Tokenizer | 
     return Source(tree=ir.abstract(model), read=read, origin=origin, tokenizer=tokenizer)
 
 
-def open_hf(folder: Path, family_of: FamilyOf, *, dtype: str | None) -> Source:
-    """An HF directory; dtype None: the checkpoint's own."""
+def open_hf(folder: Path, family_of: FamilyOf, *, dtype: str | None, packed: bool = False) -> Source:
+    """An HF directory; dtype None: the checkpoint's own. packed: what it holds in blocks stays so."""
     where = str(folder / "config.json")
     config = hf.read_config(folder / "config.json")
-    if "quantization_config" in config:
-        details = config["quantization_config"]
-        method = details.get("quant_method") if isinstance(details, dict) else details
-        raise CheckpointError(f"{where}: quantized checkpoint ({method}); supported here: dense safetensors, and GGUF")
+    rows = family_of(config.get("model_type"), where).ROWS
+    _check_quantized(config, rows, where)
     raws = hf.read_tensors(folder)
     dtype = dtype or _common_dtype(raws, folder)
-    origin = Origin(name=folder.name, kind="hf", config=config, dtype=dtype, bytes=_size(folder.glob("*.safetensors")))
+    origin = Origin(
+        name=folder.name, kind="hf", config=config, dtype=dtype, bytes=_size(folder.glob("*.safetensors")), draft=True
+    )
     tree, family = build(origin, family_of, where)
+    if not holds(raws, family.ROWS, len(tree.layers), "draft"):
+        origin, tree = dataclasses.replace(origin, draft=False), _without_draft(tree)
     weights = bind(
-        tree, family.ROWS, raws, kind="hf", packed=False, dtype=dtype, where=str(folder),
+        tree, family.ROWS, raws, kind="hf", packed=packed, dtype=dtype, where=str(folder),
         ignored=(*family.IGNORED, *(("lm_head.weight",) if tree.output is None else ())),
     )  # fmt: skip
+    if packed:
+        origin = _packed(origin, weights.tree, str(folder))
     return Source(tree=weights.tree, read=weights.load, origin=origin, tokenizer=_hf_tokenizer(folder))
 
 
-def open_config(path: Path, family_of: FamilyOf, *, dtype: str | None, allowed: Sequence[str]) -> Source:
-    """A bare config.json: shapes without weights. dtype None: the config's own, float32 where it names none."""
+def _check_quantized(config: dict, rows: Sequence[Row], where: str) -> None:
+    """Raises CheckpointError for a quantized checkpoint of a family that has no rows for one."""
+    if "quantization_config" in config and not any(row.packed for row in rows):
+        details = config["quantization_config"]
+        method = details.get("quant_method") if isinstance(details, dict) else details
+        raise CheckpointError(f"{where}: quantized checkpoint ({method}); supported here: dense safetensors, and GGUF")
+
+
+def _packed(origin: Origin, tree: nnx.Module, where: str) -> Origin:
+    """The origin with the formats of the tree's packed parameters. Raises CheckpointError when there is none."""
+    values = {path: variable.get_value() for path, variable in ir.params(tree).items()}
+    formats = {path: str(value.format) for path, value in values.items() if is_qtensor(value)}
+    if not formats:
+        raise CheckpointError(
+            f"{where}: weights='packed' is for GGUF files and MXFP4 checkpoints; this one's tensors are dense"
+        )
+    return dataclasses.replace(origin, packed=True, formats=formats)
+
+
+def open_config(
+    path: Path, family_of: FamilyOf, *, dtype: str | None, allowed: Sequence[str], packed: bool = False
+) -> Source:
+    """A bare config.json: shapes without weights. dtype None: the config's own, float32 where it names none; packed: as
+    the quantized checkpoint that it is of would be."""
     config = hf.read_config(path)
-    named = config.get("torch_dtype") or config.get("dtype") or "float32"
+    named = config.get("torch_dtype") or config.get("dtype")
+    named = named or ("bfloat16" if "quantization_config" in config else "float32")  # of what stands beside blocks
     dtype = dtype or str(named).removeprefix("torch.")
     if dtype not in allowed:
         raise CheckpointError(f"{path}: dtype {dtype!r}; supported: {', '.join(allowed)}; or choose one of them")
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
     origin = Origin(name=name or path.stem, kind="hf", config=config, dtype=dtype)
-    tree, _ = build(origin, family_of, str(path))
+    tree, family = build(origin, family_of, str(path))
+    if packed:
+        tree = packed_form(tree, family.ROWS) if "quantization_config" in config else tree
+        origin = _packed(origin, tree, str(path))
 
     def read(parameter: str) -> Tensor:
         raise CheckpointError(f"{path}: a config holds no weights, not {parameter}; it can be described and planned")
@@ -144,7 +175,9 @@ def open_gguf(path: Path, family_of: FamilyOf, *, dtype: str, packed: bool) -> S
     weights = bind(
         tree, family.ROWS, raws, kind="gguf", packed=packed, dtype=dtype, ignored=family.IGNORED, where=str(path)
     )
-    formats = {p: str(raws[0].format) for p, (raws, _) in weights.sources.items() if packed and raws[0].format is not None}
+    formats = {
+        p: str(raws[0].format) for p, (raws, _) in weights.sources.items() if packed and raws[0].format is not None
+    }
     return Source(
         tree=weights.tree,
         read=weights.load,
@@ -156,7 +189,12 @@ def open_gguf(path: Path, family_of: FamilyOf, *, dtype: str, packed: bool) -> S
 def build(origin: Origin, family_of: FamilyOf, where: str) -> tuple[nnx.Module, ModuleType]:
     """The abstract dense tree of an origin's config, and its family."""
     family = family_of(origin.config.get("model_type"), where)
-    return family.from_hf(Fields(origin.config, where), origin.dtype), family
+    tree = family.from_hf(Fields(origin.config, where), origin.dtype)
+    return (tree if origin.draft else _without_draft(tree)), family
+
+
+def _without_draft(tree: nnx.Module) -> nnx.Module:
+    return tree if tree.draft is None else ir.replace(tree, draft=None)
 
 
 def _raw(tensor, path: Path) -> Raw:
@@ -177,8 +215,10 @@ def _common_dtype(raws: dict[str, Raw], folder: Path) -> str:
         raise CheckpointError(f"{folder}: holds no tensor")
     counts: dict[str, int] = {}
     for raw in raws.values():
+        if raw.dtype == "uint8":
+            continue  # blocks of another format
         counts[raw.dtype] = counts.get(raw.dtype, 0) + math.prod(raw.shape)
-    most = max(counts, key=counts.__getitem__)
+    most = max(counts, key=counts.__getitem__, default="float32")
     return "float32" if most == "float64" else most
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from optx.cache import CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
-from optx.nn.core import Fused, Linear, RMSNorm, Rope
+from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
 from optx.pallas.dispatch import OpChoice, OpSite
@@ -61,29 +61,35 @@ class Attention(nnx.Module):
         bias=False,
         out_bias=False,
         norm=None,
+        gated=False,
+        sinks=False,
         share=None,
         dtype="float32",
         rngs=None,
     ):
-        """norm: a callable that builds the RMSNorm of a head's queries and keys, or None; share: the layer whose cache is
-        read (no k and v projections then). Raises ConfigError when heads do not group."""
+        """norm: a callable that builds the RMSNorm of a head's queries and keys, or None; gated: q also gives each head a
+        gate beside its query, and what the head brings is multiplied by its sigmoid (arXiv:2505.06708); sinks: each head
+        has a logit that takes part in the softmax and carries no value (gpt-oss, arXiv:2508.10925); share: the layer
+        whose cache is read (no k and v projections then). Raises ConfigError when heads do not group."""
         if heads % kv_heads:
             raise ConfigError(f"attention: {heads} query heads do not divide into {kv_heads} kv heads")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
         self.softcap = softcap
         self.rope = rope
+        self.gate = "sigmoid" if gated else None
         own = share is None
 
         def head_linear(n, axis):
             return Linear(d, n * head_dim, bias=bias, dtype=dtype, axes=("embed", axis), rngs=rngs)
 
-        self.q = head_linear(heads, "heads")
+        self.q = head_linear(2 * heads if gated else heads, "heads")
         self.k = head_linear(kv_heads, "kv_heads") if own else None
         self.v = head_linear(kv_heads, "kv_heads") if own else None
         self.o = Linear(heads * head_dim, d, bias=out_bias, dtype=dtype, axes=("heads", "embed"), rngs=rngs)
         self.q_norm: RMSNorm | None = norm() if norm else None
         self.k_norm: RMSNorm | None = norm() if norm and own else None
+        self.sinks = param((heads,), dtype, ("heads",), rngs, nnx.initializers.zeros) if sinks else None
         self.cache = paged_spec(kv_heads, head_dim, dtype=dtype, window=window).replace(share=share)
         self.choices: tuple[OpChoice, ...] = ()
 
@@ -94,12 +100,14 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, ragged: Ragged, view: View | None):
         """x [T, D] -> (y [T, D], the layer's pool or, without caches, the keys and values that later layers share)."""
         q, k, v = self.project(x)
+        q, gate = (q, None) if self.gate is None else jnp.split(q, 2, axis=-1)
         q = q if self.q_norm is None else self.q_norm(q)
         q = q if self.rope is None else self.rope(q, ragged.positions)
         if k is not None:
             k = k if self.k_norm is None else self.k_norm(k)
             k = k if self.rope is None else self.rope(k, ragged.positions)
         kwargs = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
+        kwargs |= {} if self.sinks is None else {"sink_logits": self.sinks.get_value()}
         if view is None or view.writes is None:
             pool = view.pool if k is None else self.cache.as_stored({"k": k, "v": v})
             keys, values = ragged.pad(pool["k"]), ragged.pad(pool["v"])
@@ -109,11 +117,13 @@ class Attention(nnx.Module):
         else:
             pool = view.pool if k is None else self.cache.append(view.pool, {"k": k, "v": v}, view.writes)
             out = attend_cached(self.choices, q, pool["k"], pool["v"], ragged, view, **kwargs)
+        out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(x.shape[0], -1)), pool
 
     def project(self, x):
-        """x [T, D] -> q [T, N, H], k and v [T, K, H], or None for both where another layer's cache is read."""
-        q = self.q(x).reshape(-1, self.heads, self.head_dim)
+        """x [T, D] -> q [T, N, H] ([T, N, 2H] with gates), k and v [T, K, H], or None for both where another layer's cache
+        is read."""
+        q = self.q(x).reshape(x.shape[0], self.heads, -1)
         if self.k is None:
             return q, None, None
         return q, *(part(x).reshape(-1, self.kv_heads, self.head_dim) for part in (self.k, self.v))
@@ -128,14 +138,17 @@ class Attention(nnx.Module):
             "cache": self.cache,
             "mask": self.mask,
             "softcap": self.softcap,
+            "sink_logits": self.sinks is not None,
         }
         return attention_sites(facts)
 
 
 class FusedAttention(Fused, Attention):
-    """Attention with q, k and v in one weight [D, (N + 2K) H]."""
+    """Attention with q, k and v in one weight [D, (N + 2K) H], or [D, 2 (N + K) H] with gates."""
 
-    KEPT = ("heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "o", "q_norm", "k_norm", "cache")
+    KEPT = (
+        "heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "gate", "o", "q_norm", "k_norm", "sinks", "cache",
+    )  # fmt: skip
 
     def __init__(self, attn: Attention, qkv: Linear):
         for name in self.KEPT:
@@ -144,15 +157,24 @@ class FusedAttention(Fused, Attention):
         self.choices = attn.choices
 
     def project(self, x):
-        y = self.qkv(x).reshape(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        return tuple(jnp.split(y, [self.heads, self.heads + self.kv_heads], axis=1))
+        q, k = self.sizes
+        q, k, v = jnp.split(self.qkv(x), [q, q + k], axis=-1)
+        return q.reshape(x.shape[0], self.heads, -1), *(t.reshape(-1, self.kv_heads, self.head_dim) for t in (k, v))
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Outputs of q; of k, as many as of v."""
+        return self.heads * self.head_dim * (1 if self.gate is None else 2), self.kv_heads * self.head_dim
 
     def unfused(self) -> Attention:
-        heads, kv_heads, size = self.heads, self.kv_heads, self.head_dim
+        q, k = self.sizes
         d = self.qkv.weight.get_value().shape[0]
         norm = None if self.q_norm is None else lambda: self.q_norm  # set below, as are the other parts
-        plain = Attention(d, heads=heads, kv_heads=kv_heads, head_dim=size, rope=self.rope, norm=norm)
-        plain.q, plain.k, plain.v = self.qkv.split([heads * size, kv_heads * size, kv_heads * size])
+        shape = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+        plain = Attention(
+            d, **shape, rope=self.rope, norm=norm, gated=self.gate is not None, sinks=self.sinks is not None
+        )
+        plain.q, plain.k, plain.v = self.qkv.split([q, k, k])
         for name in self.KEPT:
             setattr(plain, name, getattr(self, name))
         return plain

@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
 }
 
 
@@ -52,7 +53,7 @@ class Linear(nnx.Module):
 
     def arrange(self, relayout: Callable | None) -> None:
         """Puts the weight into a kernel's order, in place; None: back into its canonical packing."""
-        self.weight = _arranged(self.weight, self.weight.get_value(), relayout or tensor.canonical)
+        self.weight = arranged(self.weight, self.weight.get_value(), relayout or tensor.canonical)
 
     def split(self, sizes: Sequence[int]) -> list["Linear"]:
         """Linears with `sizes` outputs each, in order: slices of this weight and bias, whatever their form."""
@@ -81,7 +82,7 @@ def _matmul_site(weight) -> tuple[OpSite, ...]:
     return (OpSite(op="quant_matmul", args=facts),)
 
 
-def _arranged(like: nnx.Param, weight, relayout) -> nnx.Param:
+def arranged(like: nnx.Param, weight, relayout) -> nnx.Param:
     return nnx.Param(tensor.lift(relayout, weight), axes=like.get_metadata().get("axes"))
 
 
@@ -133,23 +134,55 @@ class Embed(nnx.Module):
 
     def arrange(self, relayout: Callable | None) -> None:
         """Sets `head`, in place: rows are looked up in the canonical table, which stays; None: drops it."""
-        head = None if relayout is None else _arranged(self.table, self.table.get_value().T, relayout)
+        head = None if relayout is None else arranged(self.table, self.table.get_value().T, relayout)
         self.head = nnx.data(head) if head is not None else None
 
 
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * (offset + weight), in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, d, *, eps=1e-6, offset=0.0, dtype="float32", axes=("embed",), rngs=None):
+    def __init__(self, d, *, eps=1e-6, offset=0.0, out=None, dtype="float32", axes=("embed",), rngs=None):
+        """out: dtype of y; None: that of x."""
         init = nnx.initializers.ones if offset == 0 else nnx.initializers.zeros
         self.weight = param((d,), dtype, axes, rngs, init)
         self.eps = eps
         self.offset = offset
+        self.out = out
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * (self.offset + self.weight.get_value().astype(jnp.float32))).astype(x.dtype)
+        return (y * (self.offset + self.weight.get_value().astype(jnp.float32))).astype(self.out or x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, d, *, eps=1e-5, bias=True, dtype="float32", axes=("embed",), rngs=None):
+        self.weight = param((d,), dtype, axes, rngs, nnx.initializers.ones)
+        self.bias = param((d,), dtype, axes, rngs, nnx.initializers.zeros) if bias else None
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = y * self.weight.get_value().astype(jnp.float32)
+        return (y if self.bias is None else y + self.bias.get_value().astype(jnp.float32)).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """down(act(up(x))), without a gate."""
+
+    def __init__(self, d, f, *, activation, bias=False, dtype="float32", rngs=None):
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"activation {activation!r} is not known{did_you_mean(activation, ACTIVATIONS)}")
+        self.up = Linear(d, f, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(f, d, bias=bias, dtype=dtype, axes=("mlp", "embed"), rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
 class GatedMLP(nnx.Module):
@@ -190,12 +223,31 @@ class FusedGatedMLP(Fused, GatedMLP):
         return plain
 
 
+class JoinedGatedMLP(nnx.Module):
+    """down(act(gate) * up) with [gate | up] = gate_up(x), one weight [D, 2F] in checkpoints too (FusedGatedMLP is what a
+    pass makes of two)."""
+
+    def __init__(self, d, f, *, activation="silu", bias=False, dtype="float32", rngs=None):
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"activation {activation!r} is not known{did_you_mean(activation, ACTIVATIONS)}")
+        self.gate_up = Linear(d, 2 * f, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(f, d, bias=bias, dtype=dtype, axes=("mlp", "embed"), rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary embedding of the first `dim` numbers of a head, halves rotated against each other (arXiv:2104.09864).
+    """Rotary embedding of the first `dim` numbers of a head (arXiv:2104.09864): halves rotated against each other, or
+    neighbours where `interleaved`.
 
     factor > 1 stretches positions: `linear` divides all frequencies, `llama3` only those of wavelengths longer than
-    original / low_freq, with a smooth step up to original / high_freq (Llama 3.1's config names).
+    original / low_freq, with a smooth step up to original / high_freq (Llama 3.1's config names). `yarn` (arXiv:2309.00071)
+    divides those that turn less than `beta_slow` times within `original` tokens, keeps those that turn more than
+    `beta_fast` times, with a ramp between; what it turns grows by `attention_factor`.
     """
 
     theta: float
@@ -206,10 +258,17 @@ class Rope:
     high_freq: float = 4.0
     original: int = 8192  # context length of pre-training, tokens
     factors: tuple[float, ...] = ()  # scaling "factors": divides each frequency (GGUF's rope_freqs)
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # yarn: the ramp begins and ends at whole numbers of a head
+    attention_factor: float = 1.0  # multiplies cos and sin
+    interleaved: bool = False  # numbers 2i and 2i + 1 are a pair, not i and i + dim / 2
 
     def __post_init__(self):
         if self.dim < 2 or self.dim % 2:
             raise ConfigError(f"rotary embedding of {self.dim} numbers a head; allowed: an even number, at least 2")
+        if self.scaling == "yarn" and self.theta <= 1:
+            raise ConfigError(f"rotary embedding with yarn and theta {self.theta:g}; allowed: above 1")
 
     def frequencies(self) -> np.ndarray:
         """float32[dim / 2], radians a position."""
@@ -227,16 +286,34 @@ class Rope:
             return ((1 - smooth) * freq / self.factor + smooth * freq).astype(np.float32)
         if self.scaling == "factors":
             return freq / np.asarray(self.factors, np.float32)
-        raise ConfigError(f"rope scaling {self.scaling!r}; allowed: none, linear, llama3, factors")
+        if self.scaling == "yarn":
+            kept = (1 - self._ramp()).astype(np.float32)
+            return freq / np.float32(self.factor) * (1 - kept) + freq * kept
+        raise ConfigError(f"rope scaling {self.scaling!r}; allowed: none, linear, llama3, factors, yarn")
+
+    def _ramp(self) -> np.ndarray:
+        """float32[dim / 2], from 0 where yarn keeps a frequency to 1 where it divides it."""
+        span = math.log(self.original), math.log(2 * math.pi), 2 * math.log(self.theta)
+        low, high = (self.dim * (span[0] - math.log(b) - span[1]) / span[2] for b in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dim - 1)
+        high += 0.001 if low == high else 0  # as HF does, so as not to divide by 0
+        return np.clip((np.arange(self.dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [T, N, H], positions int32[T] -> x with its first `dim` numbers rotated."""
         angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.frequencies())
         cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
-        first, second, rest = jnp.split(x.astype(jnp.float32), [self.dim // 2, self.dim], axis=-1)
-        turned = [first * cos - second * sin, second * cos + first * sin, rest]
-        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+        if self.attention_factor != 1:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        part, rest = jnp.split(x.astype(jnp.float32), [self.dim], axis=-1)
+        first, second = (part[..., ::2], part[..., 1::2]) if self.interleaved else jnp.split(part, 2, axis=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        if self.interleaved:
+            turned = [jnp.stack(turned, axis=-1).reshape(part.shape)]
+        return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)
 
     def __str__(self):
         stretch = "" if self.scaling == "none" else f" {self.scaling} x{self.factor:g}"
-        return f"rope {self.theta:g}/{self.dim}{stretch}"
+        return f"rope {self.theta:g}/{self.dim}{stretch}{' interleaved' if self.interleaved else ''}"

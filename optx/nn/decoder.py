@@ -17,11 +17,18 @@ class Residual:
     kept: float = 1.0
     added: float = 1.0
     normed: bool = False  # the stream goes on from norm(x)
+    dtype: str | None = None  # of the stream; None: that of x
 
     def __call__(self, x: jax.Array, normed: jax.Array, y: jax.Array) -> jax.Array:
         x = normed if self.normed else x
+        x = x if self.dtype is None else x.astype(self.dtype)
         x = x if self.kept == 1 else x * jnp.asarray(self.kept, x.dtype)
         return x + (y if self.added == 1 else y * jnp.asarray(self.added, y.dtype))
+
+    def __str__(self):
+        kept, added = ("" if share == 1 else f"{share:g} " for share in (self.kept, self.added))
+        stream = "norm(x)" if self.normed else "x"
+        return f"{kept}{stream} + {added}y" + (f" in {self.dtype}" if self.dtype else "")
 
 
 PLAIN = Residual()
@@ -58,9 +65,10 @@ class CausalLM(nnx.Module):
 
     def __init__(
         self, *, embed: Embed, layers, norm: RMSNorm, head: Linear | None, context: int, logit_softcap=None,
-        logit_scale: float | None = None,
+        logit_scale: float | None = None, draft: nnx.Module | None = None,
     ):  # fmt: skip
-        """context: longest sequence, tokens; logit_scale: multiplies the logits."""
+        """context: longest sequence, tokens; logit_scale: multiplies the logits; draft: an `MTP`, which the forward leaves out:
+        head(draft(hidden, embed(next tokens), ragged, view)[0]) are logits two tokens ahead."""
         self.embed = embed
         self.layers = nnx.List(layers)
         self.norm = norm
@@ -68,6 +76,7 @@ class CausalLM(nnx.Module):
         self.context = context
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
+        self.draft = draft
 
     def cache_plan(self) -> CachePlan:
         return CachePlan(specs=tuple(layer.mixer and layer.mixer.cache for layer in self.layers))

@@ -6,7 +6,7 @@ No capacity: every token reaches its experts. Routing is in float32.
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 
 from optx import tensor
 from optx.errors import ConfigError
-from optx.nn.core import ACTIVATIONS, Linear, param
+from optx.nn.core import ACTIVATIONS, Linear, arranged, param
 from optx.pallas import dispatch
 from optx.pallas.dispatch import OpChoice, OpSite
 
@@ -42,7 +42,8 @@ class Router(nnx.Module):
         groups=1, kept=1, dtype="float32", rngs=None,
     ):  # fmt: skip
         """bias: of the logits; selection_bias: added to scores for choosing only (`balance_bias` moves it)."""
-        if not 1 <= top_k <= experts or experts % groups or not 1 <= kept <= groups:
+        whole = experts % groups == 0 and 1 <= kept <= groups
+        if not whole or not 1 <= top_k <= kept * (experts // groups):
             raise ConfigError(f"router: {top_k} of {experts} experts in {kept} of {groups} groups does not work out")
         self.experts, self.top_k, self.score, self.normalized, self.scale = experts, top_k, score, normalized, scale
         self.groups, self.kept = groups, kept
@@ -90,6 +91,10 @@ class Glu:
         gate = gate * jax.nn.sigmoid(self.slope * gate) if self.slope != 1 else ACTIVATIONS[self.activation](gate)
         return gate * (up + self.shift if self.shift else up)
 
+    def __str__(self):
+        said = {"slope": (self.slope, 1.0), "shift": (self.shift, 0.0), "limit": (self.limit, None)}
+        return " ".join([self.activation, *(f"{name} {x:g}" for name, (x, usual) in said.items() if x != usual)])
+
 
 class GroupedLinear(nnx.Module):
     """y = x @ weight[e] + bias[e] for runs of tokens of one expert; weight [E, D, F], dense or packed."""
@@ -109,6 +114,12 @@ class GroupedLinear(nnx.Module):
         weight = self.weight.get_value()
         facts = {"weight": tensor.canonical(weight), "dtype": jnp.dtype(weight.dtype).name}
         return (OpSite(op="grouped_matmul", args=facts),)
+
+    def arrange(self, relayout: Callable | None) -> None:
+        """Puts packed weights into a kernel's order, in place; None: back into their canonical packing."""
+        weight = self.weight.get_value()
+        if tensor.is_packed(weight):
+            self.weight = arranged(self.weight, weight, relayout or tensor.canonical)
 
 
 class Experts(nnx.Module):
@@ -138,6 +149,27 @@ class Experts(nnx.Module):
         y = self.down(y, sizes, owners).astype(jnp.float32)
         y = y[jnp.argsort(order)].reshape(tokens, k, -1)
         return jnp.einsum("tk,tkd->td", routing.weights, y).astype(x.dtype)
+
+
+class LatentExperts(nnx.Module):
+    """leave(inner(enter(x))): experts that work in a narrower space of R numbers, which all share; the router sees x."""
+
+    def __init__(self, d, latent, inner: Experts, *, bias=False, dtype="float32", rngs=None):
+        self.enter = Linear(d, latent, bias=bias, dtype=dtype, axes=("embed", "latent"), rngs=rngs)
+        self.inner = inner
+        self.leave = Linear(latent, d, bias=bias, dtype=dtype, axes=("latent", "embed"), rngs=rngs)
+
+    @property
+    def active(self) -> float:
+        """Both projections are run for every token; `inner` says what it runs."""
+        return 1.0
+
+    @active.setter
+    def active(self, share: float) -> None:
+        self.inner.active = share
+
+    def __call__(self, x: jax.Array, routing: Routing) -> jax.Array:
+        return self.leave(self.inner(self.enter(x), routing))
 
 
 class MoE(nnx.Module):

@@ -102,6 +102,7 @@ ROWS: tuple[Row, ...] = (
     Row(op="paged_decode", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90"),
     Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu"),
     Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
+    Row(op="indexed_attention", backend="xla", module="indexed_attention.reference"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", module="quant_matmul.mosaic_gpu_sm90"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", variant="w8a8", module="quant_matmul.mosaic_gpu_sm90_w8a8"),
     Row(op="quant_matmul", backend=_TPU, module="quant_matmul.mosaic_tpu"),
@@ -111,6 +112,9 @@ ROWS: tuple[Row, ...] = (
     Row(op="grouped_matmul", backend=_TPU, module="grouped_matmul.mosaic_tpu"),
     Row(op="grouped_matmul", backend="xla", module="grouped_matmul.reference"),
     Row(op="ssm_scan", backend="xla", module="ssm_scan.reference"),
+    Row(op="selective_scan", backend="xla", module="selective_scan.reference"),
+    Row(op="linear_attention", backend="xla", module="linear_attention.reference"),
+    Row(op="gated_delta", backend="xla", module="gated_delta.reference"),
 )
 
 

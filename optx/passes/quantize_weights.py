@@ -7,6 +7,7 @@ from optx import formats, tensor
 from optx.errors import FormatError, PassError
 from optx.ir import replace
 from optx.nn.core import Linear
+from optx.nn.moe import GroupedLinear
 from optx.registry import Axis, PassOptions, Site, Stage, register
 
 
@@ -22,11 +23,12 @@ class QuantizeWeights(PassOptions):
 
 
 @register("quantize_weights", axis=Axis.BITS, stage=Stage.WEIGHTS, options=QuantizeWeights, exact=False)
-def quantize_weights(site: Site, linear: Linear, opt: QuantizeWeights) -> Linear:
+def quantize_weights(site: Site, linear: Linear | GroupedLinear, opt: QuantizeWeights) -> Linear | GroupedLinear:
     """w ~ s (q - z), q in `format`, s and z a group of input channels; activations stay as they are (W4A16, W8A16).
 
-    Scale rule: formats.Int. A decode step reads format.bits a weight instead of 16 or 32. Embedding tables stay as
-    they are. Rounding a packed file a second time adds its error to the first, so it needs `requantize: true`.
+    Scale rule: formats.Int. A decode step reads format.bits a weight instead of 16 or 32. Experts are rounded each by
+    itself; embedding tables and routers stay as they are. Rounding a packed file a second time adds its error to the
+    first, so it needs `requantize: true`.
     """
     weight = linear.weight.get_value()
     if tensor.is_qtensor(weight):

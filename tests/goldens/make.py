@@ -3,8 +3,9 @@
     python tests/goldens/make.py NAME...        (torch and transformers 5 in an environment of their own: optx needs neither)
 
 request.json: {"config": fields of the HF config, "tokens": [batch, length] (default [2, 40]), "scale": of the weights (default
-1), "tolerance": relative, of the logits (default 1e-4)}. Weights are drawn larger than transformers does (else attention is
-uniform and hides mistakes) and kept as bfloat16 in the file; everything is computed in float32, checked against float64.
+1), "tolerance": relative, of the logits (default 1e-4), "shift": {a vector's last name: what is added to it}}. Weights are drawn
+larger than transformers does (else attention is uniform and hides mistakes) and kept as bfloat16 in the file; everything is
+computed in float32, checked against float64.
 """
 
 import json
@@ -17,21 +18,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NEW = 16  # greedy tokens
+COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")  # buffers that the config gives: kept, float32
 
 
-def draw(model, scale: float, seed: int) -> None:
-    """Random parameters and buffers: matrices keep the size of what passes through, vectors move around their initial value."""
+def draw(model, scale: float, seed: int, shift: dict[str, float]) -> None:
+    """Random parameters and buffers: matrices keep the size of what passes through, vectors move around their initial value,
+    those named in `shift` around that much more."""
     generator = torch.Generator().manual_seed(seed)
     stored = dict(model.state_dict())
     for name, value in stored.items():
-        if not value.dtype.is_floating_point:
+        if not value.dtype.is_floating_point or name.endswith(COMPUTED):
             continue
         noise = torch.randn(value.shape, generator=generator)
         if value.ndim >= 2:
-            fan = value.shape[-1] if value.ndim == 2 else value[0].numel() ** 0.5 * value.shape[-1] ** 0.5
-            new = noise * scale / (1.0 if "embed" in name else max(fan, 1) ** 0.5)
+            new = noise * scale / (1.0 if "embed" in name else max(value.shape[-1], 1) ** 0.5)
         else:
-            new = value.float() + 0.3 * noise
+            new = value.float() + 0.3 * noise + shift.get(name.rpartition(".")[2], 0.0)
         value.copy_(new.to(torch.bfloat16).to(value.dtype))
 
 
@@ -42,13 +44,19 @@ def make(name: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
-        draw(model, request.get("scale", 1.0), request.get("seed", 0))
+        draw(model, request.get("scale", 1.0), request.get("seed", 0), request.get("shift", {}))
     temporary = folder / "saved"
-    model.to(torch.bfloat16).save_pretrained(temporary)
+    kept = {path: value.clone() for path, value in model.state_dict().items() if path.endswith(COMPUTED)}
+    model.to(torch.bfloat16)
+    for path, value in kept.items():
+        owner, _, last = path.rpartition(".")
+        setattr(model.get_submodule(owner), last, value)
+    model.save_pretrained(temporary)
     for part in ("config.json", "model.safetensors"):
         shutil.move(temporary / part, folder / part)
     shutil.rmtree(temporary)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}  # grouped experts are not for float64
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plain).eval()
     batch, length = request.get("tokens", [2, 40])
     tokens = torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -116,6 +116,22 @@ def test_projections_stored_differently_stay_apart():
     assert isinstance(planned.tree.layers[0].mixer.q, type(planned.tree.output)) and planned.tree.layers[0].mlp.up
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_gates_and_sinks_come_along(sinks):
+    """Of a gated attention q brings a query and a gate a head: twice as many outputs."""
+    rope = Rope(theta=1e4, dim=4)
+    mixer = Attention(16, heads=4, kv_heads=2, head_dim=6, rope=rope, gated=True, bias=True, sinks=sinks)
+    layer = Block(norm=RMSNorm(16), mixer=mixer, mlp_norm=RMSNorm(16), mlp=GatedMLP(16, 24))
+    shapes = CausalLM(embed=Embed(264, 16), layers=[layer], norm=RMSNorm(16), head=None, context=64)
+    model, tokens = ir.init_weights(shapes), families.prompt(12)
+    compiled = optx.compile(model, FUSE)
+    joined = compiled.tree.layers[0].mixer
+    assert joined.qkv.weight.get_value().shape == (16, 2 * 24 + 2 * 12)
+    want = optx.compile(model).logits(np.asarray(tokens)[None])[0]
+    assert families.relative(families.incremental(compiled.tree, tokens), want) < 1e-5
+    assert ir.describe(joined.unfused()) == ir.describe(model.layers[0].mixer)
+
+
 def test_attention_over_anothers_cache_has_nothing_to_join():
     rope = Rope(theta=1e4, dim=8)
     layers = [

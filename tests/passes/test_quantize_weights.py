@@ -1,6 +1,7 @@
 """quantize_weights: chosen matrices in fewer bits, the others as they were, and an error that falls as bits rise."""
 
 import dataclasses
+from pathlib import Path
 
 import families
 import numpy as np
@@ -126,6 +127,27 @@ def test_only_matched_linears_change():
             np.testing.assert_array_equal(variable.get_value(), ir.get(model, path).get_value())
         else:
             assert variable.get_metadata()["axes"] == ir.get(model, path).get_metadata()["axes"]
+
+
+MOE = Path(__file__).parent.parent / "goldens" / "qwen3_moe"
+
+
+@pytest.mark.parametrize("rule, most", [({"format": "int8"}, 0.02), ({"format": "int4", "group": 8}, 0.15)])
+def test_experts_are_rounded_each_by_itself_and_come_back_from_an_export(rule, most, tmp_path):
+    source, answers = optx.load(str(MOE), dtype="float32"), np.load(MOE / "answers.npz")
+    compiled = optx.compile(source, recipe(QuantizeWeights(match=".*/experts/.*", **rule)))
+    packed = {path: error for path, error in compiled.plan.records[0].errors.items() if error}
+    assert sorted(packed) == [f"layers/{i}/mlp/experts/{part}/weight" for i in (0, 2) for part in ("down", "gate_up")]
+    dense, whole = (t.layers[0].mlp.experts.down.weight.get_value() for t in (source.load(), compiled.tree))
+    assert whole.shape == dense.shape
+    alone = tensor.quantize(dense[3], whole.format)
+    np.testing.assert_array_equal(whole.dequantize()[3], alone.dequantize())
+    logits = compiled.logits(answers["tokens"])
+    assert 1e-4 < families.relative(logits, answers["logits"]) < most
+    again = optx.compile(optx.load(compiled.export(tmp_path / "optx")))
+    np.testing.assert_array_equal(again.logits(answers["tokens"]), logits)
+    again = optx.compile(optx.load(compiled.export(tmp_path / "hf", format="hf")))
+    assert families.relative(again.logits(answers["tokens"]), logits) < 1e-5
 
 
 GROUPED = [name for name in NAMES if not name.endswith("fp4")]  # the block of a 4-bit float is part of its format

@@ -1,0 +1,1 @@
+"""Gated delta rule: chunked prefill and one-step decode."""

@@ -1,0 +1,68 @@
+"""Attention over the cached tokens that an index picks, in plain JAX: this file defines the op, kernels must match it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from optx.pallas.attention.reference import Mask, attend, gather_pages
+from optx.tensor import Tensor, dense
+
+GATHERED = 1 << 18  # tokens that a block of queries gathers: 300 MB of latents of 576 numbers in bfloat16
+
+
+def index_scores(q, weights, keys) -> jax.Array:
+    """I_s = sum_n w_n relu(q_n . k_s): q [B, N, H], weights float32[B, N], keys [B, S, H] -> float32[B, S].
+
+    DeepSeek-V3.2 (arXiv:2512.02556, eq. 1).
+    """
+    products = jnp.einsum("bnh,bsh->bns", q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("bn,bns->bs", weights, jax.nn.relu(products))
+
+
+def indexed_attention(
+    q: jax.Array,
+    k_pool: Tensor,
+    index_q: jax.Array,
+    index_weights: jax.Array,
+    index_pool: Tensor,
+    *,
+    top_k: int,
+    value_dim: int,
+    positions: jax.Array,
+    table: jax.Array,
+    lengths: jax.Array,
+    q_positions: jax.Array,
+    mask: Mask = Mask(),
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale q k^T) v over the `top_k` tokens, of those that the mask shows, with the highest index scores.
+
+    q [B, Q, N, H]; k_pool [pages, 1, P, H], dense or packed, whose first `value_dim` numbers are the values; index_q
+    [B, Q, Ni, Hi], index_weights float32[B, Q, Ni], index_pool [pages, 1, P, Hi]; positions int32[pages, P]; table
+    int32[1, B, pages]; lengths int32[1, B] cached slots; q_positions int32[B, Q], -1 where there is no query.
+    -> out [B, Q, N, value_dim].
+    """
+    table, (_, page), b = table[0], positions.shape, q.shape[0]
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    keys = gather_pages(index_pool, table[None])[:, :, 0]
+    at = jnp.take(positions, table, axis=0, mode="clip").reshape(b, -1)
+    stored = jnp.arange(at.shape[1]) < lengths[0][:, None]
+    top_k = min(top_k, at.shape[1])
+
+    def one(query):
+        """A query of every row."""
+        q, index_q, weights, asked = query
+        asked = asked[:, None]
+        seen = mask(asked, at) & (asked >= 0) & stored
+        scores = jnp.where(seen, index_scores(index_q, weights, keys), -jnp.inf)
+        _, slots = jax.lax.top_k(scores, top_k)
+        real = jnp.take_along_axis(seen, slots, axis=1)
+        pages = jnp.take_along_axis(table, slots // page, axis=1)
+        picked = dense(jax.tree.map(lambda pool: pool[pages, 0, slots % page], k_pool)).astype(q.dtype)
+        k = jnp.where(real[..., None], picked, 0)[:, :, None]  # what no query sees may be NaN
+        return attend(q[:, None], k, k[..., :value_dim], real[:, None, None], scale=scale)[0][:, 0]
+
+    queries = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, index_q, index_weights, q_positions))
+    out = jax.lax.map(one, queries, batch_size=max(1, GATHERED // (b * top_k)))
+    return jnp.moveaxis(out, 0, 1)

@@ -1,0 +1,1 @@
+"""Selective scan with a state a channel: chunked prefill and one-step decode."""
