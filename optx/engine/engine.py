@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from optx.cache import Layout
 from optx.engine.pages import PagePool, PageTable
+from optx.engine.prefix import PrefixCache, refusal
 from optx.engine.request import Logprobs, Request, Sampling, token_ids
 from optx.engine.sampling import BIASES, KNOBS, WAYS, Chosen
 from optx.engine.step import Program, Stepper, Tick
@@ -28,6 +30,9 @@ class EngineOptions:
     chunks: tuple[int, ...] = (16, 64, 256, 512)  # prompt tokens a prefill tick, padded up to one of these, ascending
     pages: int | None = None  # pages a token group; None: enough for all rows at full context
     ticks: int | None = None  # decode ticks a dispatch while nothing waits; None: 16, on a CPU 1
+    prefix_cache: bool = (
+        True  # keys and values of finished prompts stay while there is room, for prompts that begin alike
+    )
     debug: bool = False  # check page tables on the device in every tick; slower
 
     def __post_init__(self):
@@ -55,6 +60,10 @@ class Engine:
             Layout(pages=table.pool.pages, page_size=options.page_size, slots=options.rows) for table in self._tables
         ] or [Layout(pages=1, page_size=options.page_size, slots=options.rows)]
         self._stepper = Stepper(program, layouts, options.rows, options.debug)
+        self.prefix_refusal = "switched off" if not options.prefix_cache else refusal(program.plan)
+        self.prefix = None if self.prefix_refusal else PrefixCache(self._tables)
+        for group, table in enumerate(self._tables if self.prefix else ()):
+            table.make_room = functools.partial(self.prefix.make_room, group)
         self._rows: list[Request | None] = [None] * options.rows
         self._waiting: collections.deque[Request] = collections.deque()
         self._prefilling: collections.deque[Request] = collections.deque()
@@ -165,6 +174,11 @@ class Engine:
             request.row = self._rows.index(None)
             self._rows[request.row] = request
             self._prefilling.append(request)
+            # A penalized row has to meet every token of its prompt.
+            if self.prefix is not None and not request.sampling.penalized:
+                self.prefix.asked += len(request.prompt)
+                request.computed = self.prefix.adopt(request.row, self.prefix.match(request.prompt))
+                self.prefix.hits += request.computed
 
     def _prefill(self, request: Request) -> list[tuple[Request, int]]:
         start = request.computed
@@ -173,6 +187,8 @@ class Engine:
         tokens = np.zeros(width, np.int32)
         tokens[:count] = request.prompt[start : start + count]
         chosen = self._dispatch([request], tokens, [count], width)
+        if self.prefix is not None:  # after every chunk: windows pass pages by that another prompt would go on from
+            self.prefix.insert(request.row, request.prompt[: request.computed])
         if request.computed < len(request.prompt):
             return []
         self._prefilling.popleft()
@@ -275,12 +291,15 @@ class Engine:
             return
         if request in self._prefilling:
             self._prefilling.remove(request)
+        if self.prefix is not None and request.computed > len(request.prompt):
+            self.prefix.insert(request.row, [*request.prompt, *request.output][: request.computed])
         for table in self._tables:
             table.free(request.row)
         self._rows[request.row] = None
 
     def check(self) -> None:
-        """When idle, every page is free: raises AssertionError for a leak."""
+        """When idle, every page is free or cached: raises AssertionError for a leak."""
         assert self.idle
-        for table in self._tables:
-            assert table.pool.available == table.pool.pages, "cache pages leaked"
+        for group, table in enumerate(self._tables):
+            cached = self.prefix.cached(group) if self.prefix else 0
+            assert table.pool.available + cached == table.pool.pages, "cache pages leaked"

@@ -1,7 +1,7 @@
 """Which row owns which pages: allocation with reference counts, page tables by group, windows that free passed pages."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -55,6 +55,7 @@ class PageTable:
     def __init__(self, spec: CacheSpec, pool: PagePool, *, rows: int, width: int, page_size: int):
         self.pool, self.page_size, self.width = pool, page_size, width
         self.window, self.sinks = spec.window, spec.sinks
+        self.make_room: Callable[[int], None] | None = None  # asked for so many free pages before some are taken
         self.table = np.zeros((rows, width), np.int32)
         self.lengths = np.zeros(rows, np.int32)  # slots in use in the row's listing
         self._first = np.zeros((rows, width), np.int64)  # position of the first token of each listed page
@@ -80,6 +81,8 @@ class PageTable:
         self._free_passed(row)
         length, size = int(self.lengths[row]), self.page_size
         have, need = self.pages_of(row), -(-(length + count) // size)
+        if self.make_room is not None:
+            self.make_room(need - have)
         if need - have > self.pool.available:
             raise OutOfPages(
                 f"a row needs {need - have} more cache pages of {size} tokens and {self.pool.available} are free"
@@ -91,6 +94,30 @@ class PageTable:
         self.lengths[row] += count
         self._next[row] += count
         return (self.table[row, slots // size] * size + slots % size).astype(np.int32)
+
+    def seen_pages(self, count: int) -> list[int]:
+        """Of the first `count` whole pages of a sequence, those that the token after them sees, or a later one may."""
+        if self.window is None:
+            return list(range(count))
+        oldest = count * self.page_size - self.window + 1
+        first = [i * self.page_size for i in range(count)]
+        return [i for i, at in enumerate(first) if at + self.page_size > oldest or at < self.sinks]
+
+    def listed(self, row: int) -> dict[int, int]:
+        """The row's whole pages: place in the sequence (0: its first tokens) -> page."""
+        full = int(self.lengths[row]) // self.page_size
+        return {int(self._first[row, i]) // self.page_size: int(self.table[row, i]) for i in range(full)}
+
+    def adopt(self, row: int, pages: dict[int, int], count: int) -> None:
+        """An empty row gets whole pages of other rows, by place in the sequence; its next token comes after `count` pages."""
+        assert self.lengths[row] == 0, f"row {row} is in use"
+        for index, (place, page) in enumerate(sorted(pages.items())):
+            self.pool.retain(page)
+            self.table[row, index], self._first[row, index] = page, place * self.page_size
+        self.lengths[row] = len(pages) * self.page_size
+        self._next[row] = count * self.page_size
+        gaps = [place for place in range(count) if place not in pages]
+        self._freed[row] = (max(gaps) + 1) * self.page_size if gaps else 0
 
     def _free_passed(self, row: int) -> None:
         """Frees full pages whose positions are all before the next query's window and past the sinks."""

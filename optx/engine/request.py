@@ -55,10 +55,14 @@ class Sampling:
     @property
     def way(self) -> Way:
         """What the program that serves it must be able to do."""
-        plain = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1.0, 0.0, 0.0)
-        if not plain or self.logit_bias or self.logprobs is not None:
+        if self.penalized or self.logit_bias or self.logprobs is not None:
             return "full"
         return "sampled" if self.temperature > 0 else "greedy"
+
+    @property
+    def penalized(self) -> bool:
+        """Whether the choice depends on which tokens came before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
     def knobs(self) -> list[float]:
