@@ -346,13 +346,44 @@ def test_the_host_looks_at_every_token_while_others_wait_or_a_text_may_stop(mode
     assert 4 in ticks
 
 
+# Prompts and decodes in one tick.
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "hybrid"])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_a_mixed_tick_changes_no_token(name, prefix_cache, models):
+    model, engine = models(name)
+    options = dataclasses.replace(OPTIONS, mixed=True, ticks=3, prefix_cache=prefix_cache)
+    mixed = Engine(optx.compile(model).program, options)
+    each = [Sampling(max_tokens=n, temperature=n % 2, seed=n, logprobs=None if n % 3 else 2) for n in (11, 2, 6, 5, 9)]
+    wanted = run(engine, PROMPTS, each)
+    assert run(mixed, PROMPTS, each) == wanted
+    assert run(mixed, PROMPTS[::-1], each[::-1]) == wanted[::-1]
+
+
+def test_rows_go_on_while_a_prompt_is_read(models):
+    mixed = Engine(optx.compile(models("llama")[0]).program, dataclasses.replace(OPTIONS, mixed=True))
+    first = mixed.add_request(PROMPTS[0], Sampling(max_tokens=12))
+    mixed.step()
+    second = mixed.add_request(families.prompt(30), GREEDY)
+    ticks = 0
+    while not second.output:
+        before = len(first.output)
+        mixed.step()
+        ticks += 1
+        assert len(first.output) == before + 1
+    assert ticks == 5, "30 tokens, seven a tick beside the running row"
+    mixed.run()
+
+
 # Compiles.
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("greedy, context, ticks", [(True, 48, 1), (False, 48, 1), (True, 7, 1), (True, 48, 4)])
-def test_nothing_compiles_after_warm_up(greedy, context, ticks, models):
+def test_nothing_compiles_after_warm_up(greedy, context, ticks, mixed, models):
     """A context of 7 has no room for a chunk of 8, but a prompt of 6 is padded to one."""
-    options = dataclasses.replace(OPTIONS, context=context, ticks=ticks)
+    options = dataclasses.replace(OPTIONS, context=context, ticks=ticks, mixed=mixed)
     engine = Engine(optx.compile(models("llama")[0]).program, options)
     engine.warm_up(Sampling(temperature=0.0 if greedy else 1.0))
     engine.check()

@@ -30,9 +30,8 @@ class EngineOptions:
     chunks: tuple[int, ...] = (16, 64, 256, 512)  # prompt tokens a prefill tick, padded up to one of these, ascending
     pages: int | None = None  # pages a token group; None: enough for all rows at full context
     ticks: int | None = None  # decode ticks a dispatch while nothing waits; None: 16, on a CPU 1
-    prefix_cache: bool = (
-        True  # keys and values of finished prompts stay while there is room, for prompts that begin alike
-    )
+    mixed: bool | None = None  # chunks of prompts and decodes in one tick; None: on accelerators
+    prefix_cache: bool = True  # keys and values stay while there is room, for prompts that begin alike
     debug: bool = False  # check page tables on the device in every tick; slower
 
     def __post_init__(self):
@@ -59,6 +58,7 @@ class Engine:
         layouts = [
             Layout(pages=table.pool.pages, page_size=options.page_size, slots=options.rows) for table in self._tables
         ] or [Layout(pages=1, page_size=options.page_size, slots=options.rows)]
+        self._mixed = self._may_mix(program) if options.mixed is None else options.mixed
         self._stepper = Stepper(program, layouts, options.rows, options.debug)
         self.prefix_refusal = "switched off" if not options.prefix_cache else refusal(program.plan)
         self.prefix = None if self.prefix_refusal else PrefixCache(self._tables)
@@ -68,6 +68,11 @@ class Engine:
         self._waiting: collections.deque[Request] = collections.deque()
         self._prefilling: collections.deque[Request] = collections.deque()
         self._count = 0
+
+    def _may_mix(self, program: Program) -> bool:
+        """Not where the reference pads every row to the longest, and states are computed so."""
+        states = any(spec is not None and not spec.holds_tokens for spec in program.plan.specs)
+        return jax.default_backend() != "cpu" and not states and self.options.rows < self.options.chunks[-1]
 
     def _page_table(self, spec) -> PageTable:
         size, rows = self.options.page_size, self.options.rows
@@ -115,14 +120,14 @@ class Engine:
             self._finish(request, "abort")
 
     def step(self) -> list[tuple[Request, int]]:
-        """One dispatch: a prefill chunk if a prompt is unfinished, else a token for every running row, or several while nothing
-        waits.
+        """One dispatch: while prompts are unfinished a chunk of the first (mixed: a token of every running row and as many prompt
+        tokens as the largest chunk has room for); else a token of every running row, or several while nothing waits.
 
         -> (request, token) of every token produced; a request that ended has `finish` set.
         """
         self._admit()
         if self._prefilling:
-            return self._prefill(self._prefilling[0])
+            return self._mix() if self._mixed else self._prefill(self._prefilling[0])
         running = [request for request in self._rows if request is not None]
         return self._decode(running) if running else []
 
@@ -146,16 +151,22 @@ class Engine:
         """Compiles every program that requests with such a sampling need, so that none of them waits for one."""
         assert self.idle, "warm up before the first request"
         sampling = dataclasses.replace(sampling, max_tokens=2, ignore_eos=True, stop=(), stop_ids=())
+        lengths = [min(chunk, self.context - 1) for chunk in self.options.chunks]
+        # A shorter context leaves no prompt long enough for the chunk.
+        long_enough = [
+            length for length, less in zip(lengths, (0, *self.options.chunks), strict=False) if length > less
+        ]
         if self._ticks > 1 and self.context > 3:
-            self.add_request([0], dataclasses.replace(sampling, max_tokens=3))
-            self.run()
-        shorter = 0
-        for chunk in self.options.chunks:
-            length = min(chunk, self.context - 1)
-            if length > shorter:  # else no prompt is long enough for this chunk
-                self.add_request([0] * length, sampling)
-                self.run()
-            shorter = chunk
+            self._warm([0], dataclasses.replace(sampling, max_tokens=3))
+        for length in long_enough:
+            self._warm([0] * length, sampling)
+
+    def _warm(self, prompt: list[int], sampling: Sampling) -> None:
+        self.add_request(prompt, sampling)
+        self.run()
+        if self.prefix is not None:  # the next prompt begins alike
+            self.prefix.clear()
+            self.prefix.hits = self.prefix.asked = 0
 
     def _most_pages(self, request: Request) -> list[int]:
         """Pages that the request can come to hold, by token group."""
@@ -181,18 +192,38 @@ class Engine:
                 self.prefix.hits += request.computed
 
     def _prefill(self, request: Request) -> list[tuple[Request, int]]:
-        start = request.computed
-        count = min(len(request.prompt) - start, self.options.chunks[-1])
-        width = next(chunk for chunk in self.options.chunks if chunk >= count)
+        chunk = request.prompt[request.computed :][: self.options.chunks[-1]]
+        width = self._bucket(len(chunk))
         tokens = np.zeros(width, np.int32)
-        tokens[:count] = request.prompt[start : start + count]
-        chosen = self._dispatch([request], tokens, [count], width)
+        tokens[: len(chunk)] = chunk
+        return self._after_chunk(request, self._dispatch([request], tokens, [len(chunk)], width), 0)
+
+    def _mix(self) -> list[tuple[Request, int]]:
+        rows: list[Request | None] = list(self._rows)
+        running = [request for request in rows if request is not None and request not in self._prefilling]
+        room = self.options.chunks[-1] - len(running)
+        parts: list[list[int]] = [[-1] if request in running else [] for request in rows]
+        for request in self._prefilling:
+            parts[request.row] = request.prompt[request.computed :][:room]
+            room -= len(parts[request.row])
+        chunked = [request for request in self._prefilling if parts[request.row]]
+        tokens = np.zeros(self._bucket(sum(map(len, parts))), np.int32)
+        tokens[: sum(map(len, parts))] = [token for part in parts for token in part]
+        batch = [request if part else None for request, part in zip(rows, parts, strict=True)]
+        chosen = self._dispatch(batch, tokens, [len(part) for part in parts], None)
+        found = [out for request in running for out in self._emit(request, chosen, 0, request.row)]
+        return found + [out for request in chunked for out in self._after_chunk(request, chosen, request.row)]
+
+    def _bucket(self, count: int) -> int:
+        return next(chunk for chunk in self.options.chunks if chunk >= count)
+
+    def _after_chunk(self, request: Request, chosen: Chosen, row: int) -> list[tuple[Request, int]]:
         if self.prefix is not None:  # after every chunk: windows pass pages by that another prompt would go on from
             self.prefix.insert(request.row, request.prompt[: request.computed])
         if request.computed < len(request.prompt):
             return []
-        self._prefilling.popleft()
-        return self._emit(request, chosen, 0, 0)
+        self._prefilling.remove(request)
+        return self._emit(request, chosen, 0, row)
 
     def _decode(self, running: list[Request]) -> list[tuple[Request, int]]:
         rows: list[Request | None] = list(self._rows)
@@ -212,9 +243,12 @@ class Engine:
         return self._ticks if max(r.left for r in running) > 1 else 1
 
     def _dispatch(
-        self, batch: list[Request | None], tokens: np.ndarray, counts: list[int], width: int, ticks: int = 1
+        self, batch: list[Request | None], tokens: np.ndarray, counts: list[int], width: int | None, ticks: int = 1
     ) -> Chosen:
-        """Runs ticks over `batch` (None: an idle row) -> what was chosen as numpy arrays, [ticks, rows, ...]."""
+        """Runs ticks over `batch` (None: an idle row) -> what was chosen as numpy arrays, [ticks, rows, ...].
+
+        width: tokens a row, padding included; None: row after row, as `counts` says.
+        """
         b = len(batch)
         live = [(i, request) for i, request in enumerate(batch) if request is not None]
         slots = np.full(b, self.options.rows, np.int32)
@@ -227,7 +261,8 @@ class Engine:
         )
         limits, stops = np.zeros(b, np.int32), np.full((b, STOPS), -1, np.int32)
         prompts, biased = np.zeros(b, np.int32), np.full((b, biases), -1, np.int32)
-        writes = [np.full((ticks, b * width), table.pool.pages * table.page_size, np.int32) for table in self._tables]
+        writes = [np.full((ticks, len(tokens)), table.pool.pages * table.page_size, np.int32) for table in self._tables]
+        first = np.cumsum(counts) - counts if width is None else np.arange(b) * width
         ahead = np.zeros(b, np.int32)  # slots taken for ticks after the first
         for i, request in live:
             how = request.sampling
@@ -242,7 +277,7 @@ class Engine:
             ahead[i] = rounds - 1
             for table, write in zip(self._tables, writes, strict=True):
                 taken = table.append(request.row, rounds * counts[i]).reshape(rounds, counts[i])
-                write[:rounds, i * width : i * width + counts[i]] = taken
+                write[:rounds, first[i] : first[i] + counts[i]] = taken
             request.computed += counts[i]
         rows = np.minimum(slots, self.options.rows - 1)
         tick = Tick(
@@ -262,6 +297,7 @@ class Engine:
             seeds=seeds,
             sampling=sampling,
             ticks=ticks,
+            mixed=width is None,
         )
         chosen = jax.device_get(self._stepper(tick, way))
         for i, request in live:

@@ -37,23 +37,24 @@ class Program(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tick:
-    """What the host says about one dispatch, as numpy arrays. B rows in the batch, Q tokens a row (padded), row-major; N ticks,
-    each fed by the one before (Q is 1 then)."""
+    """What the host says about one dispatch, as numpy arrays. T tokens of B rows: Q a row, padded and row-major (T = B Q), or
+    with `mixed` as many as `counts` says, row after row, padded at the end. N ticks, each fed by the one before (Q is 1 then)."""
 
-    tokens: np.ndarray  # int32[B * Q]; -1: the row's newest token on the device
+    tokens: np.ndarray  # int32[T]; -1: the row's newest token on the device
     counts: np.ndarray  # int32[B] tokens of each row, 0: idle
     starts: np.ndarray  # int32[B] position of each row's first token
     slots: np.ndarray  # int32[B] row of the token pool and of the state pools; past the end: idle
     seeds: np.ndarray  # uint32[B]
     tables: tuple[np.ndarray, ...]  # int32[1, B, pages] a group
     lengths: tuple[np.ndarray, ...]  # int32[1, B] a group, the first tick's tokens included
-    writes: tuple[np.ndarray, ...]  # int32[N, B * Q] a group
+    writes: tuple[np.ndarray, ...]  # int32[N, T] a group
     limits: np.ndarray  # int32[B]: tokens that a row may still produce
     stops: np.ndarray  # int32[B, S]: tokens that end a row; -1: none
     prompts: np.ndarray  # int32[B]: tokens of each row's prompt
     biased: np.ndarray  # int32[B, K]: tokens with a bias; -1: none. K is 0 but for way "full"
     sampling: np.ndarray  # float32[B, 7 + K]: KNOBS, then the biases
     ticks: int = 1  # N
+    mixed: bool = False
 
     def pack(self) -> tuple[np.ndarray, tuple]:
         """All integers in one vector (one transfer, one argument) and the shapes that `unpack` needs."""
@@ -112,7 +113,7 @@ class Stepper:
     def __call__(self, tick: Tick, way: Way) -> Chosen:
         """Runs the ticks; -> what was chosen, with a leading axis N; token -1 where a row had ended before."""
         packed, shapes = tick.pack()
-        key = (shapes, tick.ticks, way)
+        key = (shapes, tick.ticks, tick.mixed, way)
         if key not in self._ticks:
             step = functools.partial(_ticks, self.program.merge, self._treedef, *key)
             checked = _checked(self.program.checkified(step)) if self._debug else None
@@ -140,10 +141,10 @@ def _checked(step):
     return run
 
 
-def _ticks(merge, treedef, shapes, ticks, way, leaves, caches, rows, packed, sampling):
+def _ticks(merge, treedef, shapes, ticks, mixed, way, leaves, caches, rows, packed, sampling):
     """rows: (newest tokens int32[R],) and with way "full" (..., seen uint16[R, V])."""
     model, tick = merge(leaves), unpack(packed, shapes, sampling)
-    run = functools.partial(_tick, model, treedef, tick, way)
+    run = functools.partial(_tick, model, treedef, tick, mixed, way)
     live = tick.counts > 0
     if ticks == 1:
         caches, rows, chosen = run(0, live, caches, rows)
@@ -168,24 +169,13 @@ def _ticks(merge, treedef, shapes, ticks, way, leaves, caches, rows, packed, sam
     return caches, rows, out
 
 
-def _tick(model, treedef, tick: Tick, way: Way, i, live, caches, rows):
+def _tick(model, treedef, tick: Tick, mixed: bool, way: Way, i, live, caches, rows):
     """Tick i of a dispatch over rows `live` bool[B] -> (flat caches, rows, Chosen)."""
     caches = jax.tree.unflatten(treedef, caches)
     newest, *seen = rows
     counts = jnp.where(live, tick.counts, 0)
-    batch, width = counts.shape[0], tick.tokens.shape[0] // counts.shape[0]
-    row = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), width)
-    offset = jnp.tile(jnp.arange(width, dtype=jnp.int32), batch)
-    real = offset < counts[row]
     starts = tick.starts + i
-    ragged = Ragged(
-        rows=jnp.where(real, row, batch),
-        starts=jnp.arange(batch, dtype=jnp.int32) * width,
-        counts=counts,
-        positions=jnp.where(real, starts[row] + offset, 0),
-        longest=width,
-        rectangular=True,
-    )
+    row, real, ragged = (_row_after_row if mixed else _padded)(counts, starts, tick.tokens.shape[0])
     held = jnp.take(newest, tick.slots[row], mode="clip")
     given = (tick.tokens >= 0) & (i == 0)
     tokens = jnp.where(real, jnp.where(given, tick.tokens, held), 0)
@@ -204,7 +194,37 @@ def _tick(model, treedef, tick: Tick, way: Way, i, live, caches, rows):
         known, extra = None, {}
     chosen = choose(way, logits, tick.sampling[:, : len(KNOBS)], tick.seeds, starts + tick.counts, **extra)
     if known is not None:  # a chunk before a prompt's last chooses nothing
-        none = jnp.zeros(batch, bool)
+        none = jnp.zeros(counts.shape, bool)
         seen = [mark(known, jnp.where(tick.limits > 0, slots, newest.shape[0]), chosen.tokens, none)]
     newest = newest.at[slots].set(chosen.tokens, mode="drop")
     return jax.tree.leaves(caches), (newest, *seen), chosen
+
+
+def _padded(counts, starts, total: int):
+    """T / B tokens a row -> (row of each token, whether it is one, Ragged)."""
+    batch, width = counts.shape[0], total // counts.shape[0]
+    row = jnp.repeat(jnp.arange(batch, dtype=jnp.int32), width)
+    first = jnp.arange(batch, dtype=jnp.int32) * width
+    return _ragged(counts, starts, row, first, total, width, rectangular=True)
+
+
+def _row_after_row(counts, starts, total: int):
+    """The same for rows that lie one after the other without gaps."""
+    ends = jnp.cumsum(counts)
+    row = jnp.searchsorted(ends, jnp.arange(total, dtype=jnp.int32), side="right").astype(jnp.int32)
+    row = jnp.minimum(row, counts.shape[0] - 1)
+    return _ragged(counts, starts, row, ends - counts, total, total, rectangular=False)
+
+
+def _ragged(counts, starts, row, first, total, longest, rectangular):
+    offset = jnp.arange(total, dtype=jnp.int32) - first[row]
+    real = offset < counts[row]
+    ragged = Ragged(
+        rows=jnp.where(real, row, counts.shape[0]),
+        starts=first,
+        counts=counts,
+        positions=jnp.where(real, starts[row] + offset, 0),
+        longest=longest,
+        rectangular=rectangular,
+    )
+    return row, real, ragged
