@@ -184,18 +184,19 @@ LOGITS = np.array([2.0, 1.0, 0.5, 0.0, 0.0, -0.5, -1.0, -30.0])
 
 
 def expected(temperature, top_k, top_p):
-    """The distribution by definition: sorted, cut to top_k, then to the smallest set with mass top_p, renormalised."""
+    """The distribution by definition: sorted, cut to top_k, then to the smallest set with top_p of what is left; what is as
+    likely as the last one kept stays too."""
     p = np.exp(LOGITS / temperature)
-    p /= p.sum()
     order = np.argsort(-p, kind="stable")
+    order = order[p[order] >= p[order][top_k - 1]] if top_k else order
     keep = np.zeros(len(p), bool)
     mass = 0.0
-    for rank, token in enumerate(order):
-        if (top_k and rank >= top_k) or mass >= top_p:
+    for token in order:
+        if mass >= top_p * p[order].sum():
             break
         keep[token] = True
         mass += p[token]
-    p = np.where(keep, p, 0)
+    p = np.where(p >= p[keep].min(), p, 0)
     return p / p.sum()
 
 
