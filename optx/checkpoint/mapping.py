@@ -153,7 +153,6 @@ def bind(
     *,
     kind: Literal["hf", "gguf"],
     packed: bool,
-    dtype: str,
     ignored: Sequence[str] = (),
     where: str = "",
 ) -> Weights:

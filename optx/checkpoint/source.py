@@ -112,7 +112,7 @@ def open_hf(folder: Path, family_of: FamilyOf, *, dtype: str | None, packed: boo
     if not holds(raws, family.ROWS, len(tree.layers), "draft"):
         origin, tree = dataclasses.replace(origin, draft=False), _without_draft(tree)
     weights = bind(
-        tree, family.ROWS, raws, kind="hf", packed=packed, dtype=dtype, where=str(folder),
+        tree, family.ROWS, raws, kind="hf", packed=packed, where=str(folder),
         ignored=(*family.IGNORED, *(("lm_head.weight",) if tree.output is None else ())),
     )  # fmt: skip
     if packed:
@@ -172,9 +172,7 @@ def open_gguf(path: Path, family_of: FamilyOf, *, dtype: str, packed: bool) -> S
     config["model_type"] = next(iter(family.HF_TYPES))
     origin = Origin(name=path.stem, kind="gguf", config=config, dtype=dtype, packed=packed, bytes=path.stat().st_size)
     tree = family.from_hf(Fields(config, str(path)), dtype)
-    weights = bind(
-        tree, family.ROWS, raws, kind="gguf", packed=packed, dtype=dtype, ignored=family.IGNORED, where=str(path)
-    )
+    weights = bind(tree, family.ROWS, raws, kind="gguf", packed=packed, ignored=family.IGNORED, where=str(path))
     formats = {
         p: str(raws[0].format) for p, (raws, _) in weights.sources.items() if packed and raws[0].format is not None
     }
