@@ -1,0 +1,1 @@
+"""indexed_attention: attention over the tokens that an index chose."""
