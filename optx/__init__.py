@@ -7,17 +7,21 @@ picks a kernel for every op, an engine decodes.
 from optx.api import Compiled, Plan, compile, export, load, load_config, plan
 from optx.compilation_cache import enable_compilation_cache
 from optx.engine.request import Sampling
+from optx.engine.speculation import Speculation
 from optx.errors import OptxError
+from optx.grammar import Grammar
 from optx.recipe import Recipe
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Compiled",
+    "Grammar",
     "OptxError",
     "Plan",
     "Recipe",
     "Sampling",
+    "Speculation",
     "compile",
     "enable_compilation_cache",
     "export",

@@ -19,19 +19,23 @@ from optx.checkpoint.export_hf import write_hf
 from optx.checkpoint.source import Source, from_module, open_config, open_gguf, open_hf
 from optx.configs import model_names, model_path
 from optx.cost import StepBytes, step_bytes
+from optx.cost_mesh import Mesh
 from optx.engine.engine import Engine, EngineOptions
 from optx.engine.request import Completion, Sampling, token_ids
+from optx.engine.speculation import Speculation
 from optx.errors import CheckpointError, PassError, RequestError, did_you_mean, no_such_path
+from optx.estimate import Estimate, estimate
 from optx.generate import Message, OnText, Prompt, encode, encode_chat, generate
 from optx.models import by_gguf_architecture, by_hf_type
 from optx.pipeline import Dump, Instrument, Record
 from optx.recipe import Recipe
-from optx.report import Report, record_dict, step_text
+from optx.report import Report, estimate_text, record_dict, step_text
 from optx.target import Target
 from optx.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = ("dense", "packed")
+ALIKE = 0.99  # of a vocabulary, for a draft model's to be the same: special tokens may differ
 
 
 def load(model: str | Path, weights: str = "dense", dtype: str | None = None) -> Source:
@@ -145,15 +149,23 @@ class Plan:
         """Bytes of one decode step on every tree: before the first pass, after each. context None: the model's."""
         return [step_bytes(tree, batch, context or self.tree.context) for tree in self.trees]
 
-    def text(self, batch: int = 1, context: int | None = None) -> str:
-        """Bytes before and after each pass as a table, with the bound on the step's time."""
+    def estimate(self, batch: int = 1, context: int | None = None, mesh: Mesh = Mesh()) -> Estimate:
+        """Bounds of the result on the target: TPOT, TTFT, tokens/s, what fits, which wall binds, energy, dollars.
+
+        Raises UsageError for a mesh that the model does not divide into.
+        """
+        return estimate(self.tree, self.target, batch=batch, context=context or self.tree.context, mesh=mesh)
+
+    def text(self, batch: int = 1, context: int | None = None, mesh: Mesh = Mesh()) -> str:
+        """Bytes before and after each pass as a table, with the bound on the step's time; the result's bounds by op."""
         title = f"{self.name} for {self.target}\n{ir.summary(self.tree)}"
-        return f"{title}\n\n{step_text(self.records, self.steps(batch, context), self.target)}"
+        steps = step_text(self.records, self.steps(batch, context), self.target, mesh.devices)
+        return f"{title}\n\n{steps}\n\n{estimate_text(self.estimate(batch, context, mesh))}"
 
     def __str__(self):
         return self.text()
 
-    def to_dict(self, batch: int = 1, context: int | None = None) -> dict:
+    def to_dict(self, batch: int = 1, context: int | None = None, mesh: Mesh = Mesh()) -> dict:
         steps = self.steps(batch, context)
         passes = zip(self.records, steps, steps[1:])
         return {
@@ -168,6 +180,7 @@ class Plan:
             "before": steps[0].to_dict(),
             "after": steps[-1].to_dict(),
             "step_seconds_at_least": steps[-1].seconds(self.target),
+            "estimate": self.estimate(batch, context, mesh).to_dict(),
             "passes": [
                 record_dict(record) | {"step": {"before": old.to_dict(), "after": new.to_dict()}}
                 for record, old, new in passes
@@ -264,21 +277,46 @@ class Compiled:
         return self.program.vocab
 
     def engine(self, **options) -> Engine:
-        """An engine of its own caches; options are the fields of EngineOptions."""
+        """An engine of its own caches; options are the fields of EngineOptions.
+
+        Raises: RequestError for options that do not fit the model.
+        """
         lower.check_here(self.tree)
         eos = self.tokenizer.eos_ids if self.tokenizer else ()
-        return Engine(self.program, EngineOptions(**options), eos_ids=eos)
+        chosen = EngineOptions(**options)
+        if chosen.speculate is not None and chosen.speculate.draft is not None:
+            self._check_draft(chosen.speculate.draft)
+        return Engine(self.program, chosen, eos_ids=eos)
+
+    def _check_draft(self, draft: "Compiled") -> None:
+        """Raises RequestError for a draft model whose token ids mean something else."""
+        if self.tokenizer is None or draft.tokenizer is None:
+            if draft.vocab != self.vocab:
+                raise RequestError(
+                    f"speculate.draft: the model has {self.vocab} tokens and the draft model's {draft.vocab}; take one of "
+                    "the same vocabulary"
+                )
+        elif (share := self.tokenizer.agreement(draft.tokenizer)) < ALIKE:
+            raise RequestError(
+                f"speculate.draft: {share:.1%} of the model's tokens have the same id in the draft model's vocabulary; "
+                f"allowed: at least {ALIKE:.0%}; take a draft model of the same family"
+            )
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling = Sampling(), on_text: OnText | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling = Sampling(),
+        on_text: OnText | None = None,
+        speculate: Speculation | None = None,
     ) -> list[str] | list[list[int]]:
         """Answers to prompts, decoded together: text for text, token ids for token ids. One prompt or a list of them.
 
-        on_text(index, text) is called as text comes. Raises RequestError for a prompt that cannot be served.
+        on_text(index, text) is called as text comes; speculate: drafts that make it faster and change nothing else.
+        Raises RequestError for a prompt that cannot be served.
         """
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], numbers.Integral)):
             prompts = [prompts]
-        answers = self.complete(prompts, sampling, on_text)
+        answers = self.complete(prompts, sampling, on_text, speculate)
         as_text = [isinstance(prompt, str) for prompt in prompts]
         return [a.text if text else list(a.token_ids) for a, text in zip(answers, as_text, strict=True)]
 
@@ -292,7 +330,11 @@ class Compiled:
         return self.complete([encode_chat(messages, self.tokenizer)], sampling, on_text)[0].text
 
     def complete(
-        self, prompts: Sequence[Prompt], sampling: Sampling = Sampling(), on_text: OnText | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = Sampling(),
+        on_text: OnText | None = None,
+        speculate: Speculation | None = None,
     ) -> list[Completion]:
         """`generate` with token ids, finish reason and prompt length of every answer."""
         if not len(prompts):
@@ -301,9 +343,10 @@ class Compiled:
         longest = max(map(len, ids)) + sampling.max_tokens
         context = min(lower.bucket(longest, 128), self.program.context)
         rows = min(lower.bucket(len(ids), 1), 8)
-        options = EngineOptions(rows=rows, context=context)
+        options = EngineOptions(rows=rows, context=context, speculate=speculate)
         if options not in self._engines:
-            self._engines = {options: self.engine(rows=rows, context=context)}  # one at a time holds caches
+            made = self.engine(rows=rows, context=context, speculate=speculate)
+            self._engines = {options: made}  # one at a time holds caches
         return generate(self._engines[options], self.tokenizer, ids, sampling, on_text)
 
     def evaluate(self, text: str, **options) -> "evaluate.Evaluation":

@@ -307,6 +307,12 @@ class Ragged:
         offset = jnp.clip(jnp.arange(self.rows.shape[0]) - self.starts[row], 0, self.longest - 1)
         return x[row, offset]
 
+    def without(self, rows: jax.Array) -> "Ragged":
+        """The same tokens, those of rows bool[B] being padding."""
+        gone = rows[jnp.minimum(self.rows, self.batch - 1)]
+        counts = jnp.where(rows, 0, self.counts)
+        return dataclasses.replace(self, rows=jnp.where(gone, self.batch, self.rows), counts=counts)
+
     @property
     def valid(self) -> jax.Array:
         """bool[B, Q]: which padded entries are tokens."""

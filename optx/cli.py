@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 import optx
-from optx import cli_verbs
+from optx import cli_serve, cli_verbs
 from optx.api import DTYPES, WEIGHTS
+from optx.bench import serve
 from optx.bench.step import SHAPES
 from optx.cli_flags import Flag, Verb, find, overview, parse
 from optx.cli_verbs import say
@@ -29,11 +30,20 @@ MODEL_FLAGS = (
     Flag(name="dtype", allowed=DTYPES, help="of dense weights and activations (default: the checkpoint's own)"),
 )
 RECIPE = Flag(name="recipe", value="R", help="YAML file, or the name of a recipe that ships with optx")
-TARGET = Flag(name="target", value="NAME", default="auto", help=f"auto (this machine) or one of {', '.join(TARGETS)}")
+TARGET = Flag(
+    name="target",
+    value="NAME",
+    default="auto",
+    help=f"auto (this machine), a YAML file, a target of yours, or one of {', '.join(TARGETS)}",
+)
 CALIBRATION = Flag(name="calibration", value="FILE", help="text for passes that measure activations")
 OVERWRITE = Flag(name="overwrite", kind=bool, default=False, help="replace what stands at --out")
 JSON = Flag(name="json", kind=bool, default=False, help="print JSON")
-
+# A number has no default here: those of serve stand with its settings, and other benches must not see them.
+SERVE_FLAGS = tuple(
+    Flag(name=name, kind=kind, repeated=repeated, value=name.upper(), help=f"serve: {help}")
+    for name, kind, repeated, help in serve.flags(but=("recipe", "require"))
+)
 
 VERBS = (
     Verb(
@@ -60,12 +70,22 @@ VERBS = (
                 value="N",
                 help="tokens of each sequence (default: the model's context)",
             ),
+            Flag(name="tensor", kind=int, default=1, least=1, value="N", help="devices that every layer is split over"),
+            Flag(
+                name="expert",
+                kind=int,
+                default=1,
+                least=1,
+                value="N",
+                help="groups of those; experts are split over them",
+            ),
             *MODEL_FLAGS,
             JSON,
         ),
         examples=("optx plan config.json --recipe int4_kv8 --target h100 --batch 8 --context 4096",),
         notes="Reads no weights, needs no accelerator: a bare config.json will do, or the name of one that ships with "
-        "optx. What fails here fails in compile.",
+        "optx. What fails here fails in compile. Times are bounds that no program beats. Targets of yours are YAML files "
+        "in ~/.config/optx/targets.",
         run=cli_verbs.plan,
     ),
     Verb(
@@ -104,6 +124,11 @@ VERBS = (
             ),
             Flag(name="seed", kind=int, default=0, value="N", help="of the draws: the same seed gives the same text"),
             Flag(name="stop", value="TEXT", repeated=True, help="end before this text"),
+            Flag(
+                name="speculate",
+                value="HOW",
+                help="draft with: ngram (the text itself), mtp, or a smaller MODEL's path",
+            ),
             RECIPE,
             *MODEL_FLAGS,
             JSON,
@@ -157,24 +182,29 @@ VERBS = (
         notes="DIR is an optx export or anything else that MODEL may be. Packed weights are dequantized.",
         run=cli_verbs.export,
     ),
+    cli_serve.verb(MODEL_FLAGS, RECIPE),
     Verb(
         name="bench",
-        line="time kernels, decode steps of whole models, or plain work that bounds them, on this machine's device",
-        arguments=("kernels|decode|ceilings",),
+        line="time kernels, decode steps of whole models, a served load, or plain work that bounds them",
+        arguments=("kernels|decode|serve|ceilings",),
         flags=(
             Flag(name="op", value="OP", repeated=True, help="kernels: only this op's"),
             Flag(name="shape", value="CONFIG", repeated=True, help="decode: this config's shape, with random weights"),
             Flag(name="batch", kind=int, least=1, value="N", repeated=True, help="decode: sequences (1, 32 and 128)"),
             Flag(name="context", kind=int, least=1, value="N", help="decode: tokens of each sequence (896)"),
-            Flag(name="recipe", value="R", help="decode: YAML file, or the name of a recipe that ships with optx"),
-            Flag(name="require", value="BACKEND", help="decode: a backend that every op must use where it has one"),
+            Flag(name="recipe", value="R", help="decode, serve: YAML file, or a recipe that ships with optx"),
+            Flag(name="require", value="BACKEND", help="decode, serve: a backend that every op must use if it has one"),
+            *SERVE_FLAGS,
+            Flag(name="store", value="NAME", help="ceilings: keep them as a target of yours, for --target NAME"),
             Flag(name="out", value="FILE", help="write every figure there as JSON"),
             JSON,
         ),
         examples=(
             "optx bench kernels --op paged_decode --out paged_decode.json",
             "optx bench decode --shape qwen3-30b-a3b --batch 1 --batch 32 --out decode.json",
-            "optx bench ceilings",
+            "optx bench serve --url http://127.0.0.1:8000 --input_len 512 --concurrency 64 --slo 'ttft:1000 tpot:50'",
+            "optx bench serve --in_process qwen3-8b --num_prompts 512 --input_len 512 --concurrency 256 --out bare.json",
+            "optx bench ceilings --store mine",
         ),
         notes="Ceilings are measured in the same run: reading, bf16 and fp8 products. Percentages are of the one that binds. "
         f"Shapes of decode: {', '.join(SHAPES)} (by default all three), any config that ships with optx, or a config.json.",

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import optx
 from optx import ir
-from optx.bench import kernels, step, timing
+from optx import target as targets
+from optx.bench import ceilings, kernels, serve, step, timing
 from optx.checkpoint.export import check_free
 from optx.checkpoint.source import Source
+from optx.cost_mesh import Mesh
 from optx.errors import RequestError, UsageError, did_you_mean, no_such_path
 from optx.generate import encode_chat
 from optx.recipe import Recipe
@@ -57,15 +59,16 @@ def _module(entry: ir.Entry) -> dict:
     return {"path": entry.path, "text": entry.text, "bytes": entry.bytes}
 
 
-def plan(model: str, *, weights, dtype, recipe, target, batch, context, json) -> None:
+def plan(model: str, *, weights, dtype, recipe, target, batch, context, tensor, expert, json) -> None:
+    mesh = Mesh(tensor=tensor, expert=expert)
     planned = optx.plan(optx.load(model, weights, dtype), _recipe(recipe), target)
     longest = planned.tree.context
     if context is not None and context > longest:
         say(f"note: a context of {context:,} tokens is beyond the model's {longest:,}; the bytes are as if it were not")
     if json:
-        _print_json(planned.to_dict(batch, context))
+        _print_json(planned.to_dict(batch, context, mesh))
     else:
-        print(planned.text(batch, context))
+        print(planned.text(batch, context, mesh))
 
 
 def compile(model: str, *, weights, dtype, recipe, target, out, calibration, dump, overwrite, json) -> None:
@@ -81,7 +84,21 @@ def compile(model: str, *, weights, dtype, recipe, target, out, calibration, dum
 
 
 def generate(
-    model: str, *, weights, dtype, recipe, prompt, chat, max_tokens, temperature, top_k, top_p, seed, stop, json
+    model: str,
+    *,
+    weights,
+    dtype,
+    recipe,
+    prompt,
+    chat,
+    max_tokens,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    stop,
+    speculate,
+    json,
 ) -> None:
     sampling = optx.Sampling(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop
@@ -96,7 +113,7 @@ def generate(
         if not json:
             print(text, end="", flush=True)
 
-    answer = compiled.complete([ids], sampling, show)[0]
+    answer = compiled.complete([ids], sampling, show, speculation(speculate))[0]
     seconds = time.perf_counter() - began
     if json:
         facts = {"prompt_tokens": answer.prompt_tokens, "finish": answer.finish, "seconds": seconds}
@@ -106,6 +123,13 @@ def generate(
     after = f", the first after {first[0]:.1f} s" if first else ""
     count = f"{answer.prompt_tokens} prompt tokens, {len(answer.token_ids)} new in {seconds:.1f} s"
     say(f"[{count}{after}; {answer.finish}]")
+
+
+def speculation(how: str | None) -> optx.Speculation | None:
+    """From a flag: None, a method without a model of its own, or the path of a draft model."""
+    if how is None or how in ("ngram", "mtp"):
+        return how and optx.Speculation(method=how)
+    return optx.Speculation(method="draft", draft=optx.compile(optx.load(how), progress=_terminal()))
 
 
 def export(model: str, *, weights, dtype, format, out, overwrite) -> None:
@@ -145,28 +169,55 @@ def evaluate(
     print("\n".join(f"{label:<12} {value}" for label, value in rows))
 
 
-BENCHES = {"kernels": ("op",), "decode": ("shape", "batch", "context", "recipe", "require"), "ceilings": ()}
+def _bench_decode(flags) -> tuple[dict, str]:
+    found = step.run(
+        flags["shape"] or step.SHAPES, batches=flags["batch"] or step.BATCHES,
+        context=flags["context"] or step.CONTEXT, recipes=[_recipe(flags["recipe"])], require=flags["require"], say=say,
+    )  # fmt: skip
+    return step.to_dict(found), step.text(found)
+
+
+def _bench_kernels(flags) -> tuple[dict, str]:
+    lines, ceilings = kernels.run(flags["op"])
+    shown = kernels.text(lines, ceilings) if lines else kernels.ceilings_text(ceilings)
+    return kernels.to_dict(lines, ceilings), shown
+
+
+def _bench_serve(flags) -> tuple[dict, str]:
+    against = serve.read(flags["against"]) if flags["against"] else None
+    found = serve.run(flags, progress=_terminal(), say=say)
+    return found, serve.text(found, against)
+
+
+def _bench_ceilings(flags) -> tuple[dict, str]:
+    if flags["store"]:
+        targets.check_name(flags["store"])  # before the work, not after
+    found = timing.ceilings()
+    data, shown = kernels.to_dict([], found), kernels.ceilings_text(found)
+    if flags["store"]:
+        path = str(ceilings.store(found, flags["store"]))
+        data |= {"stored": path}
+        shown += f"\nstored in {path}; try: optx plan MODEL --target {flags['store']}"
+    return data, shown
+
+
+# Flags that say something to each, and what runs it -> (JSON, text).
+BENCHES = {
+    "kernels": (("op",), _bench_kernels),
+    "decode": (("shape", "batch", "context", "recipe", "require"), _bench_decode),
+    "serve": (serve.FLAGS, _bench_serve),
+    "ceilings": (("store",), _bench_ceilings),
+}
 
 
 def bench(what: str, *, out, json, **flags) -> None:
     if what not in BENCHES:
         raise UsageError(f"bench: {what!r}{did_you_mean(what, BENCHES)}")
-    wrong = [name for name, value in flags.items() if value and name not in BENCHES[what]]
+    allowed, measure = BENCHES[what]
+    wrong = [name for name, value in flags.items() if value and name not in allowed]
     if wrong:
-        raise UsageError(f"bench {what}: --{wrong[0]} says nothing here; allowed: {', '.join(BENCHES[what]) or 'none'}")
-    if what == "decode":
-        found = step.run(
-            flags["shape"] or step.SHAPES, batches=flags["batch"] or step.BATCHES,
-            context=flags["context"] or step.CONTEXT, recipes=[_recipe(flags["recipe"])], require=flags["require"], say=say,
-        )  # fmt: skip
-        data, shown = step.to_dict(found), step.text(found)
-    elif what == "kernels":
-        lines, ceilings = kernels.run(flags["op"])
-        data = kernels.to_dict(lines, ceilings)
-        shown = kernels.text(lines, ceilings) if lines else kernels.ceilings_text(ceilings)
-    else:
-        ceilings = timing.ceilings()
-        data, shown = kernels.to_dict([], ceilings), kernels.ceilings_text(ceilings)
+        raise UsageError(f"bench {what}: --{wrong[0]} says nothing here; allowed: {', '.join(allowed) or 'none'}")
+    data, shown = measure(flags)
     if out:
         Path(out).write_text(json_text.dumps(data, indent=1) + "\n")
     if json:

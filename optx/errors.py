@@ -45,6 +45,14 @@ class RequestError(OptxError):
     """A generation request cannot be served: empty, too long, bad sampling values."""
 
 
+class QueueFull(RequestError):
+    """As many requests wait as the engine allows; ask again later."""
+
+
+class ServeError(OptxError):
+    """A server cannot start, or its engine could not go on."""
+
+
 class UsageError(OptxError):
     """A command line has a wrong verb, flag or path."""
 

@@ -24,13 +24,16 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
     return tokenizer.encode(prompt)
 
 
-def encode_chat(messages: str | Sequence[Message], tokenizer: Tokenizer | None) -> list[int]:
-    """Token ids of a conversation in the model's chat template; a text is one turn of the user. Raises RequestError."""
+def encode_chat(messages: str | Sequence[Message], tokenizer: Tokenizer | None, **variables: object) -> list[int]:
+    """Token ids of a conversation in the model's chat template; a text is one turn of the user. Raises RequestError.
+
+    variables: what the template reads besides, such as enable_thinking=False.
+    """
     if tokenizer is None:
         raise RequestError("the model has no tokenizer, so it has no chat template: give token ids")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    return tokenizer.encode(tokenizer.chat(messages), add_special=False, parse_special=True)
+    return tokenizer.encode(tokenizer.chat(messages, **variables), add_special=False, parse_special=True)
 
 
 @dataclasses.dataclass
@@ -115,7 +118,7 @@ def generate(
 
 def _completion(answer: Answer) -> Completion:
     request = answer.request
-    finish = "length" if request.finish == "length" and not answer.stopped else "stop"
+    finish = request.finish if request.finish in ("length", "error") and not answer.stopped else "stop"
     return Completion(
         text=answer.text,
         token_ids=tuple(request.output),

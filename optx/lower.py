@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optx import ir, tensor
-from optx.cache import CachePlan
+from optx.cache import CachePlan, CacheSpec
 from optx.errors import LoweringError
 from optx.pallas import dispatch
 from optx.pallas.attention import checks
@@ -91,13 +91,15 @@ class Program:
     plan: CachePlan
     context: int  # longest sequence, tokens
     vocab: int  # token ids are below it
+    draft: CacheSpec | None = None  # what the model's MTP module remembers; None: it has none
 
     @classmethod
     def of(cls, model: nnx.Module) -> "Program":
         graph, state = nnx.split(model)
         leaves, treedef = jax.tree.flatten(state)
         vocab = model.embed.table.get_value().shape[0]
-        return cls(tuple(leaves), graph, treedef, model.cache_plan(), model.context, vocab)
+        draft = model.draft.cache if model.draft is not None else None
+        return cls(tuple(leaves), graph, treedef, model.cache_plan(), model.context, vocab, draft)
 
     def merge(self, leaves) -> nnx.Module:
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))

@@ -82,7 +82,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path) -> "Recipe":
         path = find_yaml(path)
         try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+            data = yaml.load(path.read_text(encoding="utf-8"), strict.UniqueKeys)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise RecipeError(f"{path}: not YAML: {error}") from None
         recipe = cls.from_dict({} if data is None else data)
@@ -102,19 +102,6 @@ class Recipe:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key written twice, of which YAML would silently keep the second."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _rules(value: Any, where: str) -> tuple[PassOptions, ...]:

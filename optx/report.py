@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from optx.cost import StepBytes
+from optx.estimate import AGAIN, Estimate, by_op
 from optx.ir import size_text
 from optx.pipeline import Record, flat_errors
 from optx.target import Target
@@ -37,11 +38,12 @@ def pass_rows(records: Sequence[Record]) -> list[list[str]]:
 
 
 STEP_HEADER = ("after", "stage", "sites", "weights read", "KV a token", "KV read", "bytes a step")
+OP_HEADER = ("op", "stored as", "sites", "bytes", "GFLOP", "ms")
 HEADER = ("pass", "stage", "sites", "weights", "KV B/token", "error mean/max", "s")
 
 
-def step_text(records: Sequence[Record], steps: Sequence[StepBytes], target: Target) -> str:
-    """Bytes of one decode step before the first pass and after each, and what they bound on the target."""
+def step_text(records: Sequence[Record], steps: Sequence[StepBytes], target: Target, devices: int = 1) -> str:
+    """Bytes of one decode step before the first pass and after each, and what they bound on one device of the target."""
     last = steps[-1]
     rows = [
         [name, stage, sites, size_text(s.weights), f"{s.kv_token:,.0f} B", size_text(s.kv), size_text(s.total)]
@@ -55,15 +57,71 @@ def step_text(records: Sequence[Record], steps: Sequence[StepBytes], target: Tar
     if steps[0].total != last.total:
         ratio = steps[0].total / last.total
         lines.append(f"bytes a step: {size_text(steps[0].total)} -> {size_text(last.total)}, {ratio:.2f}x fewer")
-    if (seconds := last.seconds(target)) is not None:
+    if devices == 1 and (seconds := last.seconds(target)) is not None:
         speed = f"{size_text(target.bandwidth)}/s"
         lines.append(f"time a step: at least {1e3 * seconds:.3g} ms on {target} ({speed} of memory bandwidth)")
+        if last.unread:
+            more = last.total + last.unread
+            lines.append(
+                f"not in it: the input embedding, of which a step reads single rows; counted, {size_text(more)} and "
+                f"{1e3 * more / target.bandwidth:.3g} ms"
+            )
     room = ""
-    if target.memory:
+    if target.memory and devices == 1:
         room = f", {target} has {size_text(target.memory)}" + (
             "" if last.held <= target.memory else ": it does not fit"
         )
     return "\n".join([*lines, f"memory for weights and KV: {size_text(last.held)}{room}"])
+
+
+def estimate_text(e: Estimate) -> str:
+    """Bounds on the target, op by op; a line for each figure that the target's row allows."""
+    groups = by_op(e.decode)
+    rows = [
+        [g["op"], g["format"], f"{g['sites']}", size_text(g["bytes"]), f"{g['flops'] / 1e9:,.1f}", _ms(g["seconds"])]
+        for g in groups
+    ]
+    where = f"{e.target}" if e.mesh.devices == 1 else f"{e.mesh.devices} {e.target} ({e.mesh})"
+    share = "" if e.mesh.devices == 1 else ": the share of one device"
+    lines = [f"the result on {where}, a decode step op by op{share}", table(OP_HEADER, rows), ""]
+    if e.tpot is not None:
+        ridge = f", ridge at {e.ridge:,.0f}" if e.ridge else ""
+        lines.append(
+            f"decode: at most {e.tokens_per_second:,.5g} tokens/s, TPOT {_ms(e.tpot)} ms; {e.decode.binds} binds "
+            f"({e.decode.intensity:.3g} FLOP/B{ridge})"
+        )
+    attention = sum(op.flops for op in e.prefill.ops if op.op == "attention")
+    first = "" if e.ttft is None else f", TTFT at least {_ms(e.ttft)} ms"
+    each = "" if e.mesh.devices == 1 else " a device"
+    if each and e.target.memory:
+        fits = "" if e.held <= e.target.memory else ": it does not fit"
+        lines.append(f"memory a device: {size_text(e.held)} of {size_text(e.target.memory)}{fits}")
+    lines.append(
+        f"prefill of {e.context:,} tokens: {e.prefill.flops / 1e12:,.4g} TFLOP{each} "
+        f"({attention / 1e12:,.4g} of attention){first}"
+    )
+    most = [
+        f"{e.largest_batch:,} sequences of {e.context:,} tokens" if e.largest_batch is not None else "",
+        f"{e.largest_context:,} tokens in each of {e.batch:,}" if e.largest_context is not None else "",
+    ]
+    lines += [f"memory holds at most: {'; '.join(filter(None, most))}"] if any(most) else []
+    if e.ttft is not None:
+        back = ", ".join(f"{_ms(rung.seconds)} ms {_from(rung.name)}" for rung in e.kv_rungs[1:])
+        lines.append(f"KV of one sequence back: {back}")
+    costs = [
+        f"{e.joules_per_token:.3g} J of memory" if e.joules_per_token is not None else "",
+        f"${e.dollars_per_million:,.3g} a million" if e.dollars_per_million is not None else "",
+    ]
+    lines += [f"a decoded token takes at least: {'; '.join(filter(None, costs))}"] if any(costs) else []
+    return "\n".join(lines)
+
+
+def _from(place: str) -> str:
+    return place if place == AGAIN else f"from {place}"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:,.0f}" if seconds >= 1 else f"{1e3 * seconds:.4g}"
 
 
 def _sites(record: Record) -> str:

@@ -126,6 +126,19 @@ class Tokenizer:
         text = self._detokenizer.join((int(index) for index in ids), skip_special)
         return text.removeprefix(" ") if self._detokenizer.strips_space and not continues else text
 
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that one token stands for, b"" past the vocabulary. Raises RequestError for a negative id."""
+        return self._detokenizer.token(index)
+
+    def agreement(self, other: "Tokenizer") -> float:
+        """Share of its tokens that have the same id in another vocabulary."""
+        mine, others = self._backend.get_vocab(), other._backend.get_vocab()
+        return sum(others.get(token) == index for token, index in mine.items()) / max(len(mine), 1)
+
+    def is_special(self, index: int) -> bool:
+        """Whether a token is one of the model's marks (end of text, of a turn) and no text."""
+        return self._detokenizer.is_special(index)
+
     def stream(self, skip_special: bool = True) -> TokenStream:
         """Text of generated ids as they come: `push(id)` gives new text, never part of a character."""
         return TokenStream(self._detokenizer, skip_special)

@@ -118,7 +118,8 @@ class Rows:
         self.content = [np.full(pages * P, -1) for _ in self.tables]
 
     def start(self, row, tokens):
-        self.tokens[row] = list(tokens[: self.tree.adopt(row, self.tree.match(tokens))])
+        found = self.tree.match(self.tree.keys(tokens), len(tokens))
+        self.tokens[row] = list(tokens[: self.tree.adopt(row, found)])
         for at in range(len(self.tokens[row]), len(tokens), 5):
             self.append(row, tokens[at : at + 5])
 
@@ -131,7 +132,7 @@ class Rows:
 
     def end(self, row, keep):
         if keep:
-            self.tree.insert(row, self.tokens[row])
+            self.tree.insert(row, self.tree.keys(self.tokens[row]))
         for table in self.tables:
             table.free(row)
         del self.tokens[row]

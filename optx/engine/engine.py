@@ -1,100 +1,170 @@
-"""The loop: admit requests, prefill a chunk or decode all rows, hand out tokens."""
+"""The loop: a plan becomes a dispatch, what the device chose is handed out, finished requests leave."""
 
-import collections
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import numpy as np
+from tqdm import tqdm
 
 from optx.cache import Layout
+from optx.engine.constraint import Constraint
+from optx.engine.drafting import with_drafter
+from optx.engine.memory import pages_by_group
+from optx.engine.options import TICKS, EngineOptions
 from optx.engine.pages import PagePool, PageTable
 from optx.engine.prefix import PrefixCache, refusal
 from optx.engine.request import Logprobs, Request, Sampling, token_ids
-from optx.engine.sampling import BIASES, KNOBS, WAYS, Chosen
-from optx.engine.step import Program, Stepper, Tick
-from optx.errors import RequestError
-
-TICKS = 16
-STOPS = 8  # stop ids a row that the device looks for; with more of them the host looks at every token
+from optx.engine.sampling import WAYS, Chosen, Way
+from optx.engine.scheduler import Part, Plan, Scheduler
+from optx.engine.speculator import Speculator
+from optx.engine.step import Program, Stepper
+from optx.engine.ticks import TickBuilder
+from optx.errors import QueueFull, RequestError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """Room and chunk sizes of an engine. Sizes are fixed at start: every tick runs a program compiled for one of them."""
+class Stats:
+    """An engine's counts. Pages are those of all token groups: free, cached and used ones add up to `pages`."""
 
-    rows: int = 8  # requests decoded at once
-    context: int | None = None  # longest prompt + answer, tokens; None: the model's
-    page_size: int = 64  # tokens a cache page
-    chunks: tuple[int, ...] = (16, 64, 256, 512)  # prompt tokens a prefill tick, padded up to one of these, ascending
-    pages: int | None = None  # pages a token group; None: enough for all rows at full context
-    ticks: int | None = None  # decode ticks a dispatch while nothing waits; None: 16, on a CPU 1
-    mixed: bool | None = None  # chunks of prompts and decodes in one tick; None: on accelerators
-    prefix_cache: bool = True  # keys and values stay while there is room, for prompts that begin alike
-    debug: bool = False  # check page tables on the device in every tick; slower
+    waiting: int  # requests without a row
+    running: int  # requests with one
+    pages: int
+    pages_used: int  # rows hold them
+    pages_cached: int  # the prefix cache alone holds them
+    prefix_asked_tokens: int  # of prompts that the prefix cache was asked for; after a preemption not again
+    prefix_hit_tokens: int  # of those, found
+    prompt_tokens: int  # of finished requests, computed or found
+    output_tokens: int
+    preemptions: int
+    finished: dict[str, int]  # requests by finish
+    steps: int  # dispatches
+    waited: float  # seconds in which the host waited for their results
+    compiles: int  # programs compiled
+    drafted: int  # tokens proposed by speculation
+    accepted: int  # of those, kept
 
-    def __post_init__(self):
-        for name in ("rows", "context", "page_size", "pages", "ticks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"engine.{name}: got {value}; allowed: at least 1")
-        chunks = tuple(self.chunks)
-        if not chunks or chunks[0] < 1 or sorted(set(chunks)) != list(chunks):
-            raise RequestError(f"engine.chunks: got {list(chunks)}; allowed: ascending sizes of at least 1")
-        object.__setattr__(self, "chunks", chunks)
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A dispatch under way."""
+
+    plan: Plan
+    chosen: Chosen
+    launched: float  # perf_counter seconds
+    compiled: bool  # a program was compiled for it
 
 
 class Engine:
-    """Continuous batching over a lowered program: `add_request`, `step` until `idle`; `stream` yields one answer."""
+    """Continuous batching over a lowered program: `add_request`, `step` until `idle`; `stream` yields one answer.
+
+    One thread owns it: nothing here locks.
+    """
 
     def __init__(self, program: Program, options: EngineOptions = EngineOptions(), eos_ids: Sequence[int] = ()):
         self.options = options
+        program, share = with_drafter(program, options.speculate)
         self.eos_ids = frozenset(eos_ids)
         self.context = min(options.context or program.context, program.context)
         self._vocab = program.vocab
-        self._ticks = options.ticks or (1 if jax.default_backend() == "cpu" else TICKS)
-        self._tables = [self._page_table(spec) for spec in program.plan.groups]
-        layouts = [
-            Layout(pages=table.pool.pages, page_size=options.page_size, slots=options.rows) for table in self._tables
-        ] or [Layout(pages=1, page_size=options.page_size, slots=options.rows)]
+        host_only = jax.default_backend() == "cpu"
+        self._ticks = options.ticks or (1 if host_only else TICKS)
         self._mixed = self._may_mix(program) if options.mixed is None else options.mixed
-        self._stepper = Stepper(program, layouts, options.rows, options.debug)
+        self._overlap = not host_only if options.overlap is None else options.overlap
+        self._tables = self._page_tables(program)
         self.prefix_refusal = "switched off" if not options.prefix_cache else refusal(program.plan)
         self.prefix = None if self.prefix_refusal else PrefixCache(self._tables)
         for group, table in enumerate(self._tables if self.prefix else ()):
             table.make_room = functools.partial(self.prefix.make_room, group)
-        self._rows: list[Request | None] = [None] * options.rows
-        self._waiting: collections.deque[Request] = collections.deque()
-        self._prefilling: collections.deque[Request] = collections.deque()
-        self._count = 0
+        self.scheduler = Scheduler(
+            tables=self._tables, prefix=self.prefix, rows=options.rows, budget=options.chunks[-1], ticks=self._ticks,
+            mixed=self._mixed,
+        )  # fmt: skip
+        self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
+        self._landed = 0.0
+        self._builder = TickBuilder(self._tables, options.rows, options.chunks)
+        room = functools.partial(Layout, page_size=options.page_size, slots=options.rows)
+        layouts = [room(pages=table.pool.pages) for table in self._tables] or [room(pages=1)]
+        self._stepper = Stepper(program, layouts, options.rows, options.debug)
+        self._flight: Flight | None = None
+        self._warm: set[Way] = set()
+        self._count = self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        self._waited = 0.0
+        self.drafted = self.accepted = 0
 
     def _may_mix(self, program: Program) -> bool:
         """Not where the reference pads every row to the longest, and states are computed so."""
         states = any(spec is not None and not spec.holds_tokens for spec in program.plan.specs)
         return jax.default_backend() != "cpu" and not states and self.options.rows < self.options.chunks[-1]
 
-    def _page_table(self, spec) -> PageTable:
-        size, rows = self.options.page_size, self.options.rows
-        width = PageTable.width_for(spec, self.context, max(self.options.chunks[-1], self._ticks), size)
-        pool = PagePool(self.options.pages or width * rows)
-        return PageTable(spec, pool, rows=rows, width=width, page_size=size)
+    def _page_tables(self, program: Program) -> list[PageTable]:
+        size, rows, specs = self.options.page_size, self.options.rows, program.plan.groups
+        drafts = self.options.speculate.tokens if self.options.speculate else 0
+        longest = max(self.options.chunks[-1], self._ticks, 1 + drafts)
+        widths = [PageTable.width_for(spec, self.context, longest, size) for spec in specs]
+        pools = [PagePool(pages) for pages in pages_by_group(program.plan, widths, self.options)]
+        return [
+            PageTable(spec, pool, rows=rows, width=width, page_size=size)
+            for spec, pool, width in zip(specs, pools, widths, strict=True)
+        ]
 
     @property
     def compiles(self) -> int:
-        """Programs compiled so far; constant once every chunk size and the decode tick have run (`warm_up`)."""
+        """Programs compiled so far; constant after `warm_up`."""
         return self._stepper.compiles
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not self._prefilling and all(request is None for request in self._rows)
+        return self.scheduler.idle
 
-    def add_request(self, prompt: Sequence[int], sampling: Sampling = Sampling()) -> Request:
-        """Queues a prompt of token ids.
+    def stats(self) -> Stats:
+        pools = [table.pool for table in self._tables]
+        return Stats(
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            pages=sum(pool.pages for pool in pools),
+            pages_used=sum(pool.used for pool in pools),
+            pages_cached=sum(pool.cached for pool in pools),
+            prefix_asked_tokens=self.prefix.asked if self.prefix else 0,
+            prefix_hit_tokens=self.prefix.hits if self.prefix else 0,
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+            preemptions=self.scheduler.preemptions,
+            finished=dict(self._finished),
+            steps=self._steps,
+            waited=self._waited,
+            compiles=self.compiles,
+            drafted=self.drafted,
+            accepted=self.accepted,
+        )
 
-        Raises: RequestError when it is empty, is no list of ids of the vocabulary, or has no room in context or cache.
+    def add_request(self, prompt: Sequence[int], sampling: Sampling = Sampling(), *, priority: int = 0) -> Request:
+        """Queues a prompt of token ids. priority: smaller ones are served first.
+
+        Raises: RequestError when it is empty, is no list of ids of the vocabulary, has no room in context or cache, or when its
+        grammar allows no first token; QueueFull when as many requests wait as may.
+        """
+        return self.add_group(prompt, [sampling], priority=priority)[0]
+
+    def add_group(self, prompt: Sequence[int], samplings: Sequence[Sampling], *, priority: int = 0) -> list[Request]:
+        """Queues several answers to one prompt, which is computed once; their pages with the prompt are shared.
+
+        Raises: as `add_request`; then none is queued.
         """
         prompt = token_ids(prompt, self._vocab)
+        requests = [self._request(self._count + i, prompt, how, priority) for i, how in enumerate(samplings)]
+        most, waiting = self.options.max_waiting, len(self.scheduler.waiting)
+        # As many as there are free rows wait for no more than the next step.
+        if most is not None and waiting + len(requests) > most + self.scheduler.rows.count(None):
+            what = "another" if len(requests) == 1 else f"{len(requests)} more"
+            raise QueueFull(f"{waiting} requests wait for a row and {what} cannot; allowed: {most}; ask again later")
+        self._count += len(requests)
+        self.scheduler.add(requests)
+        return requests
+
+    def _request(self, number: int, prompt: list[int], sampling: Sampling, priority: int) -> Request:
         room = self.context - len(prompt)
         if room < 1:
             raise RequestError(
@@ -102,41 +172,55 @@ class Engine:
             )
         if sampling.max_tokens > room:
             sampling = dataclasses.replace(sampling, max_tokens=room)
-        stops = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
-        request = Request(id=self._count, prompt=prompt, sampling=sampling, stop_ids=stops)
-        for table, pages in zip(self._tables, self._most_pages(request), strict=True):
+        for table in self._tables:
+            pages = min(-(-(len(prompt) + sampling.max_tokens) // table.page_size), table.width)
             if pages > table.pool.pages:
                 raise RequestError(
                     f"prompt and answer may take {pages} cache pages of {table.page_size} tokens and the cache has "
                     f"{table.pool.pages}; lower max_tokens or make more pages"
                 )
-        self._count += 1
-        self._waiting.append(request)
-        return request
+        constraint = None if sampling.grammar is None else Constraint(sampling.grammar, self._vocab)
+        stops = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
+        return Request(
+            id=number, prompt=prompt, sampling=sampling, stop_ids=stops, priority=priority, way=sampling.way,
+            penalized=sampling.penalized, constraint=constraint,
+        )  # fmt: skip
 
     def abort(self, request: Request) -> None:
-        """Ends a request now and frees what it held."""
+        """Ends a request now, wherever it is, and frees what it held."""
         if request.finish is None:
             self._finish(request, "abort")
 
     def step(self) -> list[tuple[Request, int]]:
-        """One dispatch: while prompts are unfinished a chunk of the first (mixed: a token of every running row and as many prompt
-        tokens as the largest chunk has room for); else a token of every running row, or several while nothing waits.
+        """One dispatch: a token of every running row, or several while nothing waits; beside them (mixed), or between,
+        chunks of prompts up to the budget of a tick.
 
-        -> (request, token) of every token produced; a request that ended has `finish` set.
+        -> (request, token) of every token produced; a request that ended has `finish` set. With overlap these are the tokens
+        of the dispatch before, and the one that was started goes on after the return.
         """
-        self._admit()
-        if self._prefilling:
-            return self._mix() if self._mixed else self._prefill(self._prefilling[0])
-        running = [request for request in self._rows if request is not None]
-        return self._decode(running) if running else []
+        before, self._flight = self._flight, None
+        unknown = before is not None and before.plan.width > 1  # how far its rows came
+        plan = None if unknown else self.scheduler.plan(settled=before is None)
+        started = self._launch(plan) if plan else None
+        found = self._land(before) if before else []
+        if started is None and before is not None:  # what was under way had to be known first
+            plan = self.scheduler.plan()
+            started = self._launch(plan) if plan else None
+        if started is not None and self._overlap:
+            self._flight = started
+            return found
+        return found + self._land(started) if started else found
 
     def stream(self, prompt: Sequence[int], sampling: Sampling = Sampling()) -> Iterator[int]:
-        """Tokens of one request as they come; other requests advance beside it."""
-        request = self.add_request(prompt, sampling)
+        """Tokens of one request as they come; other requests, of other streams too, advance beside it."""
+        request, given = self.add_request(prompt, sampling), 0
         try:
-            while request.finish is None:
-                yield from [token for owner, token in self.step() if owner is request]
+            while request.finish is None or given < len(request.output):
+                if given == len(request.output):
+                    self.step()
+                new = request.output[given:]
+                given += len(new)
+                yield from new
         finally:
             self.abort(request)
 
@@ -147,166 +231,127 @@ class Engine:
                 if on_token is not None:
                     on_token(request, token)
 
-    def warm_up(self, sampling: Sampling = Sampling()) -> None:
-        """Compiles every program that requests with such a sampling need, so that none of them waits for one."""
-        assert self.idle, "warm up before the first request"
-        sampling = dataclasses.replace(sampling, max_tokens=2, ignore_eos=True, stop=(), stop_ids=())
-        lengths = [min(chunk, self.context - 1) for chunk in self.options.chunks]
-        # A shorter context leaves no prompt long enough for the chunk.
-        long_enough = [
-            length for length, less in zip(lengths, (0, *self.options.chunks), strict=False) if length > less
-        ]
-        if self._ticks > 1 and self.context > 3:
-            self._warm([0], dataclasses.replace(sampling, max_tokens=3))
-        for length in long_enough:
-            self._warm([0] * length, sampling)
+    def warm_up(self, *samplings: Sampling, progress: bool = False) -> None:
+        """Compiles every program that requests with such samplings need (default: greedy ones), so that none waits for one.
 
-    def _warm(self, prompt: list[int], sampling: Sampling) -> None:
-        self.add_request(prompt, sampling)
-        self.run()
-        if self.prefix is not None:  # the next prompt begins alike
-            self.prefix.clear()
+        A decode tick in every way of sampling, of one token and of as many as a dispatch has; a tick for each of `chunks` in
+        the most capable way, which serves the prompts of all. From then on a request takes the cheapest of these ways that
+        can serve it.
+        """
+        assert self.idle, "warm up before the first request"
+        # Programs that can do all know masks of grammars; those that compile here need none.
+        samplings = [how if how.grammar is None else dataclasses.replace(how, logprobs=0) for how in samplings]
+        ways = sorted(
+            {how.way: how for how in samplings or (Sampling(),)}.items(), key=lambda item: WAYS.index(item[0])
+        )
+        plain = {"ignore_eos": True, "stop": (), "stop_ids": (), "grammar": None}
+        todo = []
+        for _, how in ways:
+            todo += [
+                ([[0]], dataclasses.replace(how, max_tokens=n, **plain)) for n in ((1, 3) if self._ticks > 1 else (1,))
+            ]
+        most = self.context - 1  # tokens of a prompt
+        for chunk, less in zip(self.options.chunks, (1, *self.options.chunks), strict=False):
+            # Of several prompts where a tick takes them; a chunk that none can fill needs no program.
+            prompts = [[i % self._vocab] * min(most, chunk - at) for i, at in enumerate(range(0, chunk, most))]
+            prompts = prompts[: self.options.rows if self._mixed else 1]
+            if sum(map(len, prompts)) > less:
+                todo.append((prompts, dataclasses.replace(ways[-1][1], max_tokens=1, **plain)))
+        self._warm |= {way for way, _ in ways}
+        todo = [(False, *one) for one in todo]
+        if self.speculator is not None and self.context > 2:
+            todo += [(True, [[0]], dataclasses.replace(how, max_tokens=2, **plain)) for _, how in ways]
+        for drafted, prompts, how in tqdm(todo, desc="warm up", unit="program", disable=not progress):
+            self._force(drafted)
+            for prompt in prompts:
+                self.add_request(prompt, how)
+            self.run()
+            if self.prefix is not None:  # the next prompt begins alike
+                self.prefix.clear()
+        self._force(None)
+        if self.options.rows > 1:
+            self._stepper.copy(0, 1, [(range(0), range(0))] * len(self._tables))
+        self._forget_counts()
+
+    def _force(self, drafted: bool | None) -> None:
+        """Verify ticks alone, or none; None: as it pays."""
+        if self.speculator is not None:
+            self.speculator.forced = drafted
+
+    def _forget_counts(self) -> None:
+        self.drafted = self.accepted = 0
+        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._finished = dict.fromkeys(self._finished, 0)
+        if self.prefix is not None:
             self.prefix.hits = self.prefix.asked = 0
 
-    def _most_pages(self, request: Request) -> list[int]:
-        """Pages that the request can come to hold, by token group."""
-        tokens = len(request.prompt) + request.sampling.max_tokens
-        return [min(-(-tokens // table.page_size), table.width) for table in self._tables]
+    def recover(self) -> list[Request]:
+        """After a `step` that raised: running requests end with "error", their caches and the prefix cache are made anew;
+        waiting ones go on. -> the requests that ended."""
+        self._flight = None
+        lost = self.scheduler.drop_running()
+        for request in lost:
+            self._note_finish(request, "error")
+        self._stepper.renew()
+        return lost
 
-    def _fits(self, request: Request) -> bool:
-        """Whether every admitted request can grow to its end beside this one: a row never waits for pages."""
-        held = [self._most_pages(other) for other in self._rows if other is not None]
-        most = [sum(pages) for pages in zip(*held, self._most_pages(request), strict=True)]
-        return all(pages <= table.pool.pages for pages, table in zip(most, self._tables, strict=True))
+    def _launch(self, plan: Plan) -> Flight:
+        for copy in plan.copies:
+            self._stepper.copy(copy.source, copy.target, copy.slots)
+        way, began, programs = self._way(plan), time.perf_counter(), self.compiles
+        chosen = self._stepper(self._builder.build(plan, way), way)
+        for leaf in jax.tree.leaves(chosen):
+            leaf.copy_to_host_async()
+        self._steps += 1
+        return Flight(plan, chosen, began, self.compiles > programs)
 
-    def _admit(self) -> None:
-        while self._waiting and None in self._rows and self._fits(self._waiting[0]):
-            request = self._waiting.popleft()
-            request.row = self._rows.index(None)
-            self._rows[request.row] = request
-            self._prefilling.append(request)
-            # A penalized row has to meet every token of its prompt.
-            if self.prefix is not None and not request.sampling.penalized:
-                self.prefix.asked += len(request.prompt)
-                request.computed = self.prefix.adopt(request.row, self.prefix.match(request.prompt))
-                self.prefix.hits += request.computed
+    def _way(self, plan: Plan) -> Way:
+        """The cheapest that serves all rows, among those that were warmed up if one of these does."""
+        needed = max((part.request.way for part in plan.parts), key=WAYS.index)
+        able = [way for way in WAYS[WAYS.index(needed) :] if way in self._warm]
+        return able[-1 if plan.chunk else 0] if able else needed
 
-    def _prefill(self, request: Request) -> list[tuple[Request, int]]:
-        chunk = request.prompt[request.computed :][: self.options.chunks[-1]]
-        width = self._bucket(len(chunk))
-        tokens = np.zeros(width, np.int32)
-        tokens[: len(chunk)] = chunk
-        return self._after_chunk(request, self._dispatch([request], tokens, [len(chunk)], width), 0)
-
-    def _mix(self) -> list[tuple[Request, int]]:
-        rows: list[Request | None] = list(self._rows)
-        running = [request for request in rows if request is not None and request not in self._prefilling]
-        room = self.options.chunks[-1] - len(running)
-        parts: list[list[int]] = [[-1] if request in running else [] for request in rows]
-        for request in self._prefilling:
-            parts[request.row] = request.prompt[request.computed :][:room]
-            room -= len(parts[request.row])
-        chunked = [request for request in self._prefilling if parts[request.row]]
-        tokens = np.zeros(self._bucket(sum(map(len, parts))), np.int32)
-        tokens[: sum(map(len, parts))] = [token for part in parts for token in part]
-        batch = [request if part else None for request, part in zip(rows, parts, strict=True)]
-        chosen = self._dispatch(batch, tokens, [len(part) for part in parts], None)
-        found = [out for request in running for out in self._emit(request, chosen, 0, request.row)]
-        return found + [out for request in chunked for out in self._after_chunk(request, chosen, request.row)]
-
-    def _bucket(self, count: int) -> int:
-        return next(chunk for chunk in self.options.chunks if chunk >= count)
-
-    def _after_chunk(self, request: Request, chosen: Chosen, row: int) -> list[tuple[Request, int]]:
-        if self.prefix is not None:  # after every chunk: windows pass pages by that another prompt would go on from
-            self.prefix.insert(request.row, request.prompt[: request.computed])
-        if request.computed < len(request.prompt):
-            return []
-        self._prefilling.remove(request)
-        return self._emit(request, chosen, 0, row)
-
-    def _decode(self, running: list[Request]) -> list[tuple[Request, int]]:
-        rows: list[Request | None] = list(self._rows)
-        tokens = np.full(len(rows), -1, np.int32)
-        counts = [0 if request is None else 1 for request in rows]
-        found = []
-        ticks = self._ticks_for(running)
-        chosen = self._dispatch(rows, tokens, counts, 1, ticks)
-        for i in range(ticks):
-            found += [out for r in running if r.finish is None for out in self._emit(r, chosen, i, r.row)]
+    def _land(self, flight: Flight) -> list[tuple[Request, int]]:
+        """Waits for a dispatch and hands out its tokens, tick by tick."""
+        start = time.perf_counter()
+        plan, chosen, found = flight.plan, jax.device_get(flight.chosen), []
+        self._waited += time.perf_counter() - start
+        tokens = chosen.tokens.tolist()
+        for part in plan.parts:
+            part.request.pending -= part.rounds
+            if plan.width > 1:
+                kept = sum(tick[part.row] >= 0 for tick in tokens)
+                self.scheduler.settle(part, kept)
+                self.drafted, self.accepted = self.drafted + len(part.tokens) - 1, self.accepted + kept - 1
+        self._note_speed(flight, tokens)
+        for tick in range(len(tokens)):
+            for part in plan.parts:
+                row = 0 if plan.alone else part.row
+                foreseen = plan.width == 1 or tokens[tick][row] >= 0
+                if tick < part.rounds and part.request.finish is None and foreseen:
+                    self._emit(part, tokens[tick][row], chosen, tick, row)
+                    found.append((part.request, tokens[tick][row]))
         return found
 
-    def _ticks_for(self, running: list[Request]) -> int:
-        """Decode ticks of the next dispatch: one where the host has to look at every token."""
-        if self._waiting or any(r.sampling.stop or len(r.stop_ids) > STOPS for r in running):
-            return 1
-        return self._ticks if max(r.left for r in running) > 1 else 1
+    def _note_speed(self, flight: Flight, tokens: list[list[int]]) -> None:
+        """Tells what decides about speculation what a tick gave and took."""
+        plan, now = flight.plan, time.perf_counter()
+        began, self._landed = max(flight.launched, self._landed), now
+        if self.speculator is None or plan.chunk:
+            return
+        rows = len(plan.parts)
+        if plan.width > 1:
+            self.speculator.landed(rows, sum(token >= 0 for tick in tokens for token in tick))
+        if not flight.compiled and (plan.width > 1 or plan.ticks == self._ticks):
+            self.speculator.took(plan.width > 1, rows, (now - began) / plan.ticks)
 
-    def _dispatch(
-        self, batch: list[Request | None], tokens: np.ndarray, counts: list[int], width: int | None, ticks: int = 1
-    ) -> Chosen:
-        """Runs ticks over `batch` (None: an idle row) -> what was chosen as numpy arrays, [ticks, rows, ...].
-
-        width: tokens a row, padding included; None: row after row, as `counts` says.
-        """
-        b = len(batch)
-        live = [(i, request) for i, request in enumerate(batch) if request is not None]
-        slots = np.full(b, self.options.rows, np.int32)
-        way = max((request.sampling.way for _, request in live), key=WAYS.index)
-        biases = BIASES if way == "full" else 0
-        starts, seeds, sampling = (
-            np.zeros(b, np.int32),
-            np.zeros(b, np.uint32),
-            np.zeros((b, len(KNOBS) + biases), np.float32),
-        )
-        limits, stops = np.zeros(b, np.int32), np.full((b, STOPS), -1, np.int32)
-        prompts, biased = np.zeros(b, np.int32), np.full((b, biases), -1, np.int32)
-        writes = [np.full((ticks, len(tokens)), table.pool.pages * table.page_size, np.int32) for table in self._tables]
-        first = np.cumsum(counts) - counts if width is None else np.arange(b) * width
-        ahead = np.zeros(b, np.int32)  # slots taken for ticks after the first
-        for i, request in live:
-            how = request.sampling
-            slots[i], starts[i], seeds[i], prompts[i] = request.row, request.computed, how.seed, len(request.prompt)
-            limits[i] = request.left if request.computed + counts[i] >= len(request.prompt) else 0
-            ids = sorted(request.stop_ids)[:STOPS]
-            stops[i, : len(ids)] = ids
-            sampling[i, : len(KNOBS)] = how.knobs
-            for at, (token, bias) in enumerate((how.logit_bias or {}).items()):
-                biased[i, at], sampling[i, len(KNOBS) + at] = token, bias
-            rounds = min(ticks, request.left)
-            ahead[i] = rounds - 1
-            for table, write in zip(self._tables, writes, strict=True):
-                taken = table.append(request.row, rounds * counts[i]).reshape(rounds, counts[i])
-                write[:rounds, first[i] : first[i] + counts[i]] = taken
-            request.computed += counts[i]
-        rows = np.minimum(slots, self.options.rows - 1)
-        tick = Tick(
-            tokens=tokens,
-            counts=np.asarray(counts, np.int32),
-            starts=starts,
-            slots=slots,
-            tables=tuple(table.table[None, rows] for table in self._tables),
-            lengths=tuple(
-                np.where(slots < self.options.rows, table.lengths[rows] - ahead, 0)[None] for table in self._tables
-            ),
-            writes=tuple(writes),
-            limits=limits,
-            stops=stops,
-            prompts=prompts,
-            biased=biased,
-            seeds=seeds,
-            sampling=sampling,
-            ticks=ticks,
-            mixed=width is None,
-        )
-        chosen = jax.device_get(self._stepper(tick, way))
-        for i, request in live:
-            request.computed += int(np.sum(chosen.tokens[1:, i] >= 0))
-        return chosen
-
-    def _emit(self, request: Request, chosen: Chosen, tick: int, row: int) -> list[tuple[Request, int]]:
-        token = int(chosen.tokens[tick, row])
+    def _emit(self, part: Part, token: int, chosen: Chosen, tick: int, row: int) -> None:
+        request = part.request
+        assert token >= 0, "a row ended on the device before the host knew why"
+        if request.first_token_at is None:
+            request.first_token_at = time.perf_counter()
         request.output.append(token)
+        self._output_tokens += 1
         if (wanted := request.sampling.logprobs) is not None:
             top = zip(
                 chosen.top_tokens[tick, row, :wanted].tolist(),
@@ -314,28 +359,27 @@ class Engine:
                 strict=True,
             )
             request.logprobs.append(Logprobs(float(chosen.logprobs[tick, row]), tuple(top)))
-        if token in request.stop_ids:
+        if (constraint := request.constraint) is not None:
+            constraint.accept(token)
+        if token in request.stop_ids or (constraint is not None and constraint.done):
             self._finish(request, "stop")
         elif len(request.output) >= request.sampling.max_tokens:
             self._finish(request, "length")
-        return [(request, token)]
+        elif constraint is not None and constraint.stuck:
+            request.error = constraint.reason
+            self._finish(request, "error")
 
     def _finish(self, request: Request, why: str) -> None:
-        request.finish = why
-        if request.row < 0:
-            self._waiting.remove(request)
-            return
-        if request in self._prefilling:
-            self._prefilling.remove(request)
-        if self.prefix is not None and request.computed > len(request.prompt):
-            self.prefix.insert(request.row, [*request.prompt, *request.output][: request.computed])
-        for table in self._tables:
-            table.free(request.row)
-        self._rows[request.row] = None
+        self.scheduler.finish(request, why)
+        self._note_finish(request, why)
+
+    def _note_finish(self, request: Request, why: str) -> None:
+        request.finished_at = time.perf_counter()
+        self._finished[why] += 1
+        self._prompt_tokens += len(request.prompt)
 
     def check(self) -> None:
         """When idle, every page is free or cached: raises AssertionError for a leak."""
         assert self.idle
-        for group, table in enumerate(self._tables):
-            cached = self.prefix.cached(group) if self.prefix else 0
-            assert table.pool.available + cached == table.pool.pages, "cache pages leaked"
+        for table in self._tables:
+            assert table.pool.available + table.pool.cached == table.pool.pages, "cache pages leaked"

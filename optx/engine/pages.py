@@ -14,16 +14,23 @@ class OutOfPages(RequestError):
 
 
 class PagePool:
-    """Page numbers 0 .. pages - 1 with reference counts."""
+    """Page numbers 0 .. pages - 1 with reference counts; `kept` pages are held by the prefix cache as one of their owners."""
 
     def __init__(self, pages: int):
         self.pages = pages
-        self.references = np.zeros(pages, np.int32)
+        self.references = [0] * pages
+        self.kept = [False] * pages
+        self.cached = 0  # kept pages that nobody else holds: what the prefix cache can give back
         self._free = collections.deque(range(pages))
 
     @property
     def available(self) -> int:
         return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Pages that rows hold: available + cached + used == pages."""
+        return self.pages - self.available - self.cached
 
     def allocate(self) -> int:
         """Raises OutOfPages."""
@@ -36,13 +43,28 @@ class PagePool:
 
     def retain(self, page: int) -> None:
         assert self.references[page] > 0
+        self.cached -= self.kept[page] and self.references[page] == 1
         self.references[page] += 1
 
     def release(self, page: int) -> None:
-        assert self.references[page] > 0
+        assert self.references[page] > self.kept[page]
         self.references[page] -= 1
         if self.references[page] == 0:
             self._free.append(page)
+        self.cached += self.kept[page] and self.references[page] == 1
+
+    def keep(self, page: int) -> None:
+        """The prefix cache becomes an owner of a page that a row holds."""
+        assert not self.kept[page]
+        self.retain(page)
+        self.kept[page] = True
+
+    def drop(self, page: int) -> None:
+        """It gives the page back."""
+        assert self.kept[page]
+        self.cached -= self.references[page] == 1
+        self.kept[page] = False
+        self.release(page)
 
 
 class PageTable:
@@ -74,26 +96,52 @@ class PageTable:
         return -(-int(self.lengths[row]) // self.page_size)
 
     def append(self, row: int, count: int) -> np.ndarray:
-        """Room for `count` more tokens of a row: their flat slots int32[count]. Frees passed pages first.
+        """`append_rows` for one row."""
+        return self.append_rows(np.array([row]), np.array([count]))
 
-        Raises: OutOfPages, with the row as it was (apart from freed pages).
+    def needed(self, rows: np.ndarray, counts: np.ndarray) -> int:
+        """Pages to take for `counts` more tokens of `rows` (distinct). Frees passed pages of the rows that take any."""
+        return int(np.sum(self._growth(rows, counts)))
+
+    def _growth(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        if self.window is not None:
+            for row in rows[self._pages_for(rows, counts) > 0]:
+                self._free_passed(row)
+        return self._pages_for(rows, counts)
+
+    def _pages_for(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        lengths = self.lengths[rows]
+        return -(-(lengths + counts) // self.page_size) - -(-lengths // self.page_size)
+
+    def append_rows(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Room for `counts` int[N] more tokens of `rows` int[N], distinct: their flat slots int32[sum(counts)], row after row.
+        A row that takes a page frees passed ones first.
+
+        Raises: OutOfPages, with the rows as they were (apart from freed pages).
         """
-        self._free_passed(row)
-        length, size = int(self.lengths[row]), self.page_size
-        have, need = self.pages_of(row), -(-(length + count) // size)
-        if self.make_room is not None:
-            self.make_room(need - have)
-        if need - have > self.pool.available:
-            raise OutOfPages(
-                f"a row needs {need - have} more cache pages of {size} tokens and {self.pool.available} are free"
-            )
-        for index in range(have, need):
-            self.table[row, index] = self.pool.allocate()
-            self._first[row, index] = self._next[row] + (index * size - length)
-        slots = length + np.arange(count)
-        self.lengths[row] += count
-        self._next[row] += count
-        return (self.table[row, slots // size] * size + slots % size).astype(np.int32)
+        size, growth = self.page_size, self._growth(rows, counts)
+        total = int(np.sum(growth))
+        if self.make_room is not None and total > self.pool.available:
+            self.make_room(total)
+        if total > self.pool.available:
+            what = "a row needs" if len(rows) == 1 else f"{len(rows)} rows need"
+            raise OutOfPages(f"{what} {total} more cache pages of {size} tokens and {self.pool.available} are free")
+        for at in np.flatnonzero(growth):
+            row, length = rows[at], int(self.lengths[rows[at]])
+            have = self.pages_of(row)
+            for index in range(have, have + int(growth[at])):
+                self.table[row, index] = self.pool.allocate()
+                self._first[row, index] = self._next[row] + (index * size - length)
+        ends = np.cumsum(counts)
+        owner = np.repeat(np.arange(len(rows)), counts)
+        slots = self.lengths[rows][owner] + np.arange(len(owner)) - (ends - counts)[owner]
+        self.lengths[rows] += counts.astype(np.int32)
+        self._next[rows] += counts
+        return (self.table[rows[owner], slots // size] * size + slots % size).astype(np.int32)
+
+    def partial(self, row: int) -> bool:
+        """Whether the row's last page has room: a fork has to copy it."""
+        return bool(self.lengths[row] % self.page_size)
 
     def seen_pages(self, count: int) -> list[int]:
         """Of the first `count` whole pages of a sequence, those that the token after them sees, or a later one may."""
@@ -138,7 +186,7 @@ class PageTable:
         drop = int(self._next[row]) - tokens
         if tokens < 0 or drop < 0:
             raise RequestError(f"cannot truncate to {tokens} tokens; allowed: 0 to {int(self._next[row])}")
-        if drop and tokens - (self.window or 0) + 1 < self._freed[row]:
+        if drop and max(tokens - (self.window or 0) + 1, 0) < self._freed[row]:
             raise RequestError(
                 f"cannot step back to {tokens} of {int(self._next[row])} tokens: the window of {self.window} has freed "
                 f"tokens before position {int(self._freed[row])}; compute the row again from its start"
@@ -158,6 +206,8 @@ class PageTable:
         full, rest = divmod(int(self.lengths[row]), self.page_size)
         moves: Sequence[int] = range(0)
         if rest:
+            if self.make_room is not None:
+                self.make_room(1)
             self.table[new, full] = self.pool.allocate()
             moves = range(rest)
         for index in range(full):

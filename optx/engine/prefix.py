@@ -9,6 +9,8 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
+
 from optx.cache import CachePlan
 from optx.engine.pages import PageTable
 
@@ -20,9 +22,9 @@ class Node:
     """One page of tokens after its parent's. pages: by group; None where the group's window had passed it."""
 
     parent: "Node | None"
-    key: tuple[int, ...]
+    key: bytes
     pages: list[int | None]
-    children: dict[tuple[int, ...], "Node"] = dataclasses.field(default_factory=dict)
+    children: dict[bytes, "Node"] = dataclasses.field(default_factory=dict)
     used: int = 0  # clock of the last match or insertion
 
 
@@ -41,16 +43,22 @@ class PrefixCache:
     def __init__(self, tables: Sequence[PageTable]):
         self.tables = list(tables)
         self.page_size = self.tables[0].page_size
-        self.root = Node(None, (), [])
+        self.root = Node(None, b"", [])
         self.hits = 0  # prompt tokens that were found
         self.asked = 0  # prompt tokens of all admitted requests
         self._clock = 0
 
-    def match(self, tokens: Sequence[int]) -> list[Node]:
-        """Nodes of the longest usable prefix that leaves at least one token to compute."""
+    def keys(self, tokens: Sequence[int]) -> list[bytes]:
+        """Names of the whole pages of a sequence: their tokens. What `match` and `insert` take."""
+        whole = len(tokens) // self.page_size * self.page_size
+        packed, size = np.asarray(tokens[:whole], np.int32).tobytes(), 4 * self.page_size
+        return [packed[at : at + size] for at in range(0, len(packed), size)]
+
+    def match(self, keys: Sequence[bytes], tokens: int) -> list[Node]:
+        """Nodes of the longest usable prefix of a sequence of so many tokens that leaves at least one to compute."""
         node, path = self.root, []
-        for at in range(0, len(tokens) - self.page_size, self.page_size):
-            node = node.children.get(tuple(tokens[at : at + self.page_size]))
+        for key in keys[: (tokens - 1) // self.page_size]:
+            node = node.children.get(key)
             if node is None:
                 break
             path.append(node)
@@ -71,19 +79,18 @@ class PrefixCache:
         self._touch(path)
         return len(path) * self.page_size
 
-    def insert(self, row: int, tokens: Sequence[int]) -> None:
-        """Keeps the whole pages of a row that holds the first `tokens`; the row goes on using them."""
+    def insert(self, row: int, keys: Sequence[bytes]) -> None:
+        """Keeps the whole pages of a row that begins with the tokens of `keys`; the row goes on using them."""
         listed = [table.listed(row) for table in self.tables]
         node, path = self.root, []
-        for i in range(len(tokens) // self.page_size):
-            key = tuple(tokens[i * self.page_size : (i + 1) * self.page_size])
+        for i, key in enumerate(keys):
             child = node.children.get(key)
             if child is None:
                 child = node.children[key] = Node(node, key, [None] * len(self.tables))
             for g, pages in enumerate(listed):
                 if child.pages[g] is None and i in pages:
                     child.pages[g] = pages[i]
-                    self.tables[g].pool.retain(pages[i])
+                    self.tables[g].pool.keep(pages[i])
             path.append(child)
             node = child
         self._touch(path)
@@ -110,7 +117,7 @@ class PrefixCache:
         # Pages that a window has passed, of nodes that rows use for their other groups.
         for node in sorted(self._nodes(), key=lambda node: node.used) if pool.available < pages else ():
             if node.pages[group] is not None and pool.references[node.pages[group]] == 1:
-                pool.release(node.pages[group])
+                pool.drop(node.pages[group])
                 node.pages[group] = None
 
     def clear(self) -> None:
@@ -120,9 +127,7 @@ class PrefixCache:
 
     def cached(self, group: int) -> int:
         """Pages of the group that the tree alone holds."""
-        pool = self.tables[group].pool
-        pages = [node.pages[group] for node in self._nodes() if node.pages[group] is not None]
-        return sum(pool.references[page] == 1 for page in pages)
+        return self.tables[group].pool.cached
 
     def _idle(self, node: Node) -> bool:
         """Whether no row uses its pages."""
@@ -133,7 +138,7 @@ class PrefixCache:
         del node.parent.children[node.key]
         for table, page in zip(self.tables, node.pages, strict=True):
             if page is not None:
-                table.pool.release(page)
+                table.pool.drop(page)
 
     def _nodes(self):
         todo = list(self.root.children.values())

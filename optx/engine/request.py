@@ -3,10 +3,14 @@
 import dataclasses
 import numbers
 import operator
+import time
 from collections.abc import Iterable, Mapping
 
+from optx.engine.constraint import Constraint, Grammar
 from optx.engine.sampling import BIASES, KNOBS, TOP, Way
 from optx.errors import RequestError
+
+STOPS = 8  # stop ids a row that the device looks for; with more of them the host looks at every token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,7 @@ class Sampling:
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
     stop_ids: tuple[int, ...] = ()  # token ids that end the answer, besides the tokenizer's own
     ignore_eos: bool = False  # True: the tokenizer's end tokens do not stop
+    grammar: Grammar | None = None  # what the answer follows to its end (`optx.Grammar`); None: free text
 
     def __post_init__(self):
         if isinstance(self.stop, str):
@@ -48,6 +53,7 @@ class Sampling:
             ("seed", lambda x: _whole(x) and 0 <= x < 2**32, "0 to 2^32 - 1"),
             ("stop", lambda x: isinstance(x, tuple) and all(isinstance(t, str) and t for t in x), "texts, none empty"),
             ("stop_ids", lambda x: isinstance(x, tuple) and all(map(_whole, x)), "token ids"),
+            ("grammar", lambda x: x is None or isinstance(x, Grammar), "an optx.Grammar, or None for free text"),
         ):
             if not fits(getattr(self, name)):
                 raise RequestError(f"sampling.{name}: got {getattr(self, name)!r}; allowed: {allowed}")
@@ -55,7 +61,7 @@ class Sampling:
     @property
     def way(self) -> Way:
         """What the program that serves it must be able to do."""
-        if self.penalized or self.logit_bias or self.logprobs is not None:
+        if self.penalized or self.logit_bias or self.logprobs is not None or self.grammar is not None:
             return "full"
         return "sampled" if self.temperature > 0 else "greedy"
 
@@ -108,19 +114,39 @@ class Logprobs:
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Request:
-    """One running request: its prompt, what it has produced, how far its cache is."""
+    """One running request: its prompt, what it has produced, how far its cache is. Times are `time.perf_counter` seconds."""
 
-    id: int
+    id: int  # in order of arrival
     prompt: list[int]
     sampling: Sampling
     stop_ids: frozenset[int]
+    priority: int = 0  # smaller is served first
     output: list[int] = dataclasses.field(default_factory=list)
     logprobs: list["Logprobs"] = dataclasses.field(default_factory=list)  # of `output`, where asked for
-    computed: int = 0  # prompt and output tokens whose keys are cached
+    constraint: Constraint | None = None  # its place in `sampling.grammar`
+    finish: str | None = None  # "stop" (a stop id, the end of its grammar), "length", "abort", "error"
+    error: str | None = None  # why, where a grammar left no token to go on with
+    arrived: float = dataclasses.field(default_factory=time.perf_counter)
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    preemptions: int = 0
+
+    # The scheduler's.
     row: int = -1  # row of the batch; -1: waiting
-    finish: str | None = None  # "stop" (a stop id), "length", "abort"
+    computed: int = 0  # tokens whose keys are cached, those of dispatches under way among them
+    pending: int = 0  # tokens that dispatches under way draw
+    drawn: bool = False  # its newest token was drawn in this row: the device holds it
+    bumps: int = 0  # times it lost its row, before its first token was computed too
+    senior: bool = False  # was overtaken or lost its row too often: goes before all that are not
+    ticket: int = 0  # requests that were queued before it
+    keys: list[bytes] | None = None  # pages of its known tokens, for the prefix cache
+    shared: int = 0  # pages found in the prefix cache, and in use, when it was admitted
+    leader: "Request | None" = None  # the request whose prompt it will fork
+    followers: list["Request"] = dataclasses.field(default_factory=list)  # requests that will fork its prompt
+    way: Way = "greedy"  # what the programs that compute its tokens must be able to do
+    penalized: bool = False  # must meet its whole prompt: takes nothing from the prefix cache
 
     @property
     def tokens(self) -> int:
@@ -128,8 +154,24 @@ class Request:
 
     @property
     def left(self) -> int:
-        """Tokens that it may still produce."""
-        return self.sampling.max_tokens - len(self.output)
+        """Tokens that it may still produce, those under way not counted."""
+        return self.sampling.max_tokens - len(self.output) - self.pending
+
+    @property
+    def watched(self) -> bool:
+        """Whether the host has to look at every token."""
+        return bool(self.sampling.stop) or len(self.stop_ids) > STOPS or self.constraint is not None
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Smaller: is kept longer when cache pages run out."""
+        return (0, 0, self.id) if self.senior else (1, self.priority, self.id)
+
+    def known(self, start: int, end: int) -> list[int]:
+        """Tokens start to end of prompt and output."""
+        if end <= len(self.prompt):
+            return self.prompt[start:end]
+        return [*self.prompt, *self.output][start:end]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,6 +180,6 @@ class Completion:
 
     text: str  # "" without a tokenizer
     token_ids: tuple[int, ...]
-    finish: str  # "stop" or "length"
+    finish: str  # "stop", "length", or "error": its grammar left no token to go on with
     prompt_tokens: int
     logprobs: tuple[Logprobs, ...] | None = None  # of token_ids, where asked for

@@ -1,4 +1,4 @@
-"""Token choice on the device: penalties and bias, temperature, min-p, top-k, top-p, a seed a row, log-probabilities.
+"""Token choice on the device: penalties, bias and masks, temperature, min-p, top-k, top-p, a seed a row, log-probabilities.
 
 Nothing is sorted: thresholds are found by binary search over the bits of the logits, exact, in 32 passes over a row.
 """
@@ -20,7 +20,7 @@ BIASES = 64  # biased tokens a row, at most
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Tokens of one tick. Log-probabilities are the model's own, before temperature, penalties and bias."""
+    """Tokens of one tick. Log-probabilities are the model's own, before temperature, penalties, bias and masks."""
 
     tokens: jax.Array  # int32[B]
     logprobs: jax.Array | None = None  # float32[B], of `tokens`
@@ -28,16 +28,18 @@ class Chosen:
     top_logprobs: jax.Array | None = None  # float32[B, TOP]
 
 
-def choose(way: Way, logits, knobs, seeds, steps, seen=None, bias=None) -> Chosen:
+def choose(way: Way, logits, knobs, seeds, steps, seen=None, bias=None, masks=None) -> Chosen:
     """logits float32[B, V]; by row: knobs float32[B, 7] in the order of KNOBS, seeds uint32[B], steps int32[B].
 
-    Only with way "full": seen uint16[B, V] (`mark`), bias (tokens int32[B, K], -1 for none; values float32[B, K]).
+    Only with way "full": seen uint16[B, V] (`mark`), bias (tokens int32[B, K], -1 for none; values float32[B, K]), masks
+    uint32[B, ceil(V / 32)] (`mask_tokens`; None: all tokens).
     """
     if way == "greedy":
         return Chosen(tokens=jnp.argmax(logits, axis=-1).astype(jnp.int32))
     raw = logits
     if way == "full":
         logits = penalize(add_bias(logits, *bias), seen, *knobs[:, 4:7].T)
+        logits = logits if masks is None else mask_tokens(logits, masks)
     temperature, top_k, top_p, min_p = knobs[:, :4].T
     tokens = sample(logits, temperature, top_k.astype(jnp.int32), top_p, seeds, steps, min_p)
     if way == "sampled":
@@ -116,3 +118,10 @@ def penalize(logits, seen, repetition, presence, frequency):
 def add_bias(logits, tokens, values):
     rows = jnp.arange(logits.shape[0])[:, None]
     return logits.at[rows, jnp.where(tokens < 0, logits.shape[-1], tokens)].add(values, mode="drop")
+
+
+def mask_tokens(logits, mask):
+    """logits float32[B, V], -inf where bit v % 32 of word v // 32 of the row's mask, uint32[B, ceil(V / 32)], is not set."""
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[-1]]
+    return jnp.where(allowed == 1, logits, -jnp.inf)

@@ -14,8 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.cache import Address, CachePlan, Caches, Layout, Ragged
+from optx.engine.drafting import Drafted, Models, propose
 from optx.engine.sampling import KNOBS, Chosen, Way, choose, mark
+from optx.engine.speculation import verify
 from optx.errors import LoweringError
+
+# On GPUs the steps of a dispatch run as one CUDA graph, the loop of several ticks included: left out, every tick of it waits
+# for the host (4.0 ms in place of 3.6 for 8 billion int4 weights at batch 1 on an H100).
+COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_command_buffer": COMMANDS}}  # by platform
 
 # Integers between the starts of packed parts: XLA hands kernels pointers into the vector, and those of Pallas Mosaic GPU
 # take buffers at multiples of 256 bytes only.
@@ -38,7 +45,8 @@ class Program(Protocol):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tick:
     """What the host says about one dispatch, as numpy arrays. T tokens of B rows: Q a row, padded and row-major (T = B Q), or
-    with `mixed` as many as `counts` says, row after row, padded at the end. N ticks, each fed by the one before (Q is 1 then)."""
+    with `mixed` as many as `counts` says, row after row, padded at the end. N ticks, each fed by the one before (Q is 1 then).
+    With `verify` a row's tokens after the first are drafts, -1 where the device makes them."""
 
     tokens: np.ndarray  # int32[T]; -1: the row's newest token on the device
     counts: np.ndarray  # int32[B] tokens of each row, 0: idle
@@ -48,23 +56,25 @@ class Tick:
     tables: tuple[np.ndarray, ...]  # int32[1, B, pages] a group
     lengths: tuple[np.ndarray, ...]  # int32[1, B] a group, the first tick's tokens included
     writes: tuple[np.ndarray, ...]  # int32[N, T] a group
-    limits: np.ndarray  # int32[B]: tokens that a row may still produce
+    limits: np.ndarray  # int32[B]: tokens that a row draws, at most
     stops: np.ndarray  # int32[B, S]: tokens that end a row; -1: none
     prompts: np.ndarray  # int32[B]: tokens of each row's prompt
     biased: np.ndarray  # int32[B, K]: tokens with a bias; -1: none. K is 0 but for way "full"
     sampling: np.ndarray  # float32[B, 7 + K]: KNOBS, then the biases
+    masks: np.ndarray | None = None  # uint32[B, ceil(V / 32)]: one bit a token that the row may choose; None: all
     ticks: int = 1  # N
     mixed: bool = False
+    verify: bool = False
 
     def pack(self) -> tuple[np.ndarray, tuple]:
-        """All integers in one vector (one transfer, one argument) and the shapes that `unpack` needs."""
+        """All integers but masks in one vector (one transfer, one argument) and the shapes that `unpack` needs."""
         parts = jax.tree.leaves((self.tokens, self.counts, self.starts, self.slots, self.seeds.view(np.int32), self.limits,
                                  self.stops, self.prompts, self.biased, self.tables, self.lengths, self.writes))  # fmt: skip
         shapes = tuple(part.shape for part in parts)
         return np.concatenate([np.pad(part.reshape(-1), (0, -part.size % ALIGN)) for part in parts]), shapes
 
 
-def unpack(packed: jax.Array, shapes: tuple, sampling: jax.Array) -> Tick:
+def unpack(packed: jax.Array, shapes: tuple, sampling: jax.Array, masks: jax.Array | None) -> Tick:
     """Inverse of `Tick.pack`, on the device."""
     sizes = [math.prod(shape) for shape in shapes]
     starts = np.cumsum([0] + [size + -size % ALIGN for size in sizes])
@@ -75,8 +85,26 @@ def unpack(packed: jax.Array, shapes: tuple, sampling: jax.Array) -> Tick:
     seeds = jax.lax.bitcast_convert_type(seeds, jnp.uint32)
     return Tick(
         tokens=tokens, counts=counts, starts=starts, slots=slots, seeds=seeds, limits=limits, stops=stops, prompts=prompts,
-        biased=biased, tables=tables, lengths=lengths, writes=writes, sampling=sampling,
+        biased=biased, tables=tables, lengths=lengths, writes=writes, sampling=sampling, masks=masks,
     )  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What ticks carry from one to the next beside caches, by row."""
+
+    newest: jax.Array  # int32[R], the token chosen last
+    seen: jax.Array | None = None  # uint16[R, V], which tokens came; with way "full" alone
+    hidden: jax.Array | None = None  # [R, D], at the last token computed; where a drafter asks for it
+
+    def after(self, slots, tokens, seen, hidden, last) -> "Rows":
+        """slots int32[B] (past the end: dropped) chose tokens int32[B]; hidden [T, D], of which rows `last` int32[B]."""
+        return Rows(
+            newest=self.newest.at[slots].set(tokens, mode="drop"),
+            seen=seen,
+            hidden=self.hidden if self.hidden is None else self.hidden.at[slots].set(hidden[last], mode="drop"),
+        )
 
 
 class Stepper:
@@ -87,20 +115,19 @@ class Stepper:
 
     def __init__(self, program: Program, layouts: Sequence[Layout], rows: int, debug: bool = False):
         """debug: every tick also checks its page tables on the device and raises where they are wrong."""
-        self.program = program
+        self.program, self._layouts, self._rows = program, layouts, rows
         self._debug = debug
         self._caches, self._treedef = jax.tree.flatten(program.plan.init(layouts))
-        # What ticks carry from one to the next beside caches: the newest token of each row, and for rows that need it which
-        # tokens they have seen.
-        self._newest = jnp.zeros(rows, jnp.int32)
-        self._seen: jax.Array | None = None
+        self._state = self._fresh_rows()
+        self._all_tokens: dict[int, jax.Array] = {}  # masks that forbid nothing, by rows
         # By shapes, ticks and way of choosing: static arguments would cost more a call.
         self._ticks: dict[tuple, Callable] = {}
+        self._copy = jax.jit(functools.partial(_copy, program.plan, self._treedef), donate_argnums=(0, 1))
 
     @property
     def compiles(self) -> int:
         """Programs compiled so far."""
-        return sum(tick._cache_size() for tick in self._ticks.values())
+        return sum(program._cache_size() for program in (*self._ticks.values(), self._copy))
 
     @property
     def caches(self) -> Caches:
@@ -113,18 +140,66 @@ class Stepper:
     def __call__(self, tick: Tick, way: Way) -> Chosen:
         """Runs the ticks; -> what was chosen, with a leading axis N; token -1 where a row had ended before."""
         packed, shapes = tick.pack()
-        key = (shapes, tick.ticks, tick.mixed, way)
+        key = (shapes, tick.ticks, tick.mixed, tick.verify, way)
         if key not in self._ticks:
             step = functools.partial(_ticks, self.program.merge, self._treedef, *key)
             checked = _checked(self.program.checkified(step)) if self._debug else None
-            self._ticks[key] = checked or jax.jit(step, donate_argnums=(1, 2))
-        if way == "full" and self._seen is None:
-            self._seen = jnp.zeros((self._newest.shape[0], self.program.vocab), jnp.uint16)
-        rows = (self._newest, self._seen) if way == "full" else (self._newest,)
-        self._caches, rows, chosen = self._ticks[key](self.program.leaves, self._caches, rows, packed, tick.sampling)
-        self._newest, *seen = rows
-        self._seen = seen[0] if seen else self._seen
+            options = COMPILER_OPTIONS.get(jax.default_backend())
+            self._ticks[key] = checked or jax.jit(step, donate_argnums=(1, 2), compiler_options=options)
+        if way == "full":
+            self.track_seen()
+        seen = self._state.seen
+        rows = self._state if way == "full" else dataclasses.replace(self._state, seen=None)
+        masks = self._masks(tick) if way == "full" else None
+        self._caches, rows, chosen = self._ticks[key](
+            self.program.leaves, self._caches, rows, packed, tick.sampling, masks
+        )
+        self._state = rows if way == "full" else dataclasses.replace(rows, seen=seen)
         return chosen
+
+    def _fresh_rows(self) -> "Rows":
+        carried = self.program.carries if isinstance(self.program, Drafted) else None
+        hidden = None if carried is None else jnp.zeros((self._rows, *carried.shape), carried.dtype)
+        return Rows(newest=jnp.zeros(self._rows, jnp.int32), hidden=hidden)
+
+    def renew(self) -> None:
+        """Caches and what goes with them as at the start; compiled programs stay."""
+        self._caches = self._state = None  # given back before new ones are made
+        self._caches = jax.tree.leaves(self.program.plan.init(self._layouts))
+        self._state = self._fresh_rows()
+
+    def _masks(self, tick: Tick) -> jax.Array:
+        """On the device: those that forbid nothing lie there already, so that rows without a grammar send none."""
+        if tick.masks is not None:
+            return jax.device_put(tick.masks)
+        batch = len(tick.counts)
+        if batch not in self._all_tokens:
+            self._all_tokens[batch] = jnp.full((batch, -(-self.program.vocab // 32)), 0xFFFFFFFF, jnp.uint32)
+        return self._all_tokens[batch]
+
+    def track_seen(self) -> None:
+        """From now on there is a record of which tokens rows have seen, uint16[R, V]."""
+        if self._state.seen is None:
+            seen = jnp.zeros((self._rows, self.program.vocab), jnp.uint16)
+            self._state = dataclasses.replace(self._state, seen=seen)
+
+    def copy(self, source: int, target: int, slots: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Row `target` gets states, newest and seen tokens of row `source`, and by group the cached tokens at flat slots
+        (from, to), at most a page of them."""
+        moves = np.zeros((len(slots), 2, max((p.shape[1] for p in self.caches.positions), default=1)), np.int32)
+        for move, positions, (from_, to) in zip(moves, self.caches.positions, slots, strict=True):
+            move[1] = (positions.shape[0] - 1) * positions.shape[1]  # the page that takes the writes of padding
+            move[:, : len(to)] = from_, to
+        ends = np.array([[source], [target]], np.int32)
+        self._caches, self._state = self._copy(self._caches, self._state, moves, ends)
+
+
+def _copy(plan: CachePlan, treedef, caches, rows, moves, ends):
+    caches = jax.tree.unflatten(treedef, caches)
+    for group in range(len(plan.keys)):
+        caches = plan.move_tokens(caches, group, *moves[group])
+    caches = plan.move_states(caches, *ends)
+    return jax.tree.leaves(caches), jax.tree.map(lambda x: x.at[ends[1]].set(x[ends[0]]), rows)
 
 
 def _checked(step):
@@ -141,11 +216,16 @@ def _checked(step):
     return run
 
 
-def _ticks(merge, treedef, shapes, ticks, mixed, way, leaves, caches, rows, packed, sampling):
-    """rows: (newest tokens int32[R],) and with way "full" (..., seen uint16[R, V])."""
-    model, tick = merge(leaves), unpack(packed, shapes, sampling)
+def _ticks(merge, treedef, shapes, ticks, mixed, drafted, way, leaves, caches, rows, packed, sampling, masks):
+    """-> (flat caches, rows, Chosen with a leading axis)."""
+    model, tick = merge(leaves), unpack(packed, shapes, sampling, masks)
+    if drafted:
+        return _verify_tick(model, treedef, tick, way, caches, rows)
     run = functools.partial(_tick, model, treedef, tick, mixed, way)
     live = tick.counts > 0
+    if not mixed and tick.tokens.shape == live.shape:  # decodes, planned before the host knew which rows have ended
+        newest = jnp.take(rows.newest, tick.slots, mode="clip")
+        live &= (tick.tokens >= 0) | ~jnp.any(newest[:, None] == tick.stops, axis=1)
     if ticks == 1:
         caches, rows, chosen = run(0, live, caches, rows)
         return caches, rows, jax.tree.map(lambda x: x[None], chosen)
@@ -172,32 +252,74 @@ def _ticks(merge, treedef, shapes, ticks, mixed, way, leaves, caches, rows, pack
 def _tick(model, treedef, tick: Tick, mixed: bool, way: Way, i, live, caches, rows):
     """Tick i of a dispatch over rows `live` bool[B] -> (flat caches, rows, Chosen)."""
     caches = jax.tree.unflatten(treedef, caches)
-    newest, *seen = rows
     counts = jnp.where(live, tick.counts, 0)
     starts = tick.starts + i
     row, real, ragged = (_row_after_row if mixed else _padded)(counts, starts, tick.tokens.shape[0])
-    held = jnp.take(newest, tick.slots[row], mode="clip")
+    held = jnp.take(rows.newest, tick.slots[row], mode="clip")
     given = (tick.tokens >= 0) & (i == 0)
     tokens = jnp.where(real, jnp.where(given, tick.tokens, held), 0)
     lengths = tuple(length + jnp.where(live, i, 0) for length in tick.lengths)
     address = Address(tables=tick.tables, lengths=lengths, writes=tuple(w[i] for w in tick.writes), slots=tick.slots)
     hidden, caches, _ = model.backbone(tokens, ragged, caches, address)
-    logits = model.head(hidden[ragged.starts + jnp.maximum(counts - 1, 0)])
-    slots = jnp.where(live, tick.slots, newest.shape[0])
-    if way == "full":
-        known = seen[0].at[jnp.where(starts == 0, slots, newest.shape[0])].set(0, mode="drop")
-        known = mark(known, jnp.where(given & real, slots[row], newest.shape[0]), tokens,
-                     ragged.positions < tick.prompts[row])  # fmt: skip
-        extra = {"seen": jnp.take(known, tick.slots, axis=0, mode="clip")}
-        extra["bias"] = (tick.biased, tick.sampling[:, len(KNOBS) :])
-    else:
-        known, extra = None, {}
-    chosen = choose(way, logits, tick.sampling[:, : len(KNOBS)], tick.seeds, starts + tick.counts, **extra)
+    if isinstance(model, Models):
+        caches = model.follow(tokens, hidden, rows.hidden, ragged, caches, address)
+    last = ragged.starts + jnp.maximum(counts - 1, 0)
+    slots = jnp.where(live, tick.slots, rows.newest.shape[0])
+    known, extra = _known(way, tick, rows, slots, starts, jnp.where(given & real, slots[row], len(rows.newest)), tokens,
+                          ragged)  # fmt: skip
+    chosen = choose(
+        way, model.head(hidden[last]), tick.sampling[:, : len(KNOBS)], tick.seeds, starts + tick.counts, **extra
+    )
     if known is not None:  # a chunk before a prompt's last chooses nothing
         none = jnp.zeros(counts.shape, bool)
-        seen = [mark(known, jnp.where(tick.limits > 0, slots, newest.shape[0]), chosen.tokens, none)]
-    newest = newest.at[slots].set(chosen.tokens, mode="drop")
-    return jax.tree.leaves(caches), (newest, *seen), chosen
+        known = mark(known, jnp.where(tick.limits > 0, slots, len(rows.newest)), chosen.tokens, none)
+    return jax.tree.leaves(caches), rows.after(slots, chosen.tokens, known, hidden, last), chosen
+
+
+def _verify_tick(model, treedef, tick: Tick, way: Way, caches, rows):
+    """A tick over the newest token and the drafts of each row -> (flat caches, rows, Chosen with leading axes [Q, B])."""
+    caches = jax.tree.unflatten(treedef, caches)
+    counts, starts, batch = tick.counts, tick.starts, tick.counts.shape[0]
+    row, real, ragged = _padded(counts, starts, tick.tokens.shape[0])
+    address = Address(
+        tables=tick.tables, lengths=tick.lengths, writes=tuple(w[0] for w in tick.writes), slots=tick.slots
+    )
+    tokens = tick.tokens.reshape(batch, -1)
+    given = tokens[:, 0] >= 0
+    newest = jnp.where(given, tokens[:, 0], jnp.take(rows.newest, tick.slots, mode="clip"))
+    if isinstance(model, Models):
+        before = newest if rows.hidden is None else jnp.take(rows.hidden, tick.slots, axis=0, mode="clip")
+        tokens, caches = propose(model, way, tick, address, caches, newest, before)
+    else:
+        tokens = tokens.at[:, 0].set(newest)
+    tokens = jnp.where(real, tokens.reshape(-1), 0)
+    hidden, caches, _ = model.backbone(tokens, ragged, caches, address)
+    if isinstance(model, Models):
+        caches = model.follow(tokens, hidden, rows.hidden, ragged, caches, address)
+    logits, tokens = model.head(hidden).reshape(batch, ragged.longest, -1), tokens.reshape(batch, -1)
+    slots = jnp.where(counts > 0, tick.slots, len(rows.newest))
+    first = jnp.arange(len(row)) == ragged.starts[row]
+    known, extra = _known(way, tick, rows, slots, starts, jnp.where(first & given[row], slots[row], len(rows.newest)),
+                          tokens.reshape(-1), ragged)  # fmt: skip
+    chosen, accepted = verify(
+        way, logits, tokens, counts, tick.sampling[:, : len(KNOBS)], tick.seeds, starts + 1, **extra
+    )
+    drawn = chosen.tokens.T.reshape(-1)
+    if known is not None:
+        known = mark(known, jnp.where(drawn >= 0, slots[row], len(rows.newest)), drawn, jnp.zeros(drawn.shape, bool))
+    last = ragged.starts + accepted
+    return jax.tree.leaves(caches), rows.after(slots, drawn[last], known, hidden, last), chosen
+
+
+def _known(way: Way, tick: Tick, rows: "Rows", slots, starts, given, tokens, ragged):
+    """-> (what rows have seen [R, V] with tokens [T] marked for the rows `given` [T], what `choose` takes beside logits)."""
+    if way != "full":
+        return None, {}
+    known = rows.seen.at[jnp.where(starts == 0, slots, len(rows.newest))].set(0, mode="drop")
+    at = jnp.minimum(ragged.rows, ragged.batch - 1)
+    known = mark(known, given, tokens, ragged.positions < tick.prompts[at])
+    bias = (tick.biased, tick.sampling[:, len(KNOBS) :])
+    return known, {"seen": jnp.take(known, tick.slots, axis=0, mode="clip"), "bias": bias, "masks": tick.masks}
 
 
 def _padded(counts, starts, total: int):

@@ -13,6 +13,7 @@ from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
 from optx.pallas.dispatch import OpChoice, OpSite
+from optx.pallas.rotate_append.reference import rotate, separate
 
 DECODE = 8  # tokens a row up to which a step is decoding: one, or a few speculated ones
 
@@ -25,14 +26,28 @@ def paged_spec(kv_heads, head_dim, *, dtype, window=None) -> CacheSpec:
 
 
 def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwargs) -> jax.Array:
-    """Attention of q [T, N, H] over cached tokens -> [T, N, Hv]; few tokens a row take the op that is made for them."""
+    """Attention of q [T, N, H] over cached tokens -> [T, N, Hv]; few tokens a row take the op that is made for them, also
+    beside chunks of prompts: one op's kernel reads pages at the speed of memory, the other's multiplies."""
     kwargs |= {"positions": view.positions, "table": view.table, "lengths": view.lengths}
-    if not ragged.rectangular or ragged.longest > DECODE:
-        args = (q, k_pool, v_pool)
-        return dispatch.call("ragged_paged_attention", choices, *args, ragged=ragged, **kwargs)[0]
-    asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
-    args = (ragged.pad(q), k_pool, v_pool)
-    return ragged.unpad(dispatch.call("paged_decode", choices, *args, q_positions=asked, **kwargs)[0])
+
+    def decode(q, asked, **more):
+        return dispatch.call("paged_decode", choices, q, k_pool, v_pool, q_positions=asked, **kwargs | more)[0]
+
+    if ragged.rectangular and ragged.longest <= DECODE:
+        asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
+        return ragged.unpad(decode(ragged.pad(q), asked))
+
+    def chunks(ragged):
+        return dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs)[0]
+
+    if ragged.rectangular:
+        return chunks(ragged)
+    single = ragged.counts == 1
+    first = jnp.minimum(ragged.starts, q.shape[0] - 1)
+    asked = jnp.where(single, ragged.positions[first], -1)
+    few = decode(q[first][:, None], asked[:, None], lengths=jnp.where(single, view.lengths, 0))
+    row = jnp.minimum(ragged.rows, ragged.batch - 1)
+    return jnp.where(single[row][:, None, None], few[row, 0], chunks(ragged.without(single)))
 
 
 def attention_sites(facts: Mapping[str, Any], expanded: Mapping[str, Any] | None = None) -> tuple[OpSite, ...]:
@@ -99,24 +114,27 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, ragged: Ragged, view: View | None):
         """x [T, D] -> (y [T, D], the layer's pool or, without caches, the keys and values that later layers share)."""
-        q, k, v = self.project(x)
+        q, k, v = self.heads_of(x)
         q, gate = (q, None) if self.gate is None else jnp.split(q, 2, axis=-1)
-        q = q if self.q_norm is None else self.q_norm(q)
-        q = q if self.rope is None else self.rope(q, ragged.positions)
-        if k is not None:
-            k = k if self.k_norm is None else self.k_norm(k)
-            k = k if self.rope is None else self.rope(k, ragged.positions)
+        cached = view is not None and view.writes is not None
+        if self.cache.share is not None:
+            q, pool = rotate(q, self.q_norm, self.rope, ragged.positions), view.pool
+        elif cached:
+            kwargs = {"positions": ragged.positions, "writes": view.writes, "spec": self.cache}
+            kwargs |= {"rope": self.rope, "q_norm": self.q_norm, "k_norm": self.k_norm}
+            q, pool = dispatch.call("rotate_append", self.choices, q, k, v, view.pool, **kwargs)
+        else:
+            q, k, v = separate(q, k, v, self.cache)
+            k = rotate(k, self.k_norm, self.rope, ragged.positions)
+            q, pool = rotate(q, self.q_norm, self.rope, ragged.positions), self.cache.as_stored({"k": k, "v": v})
         kwargs = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
         kwargs |= {} if self.sinks is None else {"sink_logits": self.sinks.get_value()}
-        if view is None or view.writes is None:
-            pool = view.pool if k is None else self.cache.as_stored({"k": k, "v": v})
-            keys, values = ragged.pad(pool["k"]), ragged.pad(pool["v"])
-            args = (ragged.pad(q), keys, values)
+        if cached:
+            out = attend_cached(self.choices, q, pool["k"], pool["v"], ragged, view, **kwargs)
+        else:
+            args = (ragged.pad(q), ragged.pad(pool["k"]), ragged.pad(pool["v"]))
             out, _, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
             out = ragged.unpad(out)
-        else:
-            pool = view.pool if k is None else self.cache.append(view.pool, {"k": k, "v": v}, view.writes)
-            out = attend_cached(self.choices, q, pool["k"], pool["v"], ragged, view, **kwargs)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(x.shape[0], -1)), pool
 
@@ -127,6 +145,10 @@ class Attention(nnx.Module):
         if self.k is None:
             return q, None, None
         return q, *(part(x).reshape(-1, self.kv_heads, self.head_dim) for part in (self.k, self.v))
+
+    def heads_of(self, x):
+        """`project`, or all heads side by side [T, N + 2K, H] where one matmul makes them, and None for k and v."""
+        return self.project(x)
 
     def op_sites(self) -> tuple[OpSite, ...]:
         facts = {
@@ -140,7 +162,11 @@ class Attention(nnx.Module):
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
         }
-        return attention_sites(facts)
+        flash, *over_cache = attention_sites(facts)
+        if self.cache.share is not None:
+            return (flash, *over_cache)
+        parts = {"rope": self.rope, "q_norm": self.q_norm, "k_norm": self.k_norm}
+        return (flash, OpSite(op="rotate_append", args={**facts, **parts}), *over_cache)
 
 
 class FusedAttention(Fused, Attention):
@@ -155,6 +181,11 @@ class FusedAttention(Fused, Attention):
             setattr(self, name, getattr(attn, name))
         self.qkv = qkv
         self.choices = attn.choices
+
+    def heads_of(self, x):
+        if self.gate is not None:
+            return self.project(x)
+        return self.qkv(x).reshape(x.shape[0], self.heads + 2 * self.kv_heads, self.head_dim), None, None
 
     def project(self, x):
         q, k = self.sizes

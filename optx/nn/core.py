@@ -76,10 +76,10 @@ class Linear(nnx.Module):
 
 def _matmul_site(weight) -> tuple[OpSite, ...]:
     weight = tensor.canonical(weight)
+    facts = {"weight": weight, "dtype": jnp.dtype(weight.dtype).name}
     if not tensor.is_qtensor(weight):
-        return ()
-    facts = {"weight": weight, "dtype": jnp.dtype(weight.dtype).name, "activations": None}
-    return (OpSite(op="quant_matmul", args=facts),)
+        return (OpSite(op="matmul", args=facts),)
+    return (OpSite(op="quant_matmul", args=facts | {"activations": None}),)
 
 
 def arranged(like: nnx.Param, weight, relayout) -> nnx.Param:
@@ -102,10 +102,8 @@ class Fused:
 
 
 def contract(x, w, choices=()) -> jax.Array:
-    """x[..., D] @ w[D, F], through the quant_matmul op when w is packed."""
-    if tensor.is_packed(w):
-        return dispatch.call("quant_matmul", choices, x, w)
-    return tensor.matmul(x, w)
+    """x[..., D] @ w[D, F], through the op for dense or packed weights."""
+    return dispatch.call("quant_matmul" if tensor.is_packed(w) else "matmul", choices, x, w)
 
 
 class Embed(nnx.Module):
@@ -303,16 +301,19 @@ class Rope:
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [T, N, H], positions int32[T] -> x with its first `dim` numbers rotated."""
-        angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.frequencies())
-        cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
-        if self.attention_factor != 1:
-            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        cos, sin = (x[:, None] for x in self.turns(positions))
         part, rest = jnp.split(x.astype(jnp.float32), [self.dim], axis=-1)
         first, second = (part[..., ::2], part[..., 1::2]) if self.interleaved else jnp.split(part, 2, axis=-1)
         turned = [first * cos - second * sin, second * cos + first * sin]
         if self.interleaved:
             turned = [jnp.stack(turned, axis=-1).reshape(part.shape)]
         return jnp.concatenate([*turned, rest], axis=-1).astype(x.dtype)
+
+    def turns(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(cos, sin) float32[T, dim / 2] of each pair's angle at positions int32[T], times `attention_factor`."""
+        angle = positions.astype(jnp.float32)[:, None] * jnp.asarray(self.frequencies())
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        return (cos, sin) if self.attention_factor == 1 else (cos * self.attention_factor, sin * self.attention_factor)
 
     def __str__(self):
         stretch = "" if self.scaling == "none" else f" {self.scaling} x{self.factor:g}"

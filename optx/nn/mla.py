@@ -123,7 +123,11 @@ class MLA(nnx.Module):
         }
         width = self.nope_dim + self.rope.dim
         sites = attention_sites(facts, {"kv_heads": self.heads, "head_dim": width, "value_dim": self.value_dim})
-        return sites if self.indexer is None else (*sites, OpSite(op="indexed_attention", args=facts))
+        if self.indexer is None:
+            return sites
+        index = {"top_k": self.indexer.top_k, "index": self.indexer.stream.name}
+        index |= {"index_heads": self.indexer.heads, "index_dim": self.indexer.head_dim}
+        return (*sites, OpSite(op="indexed_attention", args=facts | index))
 
 
 def _as_pages(new: dict[str, jax.Array], ragged: Ragged) -> View:

@@ -55,6 +55,7 @@ class Row:
     arch: str = "any"  # sm90, ...; or a platform
     variant: str = ""  # tells rows of one backend and arch apart
     function: str | None = None  # None: the op's name
+    optional: bool = False  # True: `require` does not insist on it, as the rows after it are as good where it declines
     verified: bool = True  # False: its cases have not all run on the device; chosen only where a recipe requires it
 
     @property
@@ -103,6 +104,11 @@ ROWS: tuple[Row, ...] = (
     Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu"),
     Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
     Row(op="indexed_attention", backend="xla", module="indexed_attention.reference"),
+    Row(op="matmul", backend=_GPU, arch="sm90", module="matmul.mosaic_gpu_sm90", optional=True),
+    Row(op="matmul", backend="xla", arch="gpu", module="matmul.xla_gpu"),
+    Row(op="matmul", backend="xla", module="matmul.reference"),
+    Row(op="rotate_append", backend=_GPU, arch="sm90", module="rotate_append.mosaic_gpu_sm90", optional=True),
+    Row(op="rotate_append", backend="xla", module="rotate_append.reference"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", module="quant_matmul.mosaic_gpu_sm90"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", variant="w8a8", module="quant_matmul.mosaic_gpu_sm90_w8a8"),
     Row(op="quant_matmul", backend=_TPU, module="quant_matmul.mosaic_tpu"),
@@ -137,7 +143,7 @@ def select(site: OpSite, target: Any, require: str | None = None) -> OpChoice:
     declined: list[tuple[str, str]] = []
     chosen = None
     candidates = rows(site.op)
-    if require not in {row.backend for row in candidates}:
+    if require not in {row.backend for row in candidates if not row.optional}:
         require = None
     for row in candidates:
         if require and row.backend != require:
@@ -155,7 +161,7 @@ def select(site: OpSite, target: Any, require: str | None = None) -> OpChoice:
     if chosen is None:
         said = "; ".join(f"{name}: {reason}" for name, reason in declined)
         raise LoweringError(f"{site.op}: no kernel takes this call ({said}); leave out 'require' for the reference")
-    untuned = chosen.backend in PLATFORMS and not tiles.table(target.name)
+    untuned = chosen.backend in PLATFORMS and not tiles.table(target.like or target.name)
     return OpChoice(
         op=site.op,
         backend=chosen.backend,

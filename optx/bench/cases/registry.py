@@ -18,9 +18,11 @@ MODULES = (
     "ragged_paged_attention",
     "paged_decode",
     "mla",
+    "matmul",
     "quant_matmul",
     "w8a8",
     "grouped_matmul",
+    "rotate_append",
 )
 
 

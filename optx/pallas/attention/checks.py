@@ -71,6 +71,20 @@ def ragged_paged_attention(q, k_pool, v_pool, *, ragged, **kwargs) -> None:
     _paged(op, q, ragged.batch, k_pool, v_pool, **kwargs)
 
 
+def rotate_append(q, k, v, pool, *, positions, writes, spec, **_) -> None:
+    op = "rotate_append"
+    _need(op, q.ndim == 3 and _floating(q), "q", q, "floating [T, N, H]")
+    t, n, h = q.shape
+    kv_heads, page = spec.streams[0].shape[0], pool["k"].shape[2]
+    if k is None:
+        _need(op, n > 2 * kv_heads, "q", q, f"[{t}, N + {2 * kv_heads}, {h}], all heads, without k and v")
+    for name, x in (("k", k), ("v", v)):
+        _need(op, x is k is None or (x is not None and x.shape == (t, kv_heads, h)), name, x, f"[{t}, {kv_heads}, {h}]")
+        _need(op, pool[name].shape[1:] == (kv_heads, page, h), "pool", pool[name], f"[pages, {kv_heads}, P, {h}]")
+    for name, x in (("positions", positions), ("writes", writes)):
+        _need(op, x.shape == (t,) and x.dtype == jnp.int32, name, x, f"int32[{t}]")
+
+
 def _paged(
     op, q, batch, k_pool, v_pool, *, positions, table, lengths, sink_logits=None, logit_scale=None, value_dim=None, **_
 ):

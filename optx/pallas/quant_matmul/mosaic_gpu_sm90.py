@@ -627,12 +627,24 @@ def dense_matmul(x: jax.Array, w: jax.Array, *, tiles: Tiles | None = None):
             f"dense_matmul: x {x.dtype}{list(x.shape)}, w {w.dtype}{list(w.shape)}; allowed: bfloat16, 1 to 256 rows, "
             f"D and F in multiples of {BLOCK}"
         )
-    if tiles is None:
-        wide = next(n for n in (8, 16, 32, 64, 128, 256) if rows <= n)
-        strips = min((3, 2, 1), key=lambda n: _ceil(_ceil(f // BLOCK, n), SMS) * n)
-        left = SHARED - 8192 - strips * 2 * min(wide, PART) * BLOCK * 2
-        tiles = Tiles(rows=wide, strips=strips, blocks=1, stages=left // ((wide + strips * BLOCK) * BLOCK * 2))
+    tiles = tiles or _dense(rows, d // BLOCK, f // BLOCK)
     return _rows(x, w, plan=Plan(tiles=tiles, kind="bf16", bits=16, group=d, depth=d, strips=f // BLOCK))
+
+
+def _dense(rows: int, steps: int, outputs: int) -> Tiles:
+    """Sizes for a weight of `steps` by `outputs` blocks, so that the busiest SM has the least to do. A sum over thread blocks
+    costs about half of what it saves."""
+    wide = next(n for n in (8, 16, 32, 64, 128, 256) if rows <= n)
+    choices = []
+    for strips, share, split, blocks in ((3, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 2)):
+        turns = _ceil(_ceil(outputs, strips), SMS // split)
+        empty = 8192 + strips * (2 * min(wide, PART) * BLOCK * 2 + (share * split - 1) * BLOCK * wide * 4)
+        stages = (SHARED - empty) // ((wide + strips * BLOCK) * BLOCK * 2 * blocks) // share * share
+        whole = steps % (blocks * share * split) == 0 and steps // blocks >= 4 * share * split
+        if (split == 1 or turns == 1) and stages >= 3 and (whole or strips > 1):
+            tiles = Tiles(rows=wide, strips=strips, blocks=blocks, stages=min(stages, 24), share=share, split=split)
+            choices.append((turns * (strips + 0.5) * (1.5 / split if split > 1 else 1), len(choices), tiles))
+    return min(choices)[2]
 
 
 def _rows(x, *w, plan: Plan):

@@ -1,0 +1,169 @@
+"""Cases and benchmark shapes of `rotate_append`: new tokens of mixed rows, some of them padding, into half-full pools."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optx import tensor
+from optx.bench.cases import Case, Shape
+from optx.formats import Float8, Format, Int
+from optx.nn.attention import paged_spec
+from optx.nn.core import RMSNorm, Rope
+
+OP = "rotate_append"
+INT8, INT4, FP8 = Int(width=8), Int(width=4), Float8()
+INT8_ZERO, INT4_ZERO = Int(width=8, symmetric=False), Int(width=4, symmetric=False)
+CONTEXT = 40960  # tokens: positions lie below
+# A rotated key is rounded to 16 bits before it gets its code, which tips some codes to the next one; the reference in float32
+# does not round. The reference itself, in bfloat16: 7e-3, 1.5e-2, 3.8e-2.
+TIPPED = {"int8": 1e-2, "fp8_e4m3": 3e-2, "int4": 5e-2}
+NEAR = 0.02  # steps of a code
+
+
+def call(
+    rng,
+    *,
+    tokens,
+    heads,
+    kv_heads,
+    head_dim,
+    page_size=16,
+    dtype="bfloat16",
+    format: Format | None = None,
+    joined=False,
+    padding=0,
+    rope: Rope | None = None,
+    norm: dict | None = None,
+):
+    """A call whose newest `padding` tokens are none. Half of the pool's slots keep what they hold; the last page holds NaN."""
+    pages = -(-2 * tokens // page_size)
+    spec = paged_spec(kv_heads, head_dim, dtype=dtype).replace(format=format)
+    shape = (pages + 1, kv_heads, page_size, head_dim)
+    pool = {name: _pool(rng.standard_normal(shape, np.float32), dtype, format) for name in "kv"}
+    x = rng.standard_normal((tokens, heads + 2 * kv_heads, head_dim), np.float32)
+    x = jnp.asarray(x * np.exp(rng.standard_normal((tokens, heads + 2 * kv_heads, 1), np.float32)), dtype)
+    x = x.at[0, -1].set(0)
+    writes = rng.permutation(pages * page_size)[:tokens].astype(np.int32)
+    positions = rng.integers(0, CONTEXT, tokens).astype(np.int32)
+    real = tokens - padding
+    writes[real:], positions[real:] = pages * page_size + np.arange(padding) * 5 * page_size, 0
+    kwargs = {"positions": jnp.asarray(positions), "writes": jnp.asarray(writes), "spec": spec, "rope": rope}
+    for name in ("q_norm", "k_norm"):
+        kwargs[name] = None if norm is None else _norm(rng, head_dim, **norm)
+    if rope is None and norm is None and isinstance(format, Int):
+        x = _untied(x, format)
+    parts = (x, None, None) if joined else jnp.split(x, [heads, heads + kv_heads], axis=1)
+    return (*parts, pool), kwargs
+
+
+def _untied(x, format):
+    """x without numbers that lie between two codes: XLA divides through a reciprocal, which tips them either way. The largest
+    of a head is positive: as the least number it would lie half a step below the least code."""
+    largest = jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=-1, keepdims=True), axis=-1)
+    x = jnp.where(largest < 0, -x, x)
+    steps = x.astype(jnp.float32) / tensor.quantize(x, format, axis=-1).scale.astype(jnp.float32)
+    near = jnp.abs(steps - jnp.floor(steps) - 0.5) < NEAR
+    return jnp.where(near & (jnp.abs(x) < jnp.abs(largest)), 0, x)
+
+
+def _pool(x, dtype, format):
+    last = jnp.arange(len(x)) == len(x) - 1
+    x = jnp.where(last[:, None, None, None], jnp.nan, jnp.asarray(x, dtype))
+    return x if format is None else tensor.quantize(x, format, axis=-1)
+
+
+def _norm(rng, head_dim, *, offset=0.0, dtype="bfloat16"):
+    norm = RMSNorm(head_dim, offset=offset, dtype=dtype)
+    weight = rng.standard_normal(head_dim, np.float32) * 0.1 + (1 - offset)
+    norm.weight = nnx.Param(jnp.asarray(weight, dtype), axes=("embed",))
+    return norm
+
+
+def results(output, kwargs):
+    """Queries; keys and values of the tokens' slots, and of all others: the page for padding is left out."""
+    q, pool = output
+    found = [q]
+    for stream in (pool["k"], pool["v"]):
+        stored = tensor.dense(stream)[:-1].astype(jnp.float32)
+        flat = jnp.moveaxis(stored, 1, 2).reshape(-1, stored.shape[1], stored.shape[3])
+        writes = np.asarray(kwargs["writes"])
+        writes = writes[writes < len(flat)]
+        others = np.setdiff1d(np.arange(len(flat)), writes)
+        found += [flat[writes], flat[others]]
+    return found
+
+
+def site(heads, kv_heads, head_dim, *, dtype="bfloat16", format=None, rope=None, norm=None, **_) -> dict:
+    norm = None if norm is None else RMSNorm(head_dim, offset=norm.get("offset", 0.0))
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "cache": paged_spec(kv_heads, head_dim, dtype=dtype).replace(format=format),
+        "rope": rope,
+        "q_norm": norm,
+        "k_norm": norm,
+    }
+
+
+def case(name: str, tokens, heads, kv_heads, head_dim, *, small=True, turns=True, **kwargs) -> Case:
+    kwargs = {"rope": Rope(theta=1e6, dim=head_dim) if turns else None} | kwargs
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    tolerances = TIPPED if kwargs["rope"] is not None or kwargs.get("norm") is not None else {}
+    return Case(
+        op=OP,
+        name=name,
+        make=functools.partial(call, tokens=tokens, **shape, **kwargs),
+        site=site(**shape, **kwargs),
+        tolerance=tolerances.get(str(kwargs.get("format")).removesuffix("_asym"), 5e-3),
+        small=small,
+        pick=results,
+    )
+
+
+FORMATS = {"int8": INT8, "int8_zero": INT8_ZERO, "int4": INT4, "int4_zero": INT4_ZERO, "fp8": FP8}
+QWEN = {"heads": 32, "kv_heads": 8, "head_dim": 128, "norm": {}, "joined": True}
+YARN = Rope(theta=1e4, dim=64, scaling="yarn", factor=8.0, attention_factor=1.2)
+
+CASES = (
+    case("one_token", 1, 8, 2, 128, norm={}, joined=True),
+    case("padding", 7, 4, 2, 128, norm={}, padding=3),
+    case("nothing_to_turn", 5, 4, 4, 64, turns=False),
+    case("norm_alone", 5, 4, 2, 64, turns=False, norm={"offset": 1.0, "dtype": "float32"}),
+    case("part_turned", 6, 4, 2, 256, rope=Rope(theta=1e4, dim=64), norm={}, joined=True),
+    case("neighbours", 6, 6, 3, 64, rope=Rope(theta=1e4, dim=64, interleaved=True)),
+    case("neighbours_part", 6, 4, 2, 96, rope=Rope(theta=1e4, dim=40, interleaved=True), norm={}),
+    case("stretched", 6, 4, 1, 80, rope=YARN, joined=True),
+    case("float16", 6, 4, 2, 96, dtype="float16", norm={"dtype": "float16"}),
+    case("page_of_24", 20, 2, 1, 64, page_size=24),
+    *(case(f"{name}_as_given", 200, 4, 2, 64, turns=False, format=f, padding=2) for name, f in FORMATS.items()),
+    *(case(name, 9, 4, 2, 128, format=f, norm={}, joined=True) for name, f in FORMATS.items()),
+    case("bfloat16_scales", 9, 4, 2, 80, format=Int(width=4, scale_dtype="bfloat16"), joined=True),
+    *(case(f"qwen_{t}", t, **QWEN, page_size=64, padding=t // 8, small=False) for t in (1, 32, 67, 2048)),
+    *(
+        case(f"qwen_{name}_{t}", t, **QWEN, page_size=64, padding=t // 8, format=f, small=False)
+        for name, f in FORMATS.items()
+        for t in (32, 300)
+    ),
+)
+
+
+def shape(tokens: int, stored: Format | None = None) -> Shape:
+    """A layer of Qwen3-8B. A benchmark keeps its inputs, so copies of the (small) pool are in its time; a step makes none."""
+    rope = Rope(theta=1e6, dim=128)
+    facts = {"heads": 32, "kv_heads": 8, "head_dim": 128, "format": stored, "rope": rope, "norm": {}}
+    spec = site(**facts)["cache"]
+    return Shape(
+        op=OP,
+        name=f"{stored or 'bfloat16'}_{tokens}x32/8x128",
+        make=functools.partial(call, tokens=tokens, joined=True, page_size=64, **facts),
+        site=site(**facts),
+        bytes=tokens * (2 * (48 + 32) * 128 + spec.unit_bytes + 4 * 128 + 8),
+        flops=tokens * 48 * 128 * 10,
+    )
+
+
+SHAPES = tuple(shape(tokens, stored) for tokens in (1, 32, 512) for stored in (None, INT8, INT4))

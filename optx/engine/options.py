@@ -1,0 +1,53 @@
+"""Room and behaviour of an engine, fixed at start."""
+
+import dataclasses
+
+from optx.engine.speculation import Speculation
+from optx.errors import RequestError
+
+TICKS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Room and chunk sizes of an engine. Sizes are fixed at start: every tick runs a program compiled for one of them."""
+
+    rows: int = 8  # requests decoded at once
+    context: int | None = None  # longest prompt + answer, tokens; None: the model's
+    page_size: int = 64  # tokens a cache page
+    chunks: tuple[int, ...] = (
+        16,
+        64,
+        256,
+        512,
+    )  # tokens of a tick, padded up to one of these, ascending; the last: its budget
+    pages: int | None = None  # pages a token group; None: as `memory` says
+    memory: float | None = (
+        None  # for all caches: bytes, or up to 1 a fraction of free device memory; None: 0.8 of it, and
+    )
+    # where the device does not tell (a CPU) enough for all rows at full context, which is the most that is taken anyway
+    ticks: int | None = None  # decode ticks a dispatch while nothing waits; None: 16, on a CPU 1
+    mixed: bool | None = None  # chunks of prompts and decodes in one tick; None: on accelerators
+    overlap: bool | None = None  # plan and dispatch the next tick while the device runs one; None: on accelerators
+    prefix_cache: bool = True  # keys and values stay while there is room, for prompts that begin alike
+    max_waiting: int | None = None  # requests that may wait beyond those for which a row is free; None: any number
+    speculate: Speculation | None = None  # drafts, several of them verified in a tick; answers stay the same
+    debug: bool = False  # check page tables on the device in every tick; slower
+
+    def __post_init__(self):
+        for name in ("rows", "context", "page_size", "pages", "ticks", "max_waiting"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"engine.{name}: got {value}; allowed: at least 1")
+        if self.memory is not None and not self.memory > 0:
+            raise RequestError(
+                f"engine.memory: got {self.memory}; allowed: bytes, or a fraction up to 1 of what is free"
+            )
+        chunks = tuple(self.chunks)
+        if not chunks or chunks[0] < 1 or sorted(set(chunks)) != list(chunks):
+            raise RequestError(f"engine.chunks: got {list(chunks)}; allowed: ascending sizes of at least 1")
+        if self.mixed and self.rows >= chunks[-1]:
+            raise RequestError(
+                f"engine.mixed: {self.rows} rows leave no room for prompts in ticks of {chunks[-1]} tokens; allowed: fewer rows"
+            )
+        object.__setattr__(self, "chunks", chunks)

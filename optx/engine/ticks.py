@@ -1,0 +1,112 @@
+"""From a plan to the arrays of a dispatch: what a row's request asks for is written down once, when the row gets it."""
+
+import numpy as np
+
+from optx.engine.pages import PageTable
+from optx.engine.request import STOPS, Request
+from optx.engine.sampling import BIASES, KNOBS, Way
+from optx.engine.scheduler import Plan
+from optx.engine.step import Tick
+
+
+class TickBuilder:
+    """Columns by row of the batch, and `build`. chunks: numbers of tokens that programs are compiled for, ascending."""
+
+    def __init__(self, tables: list[PageTable], rows: int, chunks: tuple[int, ...]):
+        self.tables, self.chunks = tables, chunks
+        self._owner: list[Request | None] = [None] * rows
+        self._seeds = np.zeros(rows, np.uint32)
+        self._stops = np.full((rows, STOPS), -1, np.int32)
+        self._prompts = np.zeros(rows, np.int32)
+        self._sampling = np.zeros((rows, len(KNOBS) + BIASES), np.float32)
+        self._biased = np.full((rows, BIASES), -1, np.int32)
+
+    def build(self, plan: Plan, way: Way) -> Tick:
+        rows = np.array([part.row for part in plan.parts])
+        for part in plan.parts:
+            if self._owner[part.row] is not part.request:
+                self._write_down(part.row, part.request)
+        alone = plan.alone
+        batch = 1 if alone else len(self._owner)
+        at = np.zeros(1, np.int64) if alone else rows  # places of the parts in the batch
+
+        def place(values, dtype, fill=0) -> np.ndarray:
+            out = np.full(batch, fill, dtype)
+            out[at] = values
+            return out
+
+        rounds = np.array([part.rounds for part in plan.parts])
+        lengths = np.array([len(part.tokens) for part in plan.parts])
+        ahead = np.where(plan.ticks > 1, rounds - 1, 0)  # slots taken for ticks after the first
+        total = self._size(int(lengths.sum())) if plan.chunk else batch * plan.width
+        if not plan.chunk:  # where each part's tokens are
+            within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            at_tokens = np.repeat(at * plan.width, lengths) + within
+        else:
+            at_tokens = np.arange(lengths.sum())
+        tokens, writes = self._tokens(plan, at_tokens, total), self._writes(plan, at_tokens, total)
+        chosen_from = slice(None) if not alone else rows
+        biases = BIASES if way == "full" else 0
+        return Tick(
+            tokens=tokens,
+            counts=place(lengths, np.int32),
+            starts=place([part.start for part in plan.parts], np.int32),
+            slots=place(rows, np.int32, len(self._owner)),
+            tables=tuple(table.table[None, chosen_from] for table in self.tables),
+            lengths=tuple(place(table.lengths[rows] - ahead, np.int32)[None] for table in self.tables),
+            writes=writes,
+            limits=place(rounds, np.int32),
+            stops=self._stops[chosen_from],
+            prompts=self._prompts[chosen_from],
+            biased=self._biased[chosen_from, :biases],
+            seeds=self._seeds[chosen_from],
+            sampling=self._sampling[chosen_from, : len(KNOBS) + biases].copy(),
+            masks=self._masks(plan, at, batch),
+            ticks=plan.ticks,
+            mixed=plan.mixed,
+            verify=plan.width > 1,
+        )
+
+    def _masks(self, plan: Plan, at: np.ndarray, batch: int) -> np.ndarray | None:
+        """None where no row that draws a token follows a grammar."""
+        held = [(i, p.request.constraint.mask) for i, p in zip(at, plan.parts) if p.request.constraint and p.rounds]
+        if not held:
+            return None
+        masks = np.full((batch, len(held[0][1])), 0xFFFFFFFF, np.uint32)
+        for i, mask in held:
+            masks[i] = mask
+        return masks
+
+    def _tokens(self, plan: Plan, at: np.ndarray, total: int) -> np.ndarray:
+        tokens = np.full(total, 0 if plan.chunk else -1, np.int32)
+        tokens[at] = [token for part in plan.parts for token in part.tokens]
+        return tokens
+
+    def _writes(self, plan: Plan, at: np.ndarray, total: int) -> tuple[np.ndarray, ...]:
+        """Flat slots [ticks, T] by group; padding goes to the page that takes it."""
+        out = []
+        for table, slots in zip(self.tables, plan.writes, strict=True):
+            write = np.full((plan.ticks, total), table.pool.pages * table.page_size, np.int32)
+            if plan.ticks == 1:
+                write[0, at] = slots
+            else:
+                rounds = np.array([part.rounds for part in plan.parts])
+                tick = np.arange(len(slots)) - np.repeat(np.cumsum(rounds) - rounds, rounds)
+                write[tick, np.repeat(at, rounds)] = slots
+            out.append(write)
+        return tuple(out)
+
+    def _size(self, count: int) -> int:
+        return next(chunk for chunk in self.chunks if chunk >= count)
+
+    def _write_down(self, row: int, request: Request) -> None:
+        how = request.sampling
+        self._owner[row] = request
+        self._seeds[row], self._prompts[row] = how.seed, len(request.prompt)
+        ids = sorted(request.stop_ids)[:STOPS]
+        self._stops[row] = -1
+        self._stops[row, : len(ids)] = ids
+        self._sampling[row], self._biased[row] = 0, -1
+        self._sampling[row, : len(KNOBS)] = how.knobs
+        for i, (token, bias) in enumerate((how.logit_bias or {}).items()):
+            self._biased[row, i], self._sampling[row, len(KNOBS) + i] = token, bias

@@ -1,0 +1,1 @@
+"""x[..., D] @ a dense weight [D, F]."""

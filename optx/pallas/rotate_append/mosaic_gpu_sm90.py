@@ -1,0 +1,565 @@
+"""rotate_append on Hopper: a warp takes one head of one token from its projection to its place, in one launch.
+
+A lane holds neighbours (2 i, 2 i + 1) of the head, and of a rotation by halves both that turn against each other, so that
+sums and maxima are shuffles, codes of 4 bits pair up in one lane, and no thread waits for another warp. The warps need no
+order: no two tokens of a tick share a slot, and what padding would store is left out.
+
+The tables of cos and sin, float32[T, dim], are XLA's: layers that turn alike share one a step. Every rounding is the
+reference's own (to the activations' type after the norm and after the rotation, to the scale's type before the codes): scales
+and codes differ from it only where a sum of squares added up in another order, the last bit of 1 / sqrt, or a division (XLA's
+go through a reciprocal, these are exact) tips a rounding.
+
+`_program` is written in a lane's numbers and takes the machine that works on them: `_Threads` emits a GPU's instructions.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from optx.cache import CacheSpec
+from optx.errors import LoweringError
+from optx.pallas.attention.page_formats import page_kind
+from optx.tensor import is_qtensor
+
+OP = "rotate_append"
+WARPS, LANES = 4, 32  # of a block; of a warp
+WIDEST = 512  # numbers of a head: 16 a lane
+HALVES = ("bfloat16", "float16")
+SCALES = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norm:
+    """An RMSNorm of a head: y = x / sqrt(mean(x^2) + eps) * (offset + weight)."""
+
+    eps: float
+    offset: float
+    dtype: str  # of the weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the kernel is specialised on; hashable, a static argument."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    joined: bool  # q, k and v side by side in one array
+    dtype: str
+    q_norm: Norm | None
+    k_norm: Norm | None
+    turned: int  # first numbers of a head that are rotated, 0: none
+    interleaved: bool
+    pages: int  # without the one for padding
+    page: int
+    format: str  # of pages: dense, int8, int4, fp8
+    zero: bool
+    stored: str  # dtype of dense pages, of scales
+
+    @property
+    def units(self) -> int:
+        """Heads of a token."""
+        return self.heads + 2 * self.kv_heads
+
+    @property
+    def levels(self) -> float:
+        """Steps of a scale: what absmax (int: twice absmax, or max - min) is divided by."""
+        return {"int8": 255.0, "int4": 15.0, "fp8": float(jnp.finfo(jnp.float8_e4m3fn).max)}[self.format]
+
+
+def supports(args, target) -> str | None:
+    if (target.platform, target.arch) != ("gpu", "sm90"):
+        return f"is for gpu/sm90, not {target.platform}/{target.arch}"
+    cache, head_dim, rope = args["cache"], args["head_dim"], args["rope"]
+    if cache.kind != "paged":
+        return f"stores paged keys and values, not a {cache.kind} cache"
+    reason = _reason(cache, head_dim, rope, args["q_norm"], args["k_norm"])
+    if reason is None and args["dtype"] not in HALVES:
+        reason = f"activations of {args['dtype']}; allowed: {', '.join(HALVES)}"
+    return reason
+
+
+def _reason(cache: CacheSpec, head_dim: int, rope, *norms) -> str | None:
+    """Why the kernel does not store heads like these, or None."""
+    if head_dim % 2 or head_dim > WIDEST:
+        return f"head_dim {head_dim}; allowed: even, at most {WIDEST}"
+    if rope is not None and (rope.dim > head_dim or rope.dim % (2 if rope.interleaved else 4)):
+        how = "interleaved" if rope.interleaved else "by halves"
+        return f"{rope.dim} numbers rotated {how}; allowed: at most {head_dim}, a multiple of 4 by halves"
+    if page_kind(cache.format) is None:
+        return f"pages of {cache.format}; allowed: dense, int8, int4, fp8 e4m3, one scale a token and head"
+    if cache.format is not None and cache.format.scale_dtype not in SCALES:
+        return f"scales of {cache.format.scale_dtype}; allowed: {', '.join(SCALES)}"
+    if cache.format is None and cache.dtype not in HALVES:
+        return f"pages of {cache.dtype}; allowed: {', '.join(HALVES)}"
+    for norm in norms:
+        if norm is not None and norm.out is not None:
+            return f"a norm that returns {norm.out}; allowed: the dtype of its input"
+    return None
+
+
+def rotate_append(q, k, v, pool, *, positions, writes, spec: CacheSpec, rope=None, q_norm=None, k_norm=None):
+    """As the reference, for bfloat16 and float16. The pool is updated in place where its buffer may be reused.
+
+    rope: an object with `dim`, `interleaved` and `turns(positions) -> (cos, sin) float32[T, dim / 2]`; norms: objects with
+    `weight`, `eps`, `offset` and `out`. What is written past page `pages` - 1 is not stored.
+    Raises: LoweringError for what the kernel does not take.
+    """
+    plan = _plan(q, k, v, pool, spec, rope, q_norm, k_norm)
+    angles = [] if rope is None else [jnp.concatenate(rope.turns(positions), axis=-1)]
+    norms = [norm.weight.get_value() for norm in (q_norm, k_norm) if norm is not None]
+    inputs = ([q] if plan.joined else [q, k, v], writes, angles, norms)
+    leaves = {name: _leaves(pool[name]) for name in ("k", "v")}
+    q, leaves = _run(plan, inputs, leaves)
+    return q, {name: _rebuilt(pool[name], leaves[name]) for name in leaves}
+
+
+def _leaves(stream) -> list[jax.Array]:
+    """Data, then scale and zero point where there are."""
+    parts = (stream.data, stream.scale, stream.zero) if is_qtensor(stream) else (stream,)
+    return [part for part in parts if part is not None]
+
+
+def _rebuilt(stream, leaves):
+    if not is_qtensor(stream):
+        return leaves[0]
+    return dataclasses.replace(stream, **dict(zip(("data", "scale", "zero"), leaves, strict=False)))
+
+
+def _refuse(argument: str, got, allowed: str):
+    raise LoweringError(f"{OP}: {argument} {got}; allowed: {allowed}")
+
+
+def _plan(q, k, v, pool, spec, rope, q_norm, k_norm) -> Plan:
+    t, n, h = q.shape
+    stream = pool["k"]
+    pages, kv_heads, page, _ = stream.shape
+    if reason := _reason(spec, h, rope, q_norm, k_norm):
+        _refuse("call", reason, "what `supports` takes")
+    if str(q.dtype) not in HALVES or any(x is not None and x.dtype != q.dtype for x in (k, v)):
+        _refuse("dtypes", ", ".join(str(x.dtype) for x in (q, k, v) if x is not None), " or ".join(HALVES) + " alike")
+    if pages * kv_heads * page >= 1 << 31:
+        _refuse("pool", stream.shape, "less than 2^31 tokens of a head")
+    return Plan(
+        tokens=t,
+        heads=n - 2 * kv_heads if k is None else n,
+        kv_heads=kv_heads,
+        head_dim=h,
+        joined=k is None,
+        dtype=str(q.dtype),
+        q_norm=_norm(q_norm),
+        k_norm=_norm(k_norm),
+        turned=0 if rope is None else rope.dim,
+        interleaved=rope is not None and rope.interleaved,
+        pages=pages - 1,
+        page=page,
+        format=page_kind(spec.format),
+        zero=spec.format is not None and spec.format.has_zero,
+        stored=str((stream.scale if is_qtensor(stream) else stream).dtype),
+    )
+
+
+def _norm(norm) -> Norm | None:
+    if norm is None:
+        return None
+    return Norm(eps=float(norm.eps), offset=float(norm.offset), dtype=str(norm.weight.get_value().dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(plan: Plan, inputs, leaves):
+    """One function object for all layers of a shape: it is assembled once."""
+    arrays, structure = jax.tree.flatten(inputs)
+    pools, pool_structure = jax.tree.flatten(leaves)
+
+    def body(*refs):
+        *refs, out = refs
+
+        @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * len(refs), plgpu.RefType(), SCALAR), return_type=())
+        def head(_, refs, out, block):
+            given = jax.tree.unflatten(structure, refs[: len(arrays)])
+            stored = jax.tree.unflatten(pool_structure, refs[len(arrays) :])
+            _program(_Threads(block.registers.item()), plan, *given, stored, out)
+            return ()
+
+        head(tuple(refs), out, lax.axis_index("block"))
+
+    refs = [jax.new_ref(pool) for pool in pools]
+    out = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((plan.tokens, plan.heads, plan.head_dim), jnp.dtype(plan.dtype)),
+        grid=(-(-plan.tokens * plan.units // WARPS),),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="wg",
+        kernel_name=OP,
+    )(*arrays, *refs)
+    return out, jax.tree.unflatten(pool_structure, [jax.freeze(ref) for ref in refs])
+
+
+# --- What a lane does -------------------------------------------------------------------------------------------------
+#
+# A place is a pair of neighbours: (which pair of the head, whether the lane has one there). A head whose pairs do not divide by
+# 32 leaves lanes without; they work on zeros and store nothing.
+
+
+def _program(m, plan: Plan, xs, writes, angles, norms, pools, out):
+    """The work of all lanes on machine m. Refs: xs [q, k, v] or one for all, writes, angles, norms, pools, q's output."""
+    unit = m.block() * WARPS + (m.thread() >> 5)
+    lane = m.thread() & (LANES - 1)
+    with m.when(unit < plan.tokens * plan.units):
+        token, head = unit // plan.units, unit % plan.units
+        at = {"q": head, "k": head - plan.heads, "v": head - (plan.heads + plan.kv_heads)}
+        norms = dict(zip([x for x in "qk" if getattr(plan, f"{x}_norm")], norms, strict=True))
+        with m.when(head < plan.heads):
+            _Head(m, plan, lane).query(xs, token, head, angles, norms.get("q"), out)
+        for name, norm in (("k", norms.get("k")), ("v", None)):
+            with m.when((at[name] >= 0) & (at[name] < plan.kv_heads)):
+                _Head(m, plan, lane).store(name, xs, token, at[name], angles, norm, writes, pools[name])
+
+
+class _Head:
+    """One head of one token in the lanes of a warp."""
+
+    def __init__(self, m, plan: Plan, lane):
+        self.m, self.plan, self.lane = m, plan, lane
+        half = 0 if plan.interleaved else plan.turned // 4
+        self.first, self.second = self._places(0, half), self._places(half, half)
+        self.turned = self._places(0, plan.turned // 2 - 2 * half)  # in place: pairs of neighbours
+        self.rest = self._places(plan.turned // 2, (plan.head_dim - plan.turned) // 2)
+        self.places = [*self.first, *self.second, *self.turned, *self.rest]
+
+    def _places(self, start: int, count: int):
+        found = []
+        for base in range(0, count, LANES):
+            pair = self.lane + base
+            whole = base + LANES <= count
+            has = None if whole else pair < count
+            found.append((self._or_zero(has, pair) + start, has))
+        return found
+
+    def _or_zero(self, has, x):
+        return x if has is None else self.m.where(has, x, 0)
+
+    def query(self, xs, token, head, angles, norm, out):
+        words = self._words("q", xs, token, head, angles, norm)
+        base = self.m.wide(token * self.plan.heads + head) * (2 * self.plan.head_dim)
+        for (pair, has), word in zip(self.places, words, strict=True):
+            self.m.store(out, base + self.m.wide(pair * 4), word, 4, has)
+
+    def store(self, name, xs, token, head, angles, norm, writes, pool):
+        m, plan = self.m, self.plan
+        [slot] = m.load(writes, m.wide(token * 4), 1)
+        words = self._words(name, xs, token, head, angles if name == "k" else [], norm)
+        with m.when((slot >= 0) & (slot < plan.pages * plan.page)):
+            row = m.wide((slot // plan.page * plan.kv_heads + head) * plan.page + slot % plan.page)
+            numbers = [m.unpack(word, plan.dtype) for word in words]
+            if plan.format == "dense":
+                packed = words if plan.stored == plan.dtype else [m.pack(x, plan.stored) for x in numbers]
+                size = 4
+            else:
+                packed, scale, zero = self._codes(numbers)
+                size = 1 if plan.format == "int4" else 2
+                self._store_small(pool[1], row, scale, 4 if plan.stored == "float32" else 2)
+                if plan.zero:
+                    self._store_small(pool[2], row, m.int(zero), 1)
+            base = row * (plan.head_dim // 2 * size)
+            for (pair, has), word in zip(self.places, packed, strict=True):
+                m.store(pool[0], base + m.wide(pair * size), word, size, has)
+
+    def _store_small(self, ref, row, word, size):
+        self.m.store(ref, row * size, word, size, self.lane < 1)
+
+    # From the projection to what is stored
+
+    def _words(self, name, xs, token, head, angles, norm):
+        """Words of two 16-bit numbers by place: the head as it is attended to."""
+        m, plan = self.m, self.plan
+        if plan.joined:
+            ref, row = (
+                xs[0],
+                token * plan.units + head + {"q": 0, "k": plan.heads, "v": plan.heads + plan.kv_heads}[name],
+            )
+        else:
+            ref, row = xs["qkv".index(name)], token * (plan.heads if name == "q" else plan.kv_heads) + head
+        base = m.wide(row) * (2 * plan.head_dim)
+        words = [m.load(ref, base + m.wide(pair * 4), 1)[0] for pair, _ in self.places]
+        words = [self._or_zero(has, word) for (_, has), word in zip(self.places, words, strict=True)]
+        turns = [self._turns(ref, token) for ref in angles]
+        if norm is not None:
+            words = self._normed(words, norm, getattr(plan, f"{name}_norm"))
+        return self._rotated(words, *turns) if turns else words
+
+    def _normed(self, words, ref, norm: Norm):
+        m, plan = self.m, self.plan
+        wide = norm.dtype == "float32"
+        weights = []
+        for pair, _ in self.places:
+            found = m.load(ref, m.wide(pair * (8 if wide else 4)), 2 if wide else 1)
+            weights.append([m.float(x) for x in found] if wide else m.unpack(found[0], norm.dtype))
+        numbers = [m.unpack(word, plan.dtype) for word in words]
+        squares = functools.reduce(operator.add, [x * x for pair in numbers for x in pair])
+        mean = self._across(squares, operator.add) * (1 / plan.head_dim)
+        factor = m.rsqrt(mean + norm.eps)
+        return [
+            m.pack([x * factor * (w + norm.offset) for x, w in zip(*both, strict=True)], plan.dtype)
+            for both in zip(numbers, weights, strict=True)
+        ]
+
+    def _turns(self, ref, token):
+        """(cos, sin) by place that turns: two numbers each by halves, one where neighbours turn."""
+        m, plan = self.m, self.plan
+        count = 1 if plan.interleaved else 2
+        places = self.turned if plan.interleaved else self.first
+        base = m.wide(token) * (4 * plan.turned)
+        found = []
+        for pair, _ in places:
+            at = base + m.wide(pair * (4 * count))
+            found.append([[m.float(x) for x in m.load(ref, at + start, count)] for start in (0, 2 * plan.turned)])
+        return found
+
+    def _rotated(self, words, turns):
+        """first cos - second sin, second cos + first sin."""
+        m, dtype = self.m, self.plan.dtype
+        turn = lambda a, b, cos, sin: (a * cos - b * sin, b * cos + a * sin)  # noqa: E731
+        count = len(turns)
+        if self.plan.interleaved:
+            turned = [
+                m.pack(turn(*m.unpack(w, dtype), *cos, *sin), dtype)
+                for w, (cos, sin) in zip(words, turns, strict=False)
+            ]
+            return [*turned, *words[count:]]
+        first, second = [], []
+        for a, b, (cos, sin) in zip(words[:count], words[count : 2 * count], turns, strict=True):
+            both = zip(m.unpack(a, dtype), m.unpack(b, dtype), cos, sin, strict=True)
+            for found, pair in zip((first, second), zip(*(turn(*x) for x in both), strict=True), strict=True):
+                found.append(m.pack(pair, dtype))
+        return [*first, *second, *words[2 * count :]]
+
+    def _across(self, x, op):
+        """Reduction over the lanes of the warp, the same in all of them."""
+        for distance in (16, 8, 4, 2, 1):
+            x = op(x, self.m.shuffle(x, distance))
+        return x
+
+    # Codes, by the rules of optx/formats.py
+
+    def _codes(self, numbers):
+        """-> (words of two codes by place, word of the scale, zero point or None)."""
+        m, plan = self.m, self.plan
+        flat = [x for pair in numbers for x in pair]
+        if plan.zero:
+            low = m.minimum(self._across(functools.reduce(m.minimum, flat), m.minimum), 0.0)
+            span = m.maximum(self._across(functools.reduce(m.maximum, flat), m.maximum), 0.0) - low
+        else:
+            span = self._across(functools.reduce(m.maximum, [m.abs(x) for x in flat]), m.maximum)
+            span = span if plan.format == "fp8" else span * 2.0
+        word, scale = self._scale(span)
+        if plan.format == "fp8":
+            return [m.e4m3([x / scale for x in pair]) for pair in numbers], word, None
+        middle = 128.0 if plan.format == "int8" else 8.0
+        zero = self._clip(m.round((low * -1.0) / scale)) if plan.zero else None
+        codes = [
+            [m.int(self._clip(m.round(x / scale) + (middle if zero is None else zero))) for x in pair]
+            for pair in numbers
+        ]
+        if plan.format == "int4":
+            return [a | (b << 4) for a, b in codes], word, zero
+        flip = 0 if plan.zero else 0x8080  # symmetric codes are stored signed
+        return [(a | (b << 8)) ^ flip for a, b in codes], word, zero
+
+    def _clip(self, x):
+        return self.m.minimum(self.m.maximum(x, 0.0), self.plan.levels)
+
+    def _scale(self, span):
+        """The scale as it is stored, and as a number: finite and not 0, or NaN where a number of the head is not finite."""
+        m, info = self.m, jnp.finfo(self.plan.stored)
+        tiny = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+        scale = m.minimum(m.maximum(span / self.plan.levels, tiny), float(info.max))
+        scale = m.where(span > 0.0, scale, 1.0)
+        scale = m.where(m.abs(span) < math.inf, scale, math.nan)
+        if self.plan.stored == "float32":
+            return m.bits(scale), scale
+        word = m.pack([scale, scale], self.plan.stored)
+        return word, m.unpack(word, self.plan.stored)[0]
+
+
+# --- The machine ------------------------------------------------------------------------------------------------------
+
+SCALAR = plgpu.Layout.WG_SPLAT()
+
+
+class _Number:
+    """A thread's integer, float32 or truth value, with Python's operators; integers are taken as unsigned by //, % and >>."""
+
+    def __init__(self, value):
+        self.value = value
+
+    @property
+    def floating(self) -> bool:
+        return isinstance(self.value.type, ir.F32Type)
+
+    def like(self, x):
+        """x, a Python number or another of these, as a value of this one's type."""
+        if isinstance(x, _Number):
+            return x.value
+        kind = self.value.type
+        if self.floating:
+            return arith.constant(kind, ir.FloatAttr.get(kind, float(x)))
+        return arith.constant(kind, ir.IntegerAttr.get(kind, x))
+
+    def _with(self, x, integer, floating=None):
+        return _Number((floating if self.floating else integer)(self.value, self.like(x)))
+
+    def __add__(self, x):
+        return self._with(x, arith.addi, arith.addf)
+
+    def __sub__(self, x):
+        return self._with(x, arith.subi, arith.subf)
+
+    def __mul__(self, x):
+        return self._with(x, arith.muli, arith.mulf)
+
+    def __truediv__(self, x):
+        return self._with(x, None, arith.divf)
+
+    def __floordiv__(self, x):
+        return self._with(x, arith.divui)
+
+    def __mod__(self, x):
+        return self._with(x, arith.remui)
+
+    def __and__(self, x):
+        return self._with(x, arith.andi)
+
+    def __or__(self, x):
+        return self._with(x, arith.ori)
+
+    def __xor__(self, x):
+        return self._with(x, arith.xori)
+
+    def __lshift__(self, x):
+        return self._with(x, arith.shli)
+
+    def __rshift__(self, x):
+        return self._with(x, arith.shrui)
+
+    def _compared(self, x, integer, floating):
+        return _Number(
+            (arith.cmpf if self.floating else arith.cmpi)(
+                floating if self.floating else integer, self.value, self.like(x)
+            )
+        )
+
+    def __lt__(self, x):
+        return self._compared(x, arith.CmpIPredicate.slt, arith.CmpFPredicate.OLT)
+
+    def __gt__(self, x):
+        return self._compared(x, arith.CmpIPredicate.sgt, arith.CmpFPredicate.OGT)
+
+    def __ge__(self, x):
+        return self._compared(x, arith.CmpIPredicate.sge, arith.CmpFPredicate.OGE)
+
+
+class _Threads:
+    """Instructions of the thread that runs them. Words are 32 bits; a pair's first number lies in the low half."""
+
+    def __init__(self, block):
+        self._block = _Number(block)
+        self._thread = _Number(utils.thread_idx())
+
+    def block(self):
+        return self._block
+
+    def thread(self):
+        return self._thread
+
+    def when(self, condition):
+        return utils.when(condition.value)
+
+    def wide(self, x):
+        """As a 64-bit integer: bytes into a ref."""
+        return _Number(arith.extui(ir.IntegerType.get_signless(64), x.value))
+
+    def where(self, condition, a, b):
+        return _Number(arith.select(condition.value, a.value, a.like(b)))
+
+    def _pointer(self, ref, offset):
+        return utils.getelementptr(utils.memref_ptr(ref), [offset.value], ir.IntegerType.get_signless(8))
+
+    def load(self, ref, offset, count: int):
+        """`count` words side by side, at a multiple of their size."""
+        i32 = ir.IntegerType.get_signless(32)
+        loaded = llvm.load(ir.VectorType.get((count,), i32), self._pointer(ref, offset), alignment=4 * count)
+        return [_Number(vector.extract(loaded, [], [i])) for i in range(count)]
+
+    def store(self, ref, offset, word, size: int, when=None):
+        """The lowest `size` bytes of a word."""
+        ptx = f"st.global.b{8 * size} [$0], $1;"
+        value, kind = word.value, ir.IntegerType.get_signless(16)
+        value = arith.trunci(kind, value) if size < 4 else value
+        utils.inline_ptx(ptx, self._pointer(ref, offset), value, predicate=when and when.value, has_side_effects=True)
+
+    def _ptx(self, ptx: str, *args, result=None, **kwargs):
+        return _Number(
+            utils.inline_ptx(ptx, *(x.value for x in args), result_types=result or args[0].value.type, **kwargs)
+        )
+
+    def shuffle(self, x, distance: int):
+        """x of the lane whose number differs in the bit `distance`."""
+        return _Number(utils.shfl_bfly(x.value, distance))
+
+    def minimum(self, a, b):
+        """The smaller; NaN where either is."""
+        return self._ptx("min.NaN.f32 $0, $1, $2;", a, _Number(a.like(b)))
+
+    def maximum(self, a, b):
+        return self._ptx("max.NaN.f32 $0, $1, $2;", a, _Number(a.like(b)))
+
+    def abs(self, x):
+        return self._ptx("abs.f32 $0, $1;", x)
+
+    def rsqrt(self, x):
+        return self._ptx("rsqrt.approx.f32 $0, $1;", x)
+
+    def round(self, x):
+        """To the nearest whole number, halves to even."""
+        return self._ptx("cvt.rni.f32.f32 $0, $1;", x)
+
+    def int(self, x):
+        """A whole number as an integer; NaN as 0."""
+        return self._ptx("cvt.rzi.s32.f32 $0, $1;", x, result=ir.IntegerType.get_signless(32))
+
+    def float(self, word):
+        return _Number(utils.bitcast(word.value, ir.F32Type.get()))
+
+    def bits(self, x):
+        return _Number(utils.bitcast(x.value, ir.IntegerType.get_signless(32)))
+
+    def pack(self, pair, dtype: str):
+        """Two float32 rounded to `dtype`, in a word."""
+        low, high = pair
+        kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+        return self._ptx(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low, result=ir.IntegerType.get_signless(32))
+
+    def unpack(self, word, dtype: str):
+        if dtype == "bfloat16":
+            return [self.float(word << 16), self.float(word & -65536)]
+        f32 = ir.F32Type.get()
+        ptx = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+        return [_Number(x) for x in utils.inline_ptx(ptx, word.value, result_types=[f32, f32])]
+
+    def e4m3(self, pair):
+        """Two float32 rounded to e4m3, at most 448, in the low half of a word."""
+        low, high = pair
+        ptx = "{ .reg .b16 x; cvt.rn.satfinite.e4m3x2.f32 x, $1, $2; cvt.u32.u16 $0, x; }"
+        return self._ptx(ptx, high, low, result=ir.IntegerType.get_signless(32))

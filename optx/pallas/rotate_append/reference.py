@@ -1,0 +1,34 @@
+"""rotate_append in plain JAX: what stands between the projections of a layer and its attention."""
+
+import jax.numpy as jnp
+
+from optx.cache import CacheSpec
+
+
+def rotate_append(q, k, v, pool, *, positions, writes, spec: CacheSpec, rope=None, q_norm=None, k_norm=None):
+    """Queries and keys normalised and rotated; keys and values stored, in the spec's format, at their slots.
+
+    q = rope(q_norm(q)), k = rope(k_norm(k)); pool[writes] = format(k), format(v)
+
+    q [T, N, H], k and v [T, K, H], or all heads side by side in q [T, N + 2K, H] and None for k and v; pool {"k", "v"} of
+    [pages + 1, K, P, H], dense or QTensor; positions int32[T]; writes int32[T], flat slots page * P + offset: what they say
+    past page `pages` - 1 is stored nowhere that is read. rope: (x [T, N, H], positions) -> x, arXiv:2104.09864; norms:
+    x -> x over the last axis, arXiv:1910.07467; None: not applied. -> (q [T, N, H], pool).
+    """
+    q, k, v = separate(q, k, v, spec)
+    q, k = (rotate(x, norm, rope, positions) for x, norm in ((q, q_norm), (k, k_norm)))
+    return q, spec.append(pool, {"k": k, "v": v}, writes)
+
+
+def separate(q, k, v, spec: CacheSpec):
+    """q, k and v as arrays of their own."""
+    if k is not None:
+        return q, k, v
+    kv_heads = spec.streams[0].shape[0]
+    return jnp.split(q, [q.shape[1] - 2 * kv_heads, q.shape[1] - kv_heads], axis=1)
+
+
+def rotate(x, norm, rope, positions):
+    """x [T, N, H], normalised and then rotated."""
+    x = x if norm is None else norm(x)
+    return x if rope is None else rope(x, positions)
