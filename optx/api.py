@@ -345,8 +345,8 @@ class Compiled:
         rows = min(lower.bucket(len(ids), 1), 8)
         options = EngineOptions(rows=rows, context=context, speculate=speculate)
         if options not in self._engines:
-            made = self.engine(rows=rows, context=context, speculate=speculate)
-            self._engines = {options: made}  # one at a time holds caches
+            self._engines.clear()  # one at a time holds caches, and a new one takes its share of what is free
+            self._engines[options] = self.engine(rows=rows, context=context, speculate=speculate)
         return generate(self._engines[options], self.tokenizer, ids, sampling, on_text)
 
     def evaluate(self, text: str, **options) -> "evaluate.Evaluation":

@@ -80,7 +80,7 @@ def _host_seconds(engine: Engine, prompt: list[int], tokens: int) -> float:
 
     def nothing(ticks):
         def run(leaves, caches, rows, packed, *_):
-            size = rows[0].shape[0]
+            size = rows.newest.shape[0]
             return caches, rows, Chosen(tokens=jnp.zeros((ticks, size), jnp.int32) + packed[0] * 0)
 
         return jax.jit(run, donate_argnums=(1, 2))
