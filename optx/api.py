@@ -286,7 +286,10 @@ class Compiled:
         chosen = EngineOptions(**options)
         if chosen.speculate is not None and chosen.speculate.draft is not None:
             self._check_draft(chosen.speculate.draft)
-        return Engine(self.program, chosen, eos_ids=eos)
+        program = self.program
+        if chosen.batch_invariant:
+            program = lower.Program.of(lower.invariant(self.tree, self.plan.target))
+        return Engine(program, chosen, eos_ids=eos)
 
     def _check_draft(self, draft: "Compiled") -> None:
         """Raises RequestError for a draft model whose token ids mean something else."""

@@ -34,6 +34,24 @@ def lower(model: nnx.Module, target: Target, require: str | None = None) -> nnx.
     return out
 
 
+def invariant(model: nnx.Module, target: Target) -> nnx.Module:
+    """A copy of a lowered tree whose attention sums in an order that does not depend on the batch; weights stay arranged.
+
+    Raises: LoweringError when no row takes a call site.
+    """
+    out = ir.shallow(model)
+    for _, module in ir.walk(out):
+        if hasattr(type(module), "op_sites"):
+            sites = {site.op: site for site in module.op_sites()}
+            module.choices = tuple(
+                dispatch.select(sites[choice.op], target, invariant=True)
+                if dispatch.row_of(choice).order == "batch"
+                else choice
+                for choice in module.choices
+            )
+    return out
+
+
 def canonical(model: nnx.Module) -> nnx.Module:
     """A copy of a lowered tree with weights in their canonical packing: what is exported."""
     out = ir.shallow(model)

@@ -51,6 +51,7 @@ VARIANTS = {
     "overlapped": {"overlap": True, "ticks": 3},
     "chunks": {"chunks": (3, 5), "ticks": 4},
     "preempted and overlapped": {"pages": 16, "overlap": True},
+    "batch_invariant": {"batch_invariant": True, "pages": 20},
     "all at once": {"pages": 18, "overlap": True, "ticks": 3, "mixed": True, "chunks": (5, 12)},
 }
 
@@ -70,7 +71,7 @@ def test_company_changes_nothing(name, variant):
         assert [requests[i].output for i in range(len(PROMPTS))] == alone(name)
         assert len(requests[4].logprobs) == len(requests[4].output)
     if "pages" in VARIANTS[variant]:
-        assert engine.stats().preemptions > 0
+        assert (engine.stats().preemptions > 0) == ("preempted" in variant or variant == "all at once")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "hybrid"])
@@ -91,6 +92,24 @@ def test_a_group_gives_what_each_gives(name, changes):
             plain(name).run()
         assert [request.output for request in group] == [request.output for request in wanted]
         assert beside.output == alone(name)[4]
+
+
+def test_batch_invariant_shares_nothing():
+    engine = Engine(program("llama"), dataclasses.replace(OPTIONS, batch_invariant=True, chunks=(4, 8), overlap=True))
+    assert engine.options.chunks == (8,) and engine.prefix_refusal == "batch_invariant"
+    group = engine.add_group(PROMPTS[2], [dataclasses.replace(HOT, seed=seed, max_tokens=6) for seed in (1, 2)])
+    engine.run()
+    for request, seed in zip(group, (1, 2), strict=True):
+        assert request.output == _alone(PROMPTS[2], dataclasses.replace(HOT, seed=seed, max_tokens=6))
+    for wrong in ({"mixed": True}, {"ticks": 4}, {"speculate": optx.Speculation(method="ngram")}):
+        with pytest.raises(RequestError, match=f"batch_invariant: {next(iter(wrong))} makes"):
+            EngineOptions(batch_invariant=True, **wrong)
+
+
+def _alone(prompt, how) -> list[int]:
+    request = plain("llama").add_request(prompt, how)
+    plain("llama").run()
+    return request.output
 
 
 def test_aborts_while_a_dispatch_is_under_way():

@@ -85,6 +85,18 @@ def test_a_row_that_is_not_verified_has_to_be_asked_for(monkeypatch):
     assert str(dispatch.select(site, TARGETS["h100"], require="mosaic_gpu")) == "mosaic_gpu/sm90"
 
 
+def test_batch_invariant_attention_has_rows_of_its_own():
+    for site in part().op_sites():
+        choice = dispatch.select(site, TARGETS["h100"], invariant=True)
+        assert dispatch.row_of(choice).order != "batch"
+        if site.op in ("paged_decode", "ragged_paged_attention"):
+            assert (
+                choice.variant == "whole" and dict(choice.declined)["mosaic_gpu/sm90"] == "its sums depend on the batch"
+            )
+            usual = dispatch.select(site, TARGETS["h100"])
+            assert dict(usual.declined)["mosaic_gpu/sm90/whole"] == "is for batch_invariant: slower"
+
+
 def test_latents_have_kernels_of_their_own():
     rope = Rope(theta=1e4, dim=64)
     mla = MLA(7168, heads=128, rank=512, nope_dim=128, value_dim=128, rope=rope, dtype="bfloat16")

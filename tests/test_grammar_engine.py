@@ -26,6 +26,7 @@ MODES = {
     "mixed": {"mixed": True, "overlap": True},
     "short of pages": {"pages": 19},
     "no prefix cache": {"prefix_cache": False},
+    "speculation": {"speculate": optx.Speculation(method="ngram", tokens=3, always=True)},
 }
 PROMPT = families.prompt(9)
 

@@ -25,10 +25,10 @@ SMS = 4  # few, so that one computes several units, and enough to cut one
 name = lambda case: case.name  # noqa: E731
 
 
-def interpreted(args, kwargs):
+def interpreted(args, kwargs, **changes):
     packed = hasattr(args[1], "scale")
     tiles = kernel.tiles(args[0].shape[-1], "int8" if packed else "dense")
-    tiles = dataclasses.replace(tiles, interpretable=True, sms=SMS, stages=2)
+    tiles = dataclasses.replace(tiles, interpretable=True, sms=SMS, stages=2, **changes)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         return kernel.ragged_paged_attention(*args, **kwargs, tiles=tiles)
 
@@ -43,6 +43,19 @@ def test_interpreted(case):
     if case.name == "small":
         for x, y in zip(case.pick(interpreted(args, kwargs), kwargs), found, strict=True):
             np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+def test_whole_units_sum_each_sequence_in_its_own_order():
+    """Bit for bit what a row gives with fewer rows beside it."""
+    (q, k_pool, v_pool), kwargs = SMALL[0].make(np.random.default_rng(0))
+    ragged = kwargs["ragged"]
+    together = interpreted((q, k_pool, v_pool), kwargs, whole=True)
+    for row in np.flatnonzero(np.asarray(ragged.counts) > 0):
+        others = jnp.arange(ragged.batch) != row
+        alone = interpreted((q, k_pool, v_pool), kwargs | {"ragged": ragged.without(others)}, whole=True)
+        mine = np.asarray(ragged.rows) == row
+        for x, y in zip(together[:2], alone[:2], strict=True):
+            np.testing.assert_array_equal(np.asarray(x, np.float32)[mine], np.asarray(y, np.float32)[mine])
 
 
 @pytest.mark.parametrize("case", LOWERED, ids=name)

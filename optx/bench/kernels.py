@@ -57,7 +57,7 @@ def measure(shape: Shape, ceilings: Ceilings, seed: int = 0) -> list[Line]:
     args, kwargs = sets[0]
     inputs = [(args, registry.split(kwargs)[0]) for args, kwargs in sets]
     least, binds = bound(shape, ceilings)
-    rows = registry.kernels(shape, targets.detect())
+    rows = [row for row in registry.kernels(shape, targets.detect()) if row.order != "own"]
     candidates: dict[str, tuple[Callable, list]] = {
         row.name: (registry.jitted(row.run, kwargs), _arranged(row, inputs)) for row in rows
     }

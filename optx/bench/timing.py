@@ -114,8 +114,10 @@ def _normal(shape, dtype, seed, scale):
 
 @functools.cache
 def read_ceiling() -> float:
-    """Bytes/s that the running device reads in a sum over 4 GiB (256 MiB on a CPU)."""
-    data = random(((1 << 27 if jax.default_backend() == "cpu" else 1 << 31),), jnp.bfloat16)
+    """Bytes/s that the running device reads in a sum over 4 GiB of bfloat16 (on a CPU, which widens it slowly, over 256 MiB of
+    float32)."""
+    size, dtype = (1 << 26, jnp.float32) if jax.default_backend() == "cpu" else (1 << 31, jnp.bfloat16)
+    data = random((size,), dtype)
     return data.nbytes / seconds(lambda x: jnp.sum(x.astype(jnp.float32)), [(data,)], calls=4)
 
 

@@ -69,17 +69,19 @@ class Engine:
         self.context = min(options.context or program.context, program.context)
         self._vocab = program.vocab
         host_only = jax.default_backend() == "cpu"
-        self._ticks = options.ticks or (1 if host_only else TICKS)
-        self._mixed = self._may_mix(program) if options.mixed is None else options.mixed
+        alone = options.batch_invariant
+        self._ticks = options.ticks or (1 if host_only or alone else TICKS)
+        self._mixed = self._may_mix(program) and not alone if options.mixed is None else options.mixed
         self._overlap = not host_only if options.overlap is None else options.overlap
         self._tables = self._page_tables(program)
-        self.prefix_refusal = "switched off" if not options.prefix_cache else refusal(program.plan)
+        off = "switched off" if not options.prefix_cache else "batch_invariant" if alone else None
+        self.prefix_refusal = off or refusal(program.plan)
         self.prefix = None if self.prefix_refusal else PrefixCache(self._tables)
         for group, table in enumerate(self._tables if self.prefix else ()):
             table.make_room = functools.partial(self.prefix.make_room, group)
         self.scheduler = Scheduler(
             tables=self._tables, prefix=self.prefix, rows=options.rows, budget=options.chunks[-1], ticks=self._ticks,
-            mixed=self._mixed,
+            mixed=self._mixed, alone=alone,
         )  # fmt: skip
         self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
         self._landed = 0.0
@@ -236,54 +238,25 @@ class Engine:
 
         A decode tick in every way of sampling, of one token and of as many as a dispatch has; a tick for each of `chunks` in
         the most capable way, which serves the prompts of all. From then on a request takes the cheapest of these ways that
-        can serve it.
+        can serve it. Several programs compile at once.
         """
         assert self.idle, "warm up before the first request"
-        # Programs that can do all know masks of grammars; those that compile here need none.
-        samplings = [how if how.grammar is None else dataclasses.replace(how, logprobs=0) for how in samplings]
-        ways = sorted(
-            {how.way: how for how in samplings or (Sampling(),)}.items(), key=lambda item: WAYS.index(item[0])
-        )
-        plain = {"ignore_eos": True, "stop": (), "stop_ids": (), "grammar": None}
-        todo = []
-        for _, how in ways:
-            todo += [
-                ([[0]], dataclasses.replace(how, max_tokens=n, **plain)) for n in ((1, 3) if self._ticks > 1 else (1,))
-            ]
-        most = self.context - 1  # tokens of a prompt
+        ways = sorted({how.way for how in samplings or (Sampling(),)}, key=WAYS.index)
+        self._warm |= set(ways)
+        blank, longest = self._builder.blank, (self.options.rows if self._mixed else 1) * (self.context - 1)
+        ticks = [(blank(way, ticks=n), way) for way in ways for n in sorted({1, self._ticks})]
+        if self.speculator is not None:
+            ticks += [(blank(way, width=self.speculator.width), way) for way in ways]
         for chunk, less in zip(self.options.chunks, (1, *self.options.chunks), strict=False):
-            # Of several prompts where a tick takes them; a chunk that none can fill needs no program.
-            prompts = [[i % self._vocab] * min(most, chunk - at) for i, at in enumerate(range(0, chunk, most))]
-            prompts = prompts[: self.options.rows if self._mixed else 1]
-            if sum(map(len, prompts)) > less:
-                todo.append((prompts, dataclasses.replace(ways[-1][1], max_tokens=1, **plain)))
-        self._warm |= {way for way, _ in ways}
-        todo = [(False, *one) for one in todo]
-        if self.speculator is not None and self.context > 2:
-            todo += [(True, [[0]], dataclasses.replace(how, max_tokens=2, **plain)) for _, how in ways]
-        for drafted, prompts, how in tqdm(todo, desc="warm up", unit="program", disable=not progress):
-            self._force(drafted)
-            for prompt in prompts:
-                self.add_request(prompt, how)
-            self.run()
-            if self.prefix is not None:  # the next prompt begins alike
-                self.prefix.clear()
-        self._force(None)
+            if longest > less:  # else no tick has so many prompt tokens
+                ticks.append((blank(ways[-1], chunk=chunk, mixed=self._mixed), ways[-1]))
+        compiled = self._stepper.compile(ticks)
+        for _ in tqdm(compiled, desc="warm up", unit="program", total=len(ticks), disable=not progress):
+            pass
+        for tick, way in ticks:  # a first run also loads the program
+            self._stepper(tick, way)
         if self.options.rows > 1:
             self._stepper.copy(0, 1, [(range(0), range(0))] * len(self._tables))
-        self._forget_counts()
-
-    def _force(self, drafted: bool | None) -> None:
-        """Verify ticks alone, or none; None: as it pays."""
-        if self.speculator is not None:
-            self.speculator.forced = drafted
-
-    def _forget_counts(self) -> None:
-        self.drafted = self.accepted = 0
-        self._steps = self._prompt_tokens = self._output_tokens = 0
-        self._finished = dict.fromkeys(self._finished, 0)
-        if self.prefix is not None:
-            self.prefix.hits = self.prefix.asked = 0
 
     def recover(self) -> list[Request]:
         """After a `step` that raised: running requests end with "error", their caches and the prefix cache are made anew;

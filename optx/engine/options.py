@@ -15,23 +15,21 @@ class EngineOptions:
     rows: int = 8  # requests decoded at once
     context: int | None = None  # longest prompt + answer, tokens; None: the model's
     page_size: int = 64  # tokens a cache page
-    chunks: tuple[int, ...] = (
-        16,
-        64,
-        256,
-        512,
-    )  # tokens of a tick, padded up to one of these, ascending; the last: its budget
+    # Tokens of a tick, padded up to one of these, ascending; the last: its budget.
+    chunks: tuple[int, ...] = (16, 64, 256, 512)
     pages: int | None = None  # pages a token group; None: as `memory` says
-    memory: float | None = (
-        None  # for all caches: bytes, or up to 1 a fraction of free device memory; None: 0.8 of it, and
-    )
-    # where the device does not tell (a CPU) enough for all rows at full context, which is the most that is taken anyway
+    # For all caches: bytes, or up to 1 a fraction of free device memory; None: 0.8 of it, and where the device does not tell
+    # (a CPU) enough for all rows at full context, which is the most that is taken anyway.
+    memory: float | None = None
     ticks: int | None = None  # decode ticks a dispatch while nothing waits; None: 16, on a CPU 1
     mixed: bool | None = None  # chunks of prompts and decodes in one tick; None: on accelerators
     overlap: bool | None = None  # plan and dispatch the next tick while the device runs one; None: on accelerators
     prefix_cache: bool = True  # keys and values stay while there is room, for prompts that begin alike
     max_waiting: int | None = None  # requests that may wait beyond those for which a row is free; None: any number
     speculate: Speculation | None = None  # drafts, several of them verified in a tick; answers stay the same
+    # No bit of an answer depends on what runs beside it, in 16 bits either: prompts in chunks of one size apart from decodes, one
+    # tick a dispatch, no shared prefixes, no preemption, attention of a sequence uncut. Slower.
+    batch_invariant: bool = False
     debug: bool = False  # check page tables on the device in every tick; slower
 
     def __post_init__(self):
@@ -50,4 +48,11 @@ class EngineOptions:
             raise RequestError(
                 f"engine.mixed: {self.rows} rows leave no room for prompts in ticks of {chunks[-1]} tokens; allowed: fewer rows"
             )
+        if self.batch_invariant:
+            against = {"mixed": self.mixed, "speculate": self.speculate, "ticks": (self.ticks or 1) > 1}
+            if wrong := [name for name, value in against.items() if value]:
+                raise RequestError(
+                    f"engine.batch_invariant: {wrong[0]} makes answers depend on the batch; leave it out"
+                )
+            chunks = chunks[-1:]
         object.__setattr__(self, "chunks", chunks)

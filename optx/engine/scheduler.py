@@ -70,11 +70,13 @@ class Scheduler:
         budget: int,
         ticks: int,
         mixed: bool,
+        alone: bool = False,
     ):
         """budget: tokens a tick. ticks: decode ticks a dispatch while nothing waits. mixed: prompts and decodes in one tick;
-        else a prompt's chunk alone, and after a budget of prompt tokens a decode tick."""
+        else a prompt's chunk alone, and after a budget of prompt tokens a decode tick. alone: a request has pages for its whole
+        answer when it gets a row, and computes its prompt itself."""
         self.tables, self.prefix = list(tables), prefix
-        self.budget, self.ticks, self.mixed = budget, ticks, mixed
+        self.budget, self.ticks, self.mixed, self.alone = budget, ticks, mixed, alone
         self.speculator: Speculator | None = None
         self.rows: list[Request | None] = [None] * rows
         self.waiting = WaitingQueue()
@@ -93,7 +95,7 @@ class Scheduler:
     def add(self, requests: Sequence[Request]) -> None:
         """Queues one request, or several with the same prompt: the first computes it and the others fork."""
         first, *others = requests
-        if others and len(first.prompt) > 1:
+        if others and len(first.prompt) > 1 and not self.alone:
             first.followers = others
             for other in others:
                 other.leader = first
@@ -189,12 +191,13 @@ class Scheduler:
     def _owed_by_running(self) -> list[int]:
         """Pages by group that running requests lack for their known tokens, and a page of growth for each."""
         running = self.running
-        reading = [request for request in running if not request.drawn and request.leader is None]
+        reading = [r for r in running if self.alone or (not r.drawn and r.leader is None)]
         return [sum(self._owed(table, request) for request in reading) + len(running) for table in self.tables]
 
     def _owed(self, table: PageTable, request: Request) -> int:
-        """Pages that it lacks to hold its known tokens and the next."""
-        whole = min(-(-(request.tokens + 1) // table.page_size), table.width)
+        """Pages that it lacks to hold its known tokens and the next, or (`alone`) its whole answer."""
+        most = request.tokens + (request.left if self.alone else 1)
+        whole = min(-(-most // table.page_size), table.width)
         held = table.pages_of(request.row) if request.row >= 0 else 0
         return max(0, whole - (held or (request.shared if table.window is None else 0)))
 

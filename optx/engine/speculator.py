@@ -17,12 +17,11 @@ class Speculator:
         self.how = how
         self.width = how.tokens + 1  # tokens a row of a verify tick
         self.governor = Governor(how, prior_cost(how, share))
-        self.forced: bool | None = None  # while programs are compiled: verify ticks alone, or none
         self._texts: dict[Request, History] = {}
 
     def wants(self, rows: int) -> bool:
         """Whether the next decode tick should verify drafts."""
-        return self.governor.wants(rows) if self.forced is None else self.forced
+        return self.governor.wants(rows)
 
     def offer(self, requests: Iterable[Request]) -> dict[Request, list[int]]:
         """Drafts of the requests that get any: token ids, or -1 for those that the device will draft."""
@@ -37,8 +36,6 @@ class Speculator:
     def _draft(self, request: Request, count: int) -> list[int]:
         if self.how.method != "ngram":
             return [-1] * count
-        if self.forced:
-            return [0] * count
         text = self._texts.get(request)
         if text is None:
             text = self._texts[request] = History(request.prompt)
@@ -51,9 +48,7 @@ class Speculator:
 
     def landed(self, rows: int, tokens: int) -> None:
         """What a tick that should verify drafts gave, all rows together."""
-        if self.forced is None:
-            self.governor.verified(rows, tokens)
+        self.governor.verified(rows, tokens)
 
     def took(self, drafted: bool, rows: int, seconds: float) -> None:
-        if self.forced is None:
-            self.governor.took(drafted, rows, seconds)
+        self.governor.took(drafted, rows, seconds)

@@ -3,10 +3,12 @@
 Several decode ticks may run in one dispatch: stop ids and limits are then checked on the device, row by row.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import jax
@@ -139,6 +141,22 @@ class Stepper:
 
     def __call__(self, tick: Tick, way: Way) -> Chosen:
         """Runs the ticks; -> what was chosen, with a leading axis N; token -1 where a row had ended before."""
+        program, args = self._prepared(tick, way)
+        seen = self._state.seen
+        self._caches, rows, chosen = program(*args)
+        self._state = rows if way == "full" else dataclasses.replace(rows, seen=seen)
+        return chosen
+
+    def compile(self, ticks: Sequence[tuple[Tick, Way]]) -> Iterator[None]:
+        """Compiles the programs of such ticks, several at once, and runs none; yields after each."""
+        lowered = (program.lower(*args) for program, args in (self._prepared(*one) for one in ticks))
+        with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            for done in concurrent.futures.as_completed([pool.submit(one.compile) for one in lowered]):
+                done.result()
+                yield
+
+    def _prepared(self, tick: Tick, way: Way) -> tuple[Callable, tuple]:
+        """The jitted program of such a tick, and its arguments."""
         packed, shapes = tick.pack()
         key = (shapes, tick.ticks, tick.mixed, tick.verify, way)
         if key not in self._ticks:
@@ -148,14 +166,9 @@ class Stepper:
             self._ticks[key] = checked or jax.jit(step, donate_argnums=(1, 2), compiler_options=options)
         if way == "full":
             self.track_seen()
-        seen = self._state.seen
         rows = self._state if way == "full" else dataclasses.replace(self._state, seen=None)
         masks = self._masks(tick) if way == "full" else None
-        self._caches, rows, chosen = self._ticks[key](
-            self.program.leaves, self._caches, rows, packed, tick.sampling, masks
-        )
-        self._state = rows if way == "full" else dataclasses.replace(rows, seen=seen)
-        return chosen
+        return self._ticks[key], (self.program.leaves, self._caches, rows, packed, tick.sampling, masks)
 
     def _fresh_rows(self) -> "Rows":
         carried = self.program.carries if isinstance(self.program, Drafted) else None
@@ -212,7 +225,7 @@ def _checked(step):
             raise LoweringError(message.split(" (`check`")[0])
         return out
 
-    run._cache_size = checked._cache_size
+    run._cache_size, run.lower = checked._cache_size, checked.lower
     return run
 
 

@@ -67,6 +67,32 @@ class TickBuilder:
             verify=plan.width > 1,
         )
 
+    def blank(self, way: Way, *, chunk: int | None = None, mixed: bool = False, ticks: int = 1, width: int = 1) -> Tick:
+        """A dispatch in which no row takes part, with the shapes of one that has `chunk` prompt tokens (rounded up as `build`
+        does), or of `ticks` decodes of `width` tokens a row."""
+        batch = 1 if chunk and not mixed else len(self._owner)
+        total, biases = chunk or batch * width, BIASES if way == "full" else 0
+        none = np.zeros(batch, np.int32)
+        pad = [table.pool.pages * table.page_size for table in self.tables]
+        return Tick(
+            tokens=np.full(total, 0 if chunk else -1, np.int32),
+            counts=none,
+            starts=none,
+            slots=np.full(batch, len(self._owner), np.int32),
+            tables=tuple(table.table[None, :batch] for table in self.tables),
+            lengths=(none[None],) * len(self.tables),
+            writes=tuple(np.full((ticks, total), slot, np.int32) for slot in pad),
+            limits=none,
+            stops=self._stops[:batch],
+            prompts=none,
+            biased=np.full((batch, biases), -1, np.int32),
+            seeds=self._seeds[:batch],
+            sampling=np.zeros((batch, len(KNOBS) + biases), np.float32),
+            ticks=ticks,
+            mixed=mixed,
+            verify=width > 1,
+        )
+
     def _masks(self, plan: Plan, at: np.ndarray, batch: int) -> np.ndarray | None:
         """None where no row that draws a token follows a grammar."""
         held = [(i, p.request.constraint.mask) for i, p in zip(at, plan.parts) if p.request.constraint and p.rounds]

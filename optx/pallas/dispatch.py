@@ -55,6 +55,7 @@ class Row:
     arch: str = "any"  # sm90, ...; or a platform
     variant: str = ""  # tells rows of one backend and arch apart
     function: str | None = None  # None: the op's name
+    order: str = "any"  # of sums: "batch", it depends on other sequences; "own", never, and slower: for batch_invariant
     optional: bool = False  # True: `require` does not insist on it, as the rows after it are as good where it declines
     verified: bool = True  # False: its cases have not all run on the device; chosen only where a recipe requires it
 
@@ -95,12 +96,41 @@ ROWS: tuple[Row, ...] = (
     Row(op="flash_attention", backend=_GPU, arch="sm90", module="flash_attention.mosaic_gpu_sm90"),
     Row(op="flash_attention", backend=_TPU, module="flash_attention.mosaic_tpu"),
     Row(op="flash_attention", backend="xla", module="attention.reference"),
-    Row(op="ragged_paged_attention", backend=_GPU, arch="sm90", module="ragged_paged_attention.mosaic_gpu_sm90"),
-    Row(op="ragged_paged_attention", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90"),
+    Row(
+        op="ragged_paged_attention",
+        backend=_GPU,
+        arch="sm90",
+        module="ragged_paged_attention.mosaic_gpu_sm90",
+        order="batch",
+    ),
+    Row(
+        op="ragged_paged_attention",
+        backend=_GPU,
+        arch="sm90",
+        variant="whole",
+        module="ragged_paged_attention.whole_sm90",
+        order="own",
+    ),
+    Row(
+        op="ragged_paged_attention",
+        backend=_GPU,
+        arch="sm90",
+        variant="latent",
+        module="mla.mosaic_gpu_sm90",
+        order="batch",
+    ),
     Row(op="ragged_paged_attention", backend=_TPU, module="ragged_paged_attention.mosaic_tpu"),
     Row(op="ragged_paged_attention", backend="xla", module="attention.reference"),
-    Row(op="paged_decode", backend=_GPU, arch="sm90", module="paged_decode.mosaic_gpu_sm90"),
-    Row(op="paged_decode", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90"),
+    Row(op="paged_decode", backend=_GPU, arch="sm90", module="paged_decode.mosaic_gpu_sm90", order="batch"),
+    Row(
+        op="paged_decode",
+        backend=_GPU,
+        arch="sm90",
+        variant="whole",
+        module="ragged_paged_attention.whole_sm90",
+        order="own",
+    ),
+    Row(op="paged_decode", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90", order="batch"),
     Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu"),
     Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
     Row(op="indexed_attention", backend="xla", module="indexed_attention.reference"),
@@ -131,10 +161,10 @@ def rows(op: str) -> tuple[Row, ...]:
     return found
 
 
-def select(site: OpSite, target: Any, require: str | None = None) -> OpChoice:
+def select(site: OpSite, target: Any, require: str | None = None, invariant: bool = False) -> OpChoice:
     """The first row that takes the site, with the reasons of all rows that declined.
 
-    require: a backend that must be used where the op has it.
+    require: a backend that must be used where the op has it. invariant: only rows whose sums do not depend on the batch.
     Raises: LoweringError with every reason when no row takes the site.
     """
     backends = {row.backend for row in ROWS}
@@ -148,6 +178,8 @@ def select(site: OpSite, target: Any, require: str | None = None) -> OpChoice:
     for row in candidates:
         if require and row.backend != require:
             reason = f"the recipe requires {require}"
+        elif row.order == ("batch" if invariant else "own"):
+            reason = "its sums depend on the batch" if invariant else "is for batch_invariant: slower"
         elif chosen is not None:
             reason = f"{chosen.name} comes first"
         else:

@@ -74,6 +74,7 @@ class Tiles:
     turns: bool = True  # the two compute warpgroups alternate between tensor cores and softmax
     sms: int = SMS
     costs: Costs = Costs()
+    whole: bool = False  # no unit is cut: its sums are taken in one order, whatever else is in the batch
     interpretable: bool = False  # weights reach the second product through shared memory: what the interpreter can run
 
 
@@ -402,7 +403,7 @@ def _cuts(plan: Plan, count, ends, starts, cost, unit_cost, steps, steps_before)
     at = jnp.minimum(unit, plan.units - 1)
     into = begin - starts[at]
     step = jnp.where(into > 0, jnp.maximum(-(-(into - unit_cost) // cost[at]), 1), 0)
-    past = (unit < count) & (step >= steps[at])
+    past = (unit < count) & ((step > 0) if plan.tiles.whole else (step >= steps[at]))
     unit, step = jnp.where(past, unit + 1, unit), jnp.where(past | (unit >= count), 0, step)
     total = steps_before[-1] + steps[-1]
     before = jnp.where(unit < count, steps_before[jnp.minimum(unit, plan.units - 1)] + step, total)
