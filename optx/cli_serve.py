@@ -10,7 +10,7 @@ import jax
 import optx
 from optx.cli_flags import Flag, Verb
 from optx.cli_verbs import speculation
-from optx.engine.options import EngineOptions
+from optx.engine.options import default_chunks
 from optx.errors import ServeError, UsageError
 from optx.recipe import Recipe
 
@@ -42,7 +42,7 @@ def serve(
     engine = compiled.engine(
         rows=rows or (ROWS if jax.default_backend() != "cpu" else ROWS_CPU),
         context=context,
-        chunks=(*(size for size in EngineOptions.chunks if size < budget), budget),
+        chunks=None if budget is None else (*(size for size in default_chunks() if size < budget), budget),
         memory=memory,
         max_waiting=max_waiting,
         prefix_cache=prefix_cache,
@@ -89,9 +89,8 @@ def verb(model_flags: tuple[Flag, ...], recipe: Flag) -> Verb:
                 name="budget",
                 kind=int,
                 least=1,
-                default=EngineOptions.chunks[-1],
                 value="N",
-                help="tokens of a step, those of prompts and of answers together",
+                help="tokens of a step, those of prompts and of answers together (default: 2048, on a CPU 512)",
             ),
             Flag(
                 name="memory",

@@ -2,10 +2,17 @@
 
 import dataclasses
 
+import jax
+
 from optx.engine.speculation import Speculation
 from optx.errors import RequestError
 
 TICKS = 16
+
+
+def default_chunks() -> tuple[int, ...]:
+    """`EngineOptions.chunks` of the running device."""
+    return (16, 64, 256, 512) if jax.default_backend() == "cpu" else (64, 256, 512, 1024, 2048)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,8 +22,8 @@ class EngineOptions:
     rows: int = 8  # requests decoded at once
     context: int | None = None  # longest prompt + answer, tokens; None: the model's
     page_size: int = 64  # tokens a cache page
-    # Tokens of a tick, padded up to one of these, ascending; the last: its budget.
-    chunks: tuple[int, ...] = (16, 64, 256, 512)
+    # Tokens of a tick, padded up to one of these, ascending; the last: its budget. None: up to 512 on a CPU, 2048 elsewhere.
+    chunks: tuple[int, ...] | None = None
     pages: int | None = None  # pages a token group; None: as `memory` says
     # For all caches: bytes, or up to 1 a fraction of free device memory; None: 0.8 of it, and where the device does not tell
     # (a CPU) enough for all rows at full context, which is the most that is taken anyway.
@@ -41,7 +48,7 @@ class EngineOptions:
             raise RequestError(
                 f"engine.memory: got {self.memory}; allowed: bytes, or a fraction up to 1 of what is free"
             )
-        chunks = tuple(self.chunks)
+        chunks = tuple(default_chunks() if self.chunks is None else self.chunks)
         if not chunks or chunks[0] < 1 or sorted(set(chunks)) != list(chunks):
             raise RequestError(f"engine.chunks: got {list(chunks)}; allowed: ascending sizes of at least 1")
         if self.mixed and self.rows >= chunks[-1]:

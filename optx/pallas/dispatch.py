@@ -129,6 +129,7 @@ ROWS: tuple[Row, ...] = (
         variant="whole",
         module="ragged_paged_attention.whole_sm90",
         order="own",
+        verified=False,
     ),
     Row(op="paged_decode", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90", order="batch"),
     Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu"),
