@@ -85,7 +85,7 @@ class Engine:
         )  # fmt: skip
         self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
         self._landed = 0.0
-        self._builder = TickBuilder(self._tables, options.rows, options.chunks)
+        self._builder = TickBuilder(self._tables, options.rows, options.chunks, self._ticks)
         room = functools.partial(Layout, page_size=options.page_size, slots=options.rows)
         layouts = [room(pages=table.pool.pages) for table in self._tables] or [room(pages=1)]
         self._stepper = Stepper(program, layouts, options.rows, options.debug)
@@ -236,15 +236,15 @@ class Engine:
     def warm_up(self, *samplings: Sampling, progress: bool = False) -> None:
         """Compiles every program that requests with such samplings need (default: greedy ones), so that none waits for one.
 
-        A decode tick in every way of sampling, of one token and of as many as a dispatch has; a tick for each of `chunks` in
-        the most capable way, which serves the prompts of all. From then on a request takes the cheapest of these ways that
+        Decode ticks in every way of sampling; a tick for each of `chunks` in the most capable way, which serves the prompts
+        of all. From then on a request takes the cheapest of these ways that
         can serve it. Several programs compile at once.
         """
         assert self.idle, "warm up before the first request"
         ways = sorted({how.way for how in samplings or (Sampling(),)}, key=WAYS.index)
         self._warm |= set(ways)
         blank, longest = self._builder.blank, (self.options.rows if self._mixed else 1) * (self.context - 1)
-        ticks = [(blank(way, ticks=n), way) for way in ways for n in sorted({1, self._ticks})]
+        ticks = [(blank(way), way) for way in ways]
         if self.speculator is not None:
             ticks += [(blank(way, width=self.speculator.width), way) for way in ways]
         for chunk, less in zip(self.options.chunks, (1, *self.options.chunks), strict=False):

@@ -10,10 +10,11 @@ from optx.engine.step import Tick
 
 
 class TickBuilder:
-    """Columns by row of the batch, and `build`. chunks: numbers of tokens that programs are compiled for, ascending."""
+    """Columns by row of the batch, and `build`. chunks: numbers of tokens that programs are compiled for, ascending; ticks:
+    decodes of a program, of which a dispatch may run fewer."""
 
-    def __init__(self, tables: list[PageTable], rows: int, chunks: tuple[int, ...]):
-        self.tables, self.chunks = tables, chunks
+    def __init__(self, tables: list[PageTable], rows: int, chunks: tuple[int, ...], ticks: int):
+        self.tables, self.chunks, self.ticks = tables, chunks, ticks
         self._owner: list[Request | None] = [None] * rows
         self._seeds = np.zeros(rows, np.uint32)
         self._stops = np.full((rows, STOPS), -1, np.int32)
@@ -44,7 +45,8 @@ class TickBuilder:
             at_tokens = np.repeat(at * plan.width, lengths) + within
         else:
             at_tokens = np.arange(lengths.sum())
-        tokens, writes = self._tokens(plan, at_tokens, total), self._writes(plan, at_tokens, total)
+        ticks = 1 if plan.chunk or plan.width > 1 else self.ticks
+        tokens, writes = self._tokens(plan, at_tokens, total), self._writes(plan, ticks, at_tokens, total)
         chosen_from = slice(None) if not alone else rows
         biases = BIASES if way == "full" else 0
         return Tick(
@@ -62,14 +64,15 @@ class TickBuilder:
             seeds=self._seeds[chosen_from],
             sampling=self._sampling[chosen_from, : len(KNOBS) + biases].copy(),
             masks=self._masks(plan, at, batch),
-            ticks=plan.ticks,
+            ticks=ticks,
             mixed=plan.mixed,
             verify=plan.width > 1,
         )
 
-    def blank(self, way: Way, *, chunk: int | None = None, mixed: bool = False, ticks: int = 1, width: int = 1) -> Tick:
+    def blank(self, way: Way, *, chunk: int | None = None, mixed: bool = False, width: int = 1) -> Tick:
         """A dispatch in which no row takes part, with the shapes of one that has `chunk` prompt tokens (rounded up as `build`
-        does), or of `ticks` decodes of `width` tokens a row."""
+        does), or of decodes of `width` tokens a row."""
+        ticks = 1 if chunk or width > 1 else self.ticks
         batch = 1 if chunk and not mixed else len(self._owner)
         total, biases = chunk or batch * width, BIASES if way == "full" else 0
         none = np.zeros(batch, np.int32)
@@ -108,11 +111,11 @@ class TickBuilder:
         tokens[at] = [token for part in plan.parts for token in part.tokens]
         return tokens
 
-    def _writes(self, plan: Plan, at: np.ndarray, total: int) -> tuple[np.ndarray, ...]:
+    def _writes(self, plan: Plan, ticks: int, at: np.ndarray, total: int) -> tuple[np.ndarray, ...]:
         """Flat slots [ticks, T] by group; padding goes to the page that takes it."""
         out = []
         for table, slots in zip(self.tables, plan.writes, strict=True):
-            write = np.full((plan.ticks, total), table.pool.pages * table.page_size, np.int32)
+            write = np.full((ticks, total), table.pool.pages * table.page_size, np.int32)
             if plan.ticks == 1:
                 write[0, at] = slots
             else:
