@@ -10,9 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
-from optx import evaluate, ir, legality, lower, pipeline
+from optx import evaluate, ir, legality, lower, pipeline, quality
 from optx import target as targets
 from optx.checkpoint import export as exports
 from optx.checkpoint.export_hf import write_hf
@@ -29,7 +28,7 @@ from optx.generate import Message, OnText, Prompt, encode, encode_chat, generate
 from optx.models import by_gguf_architecture, by_hf_type
 from optx.pipeline import Dump, Instrument, Record
 from optx.recipe import Recipe
-from optx.report import Report, estimate_text, record_dict, step_text
+from optx.report import Report, estimate_text, kept, record_dict, step_text
 from optx.target import Target
 from optx.tokenizer import Tokenizer
 
@@ -196,15 +195,21 @@ def plan(
     Raises: RecipeError, LegalityError, PassError, VerifyError.
     """
     source, recipe = as_source(model), recipe or Recipe(name="none")
+    legality.check_stack(recipe)
+    planned = on_shapes(source, recipe, target, instruments)
+    legality.check_facts(recipe, planned.tree)
+    return planned
+
+
+def on_shapes(source: Source, recipe: Recipe, target: str | Target, instruments: Sequence[Instrument] = ()) -> Plan:
+    """`plan` without legality's judgement, to show what it would refuse. Raises what `plan` raises but LegalityError."""
     if source.recipe is not None and recipe.steps():
         raise PassError(
             f"{source.origin.name} was compiled with recipe {source.recipe.name!r} already; compile the original model "
             "with one recipe that holds all passes"
         )
     where = target if isinstance(target, Target) else targets.get(target)
-    legality.check_stack(recipe)
     trees, records = pipeline.run(source.tree, recipe, instruments)
-    legality.check_facts(recipe, trees[-1])
     return Plan(source=source, recipe=recipe, target=where, trees=tuple(trees), records=tuple(records))
 
 
@@ -213,19 +218,20 @@ def compile(
     recipe: Recipe | None = None,
     target: str | Target = "auto",
     *,
+    calibration: str | Path | None = None,
     dump: str | Path | None = None,
     progress: bool = False,
 ) -> "Compiled":
     """Plans, then streams the weights in block by block through the passes, then chooses a kernel for every op.
 
     Memory peaks at the compressed model plus one dense block. dump: a folder for the tree after each pass.
-    Raises: what `plan` raises, CheckpointError for bad weights, LoweringError.
+    calibration: a text or a file of one, on which the report shows what each lossy pass cost and `max_kl` of the recipe is
+    kept (see `optx.quality`); the uncompiled model then stays in memory until the end.
+    Raises: what `plan` raises, CheckpointError for bad weights, LoweringError, QualityError for a broken budget.
     """
     planned = plan(model, recipe, target, [Dump(dump)] if dump else [])
-    source = planned.source
     tree = ir.shallow(planned.tree)
-    for prefix in tqdm(source.segments(), desc="compile", unit="block", disable=not progress):
-        block = pipeline.apply_block(source.block(prefix), prefix, planned.recipe, planned.trees, planned.records)
+    for prefix, block in quality.blocks(planned, calibration, progress):
         ir.put(tree, prefix, lower.lower(block, planned.target, planned.recipe.require))
     return Compiled(tree, planned)
 
@@ -388,4 +394,5 @@ def export(model: Compiled | Source, folder: str | Path, *, format: str = "optx"
         return write_hf(source, Path(folder), by_hf_type, overwrite=overwrite)
     if not isinstance(model, Compiled):
         raise CheckpointError(f"{source.origin.name}: compile it before an optx export; format='hf' takes it as it is")
-    return exports.write_export(Path(folder), tree, source, model.plan.recipe, overwrite=overwrite)
+    report = kept(model.plan.records, model.plan.target)
+    return exports.write_export(Path(folder), tree, source, model.plan.recipe, overwrite=overwrite, report=report)

@@ -102,7 +102,7 @@ class CacheSpec:
         dense = jax.ShapeDtypeStruct(shape, stream.dtype or self.dtype)
         if self.format is None:
             return dense
-        return jax.eval_shape(lambda x: tensor.quantize(x, self.format, axis=-1), dense)
+        return tensor.quantize(dense, self.format, axis=-1)
 
     def abstract(self, layout: "Layout") -> Pool:
         """The pool's arrays as shapes: [pages + 1, K, P, H] a stream of tokens, [slots + 1, ...] a state.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 import optx
-from optx import cli_serve, cli_verbs
+from optx import cli_plan, cli_report, cli_serve, cli_verbs
 from optx.api import DTYPES, WEIGHTS
 from optx.bench import serve
 from optx.bench.step import SHAPES
@@ -36,7 +36,7 @@ TARGET = Flag(
     default="auto",
     help=f"auto (this machine), a YAML file, a target of yours, or one of {', '.join(TARGETS)}",
 )
-CALIBRATION = Flag(name="calibration", value="FILE", help="text for passes that measure activations")
+CALIBRATION = Flag(name="calibration", value="FILE", help="text on which the cost of each lossy pass is measured")
 OVERWRITE = Flag(name="overwrite", kind=bool, default=False, help="replace what stands at --out")
 JSON = Flag(name="json", kind=bool, default=False, help="print JSON")
 # A number has no default here: those of serve stand with its settings, and other benches must not see them.
@@ -55,39 +55,7 @@ VERBS = (
         notes="Reads headers only, no weights. A bare config.json will do, or the name of one that ships with optx.",
         run=cli_verbs.describe,
     ),
-    Verb(
-        name="plan",
-        line="run a recipe on shapes: weight and KV bytes before and after each pass",
-        arguments=("MODEL|CONFIG",),
-        flags=(
-            RECIPE,
-            TARGET,
-            Flag(name="batch", kind=int, default=1, least=1, value="N", help="sequences decoded at once"),
-            Flag(
-                name="context",
-                kind=int,
-                least=1,
-                value="N",
-                help="tokens of each sequence (default: the model's context)",
-            ),
-            Flag(name="tensor", kind=int, default=1, least=1, value="N", help="devices that every layer is split over"),
-            Flag(
-                name="expert",
-                kind=int,
-                default=1,
-                least=1,
-                value="N",
-                help="groups of those; experts are split over them",
-            ),
-            *MODEL_FLAGS,
-            JSON,
-        ),
-        examples=("optx plan config.json --recipe int4_kv8 --target h100 --batch 8 --context 4096",),
-        notes="Reads no weights, needs no accelerator: a bare config.json will do, or the name of one that ships with "
-        "optx. What fails here fails in compile. Times are bounds that no program beats. Targets of yours are YAML files "
-        "in ~/.config/optx/targets.",
-        run=cli_verbs.plan,
-    ),
+    cli_plan.verb(MODEL_FLAGS, RECIPE, TARGET, JSON),
     Verb(
         name="compile",
         line="apply a recipe to a model's weights and write the result",
@@ -182,6 +150,7 @@ VERBS = (
         notes="DIR is an optx export or anything else that MODEL may be. Packed weights are dequantized.",
         run=cli_verbs.export,
     ),
+    cli_report.verb(MODEL_FLAGS, RECIPE, TARGET, OVERWRITE),
     cli_serve.verb(MODEL_FLAGS, RECIPE),
     Verb(
         name="bench",

@@ -11,10 +11,10 @@ from optx import target as targets
 from optx.bench import ceilings, kernels, serve, step, timing
 from optx.checkpoint.export import check_free
 from optx.checkpoint.source import Source
-from optx.cost_mesh import Mesh
 from optx.errors import RequestError, UsageError, did_you_mean, no_such_path
 from optx.generate import encode_chat
 from optx.recipe import Recipe
+from optx.report import quality_text
 
 
 def describe(model: str, *, weights, dtype, json) -> None:
@@ -59,23 +59,12 @@ def _module(entry: ir.Entry) -> dict:
     return {"path": entry.path, "text": entry.text, "bytes": entry.bytes}
 
 
-def plan(model: str, *, weights, dtype, recipe, target, batch, context, tensor, expert, json) -> None:
-    mesh = Mesh(tensor=tensor, expert=expert)
-    planned = optx.plan(optx.load(model, weights, dtype), _recipe(recipe), target)
-    longest = planned.tree.context
-    if context is not None and context > longest:
-        say(f"note: a context of {context:,} tokens is beyond the model's {longest:,}; the bytes are as if it were not")
-    if json:
-        _print_json(planned.to_dict(batch, context, mesh))
-    else:
-        print(planned.text(batch, context, mesh))
-
-
 def compile(model: str, *, weights, dtype, recipe, target, out, calibration, dump, overwrite, json) -> None:
     chosen = _recipe(recipe)
-    _check_calibration(chosen, calibration)
+    text = _calibration(chosen, calibration)
     check_free(Path(out), overwrite)  # before the work, not after
-    compiled = optx.compile(optx.load(model, weights, dtype), chosen, target, dump=dump, progress=_terminal())
+    source = optx.load(model, weights, dtype)
+    compiled = optx.compile(source, chosen, target, calibration=text, dump=dump, progress=_terminal())
     compiled.export(out, overwrite=overwrite)
     if json:
         _print_json(compiled.report.to_dict() | {"out": out})
@@ -146,15 +135,15 @@ def evaluate(
     model: str, *, weights, dtype, recipe, calibration, text, context, stride, max_windows, against, json
 ) -> None:
     chosen = _recipe(recipe)
-    _check_calibration(chosen, calibration)
-    words = _read_text(text)
+    sample, words = _calibration(chosen, calibration), _read_text(text)
     other = optx.compile(optx.load(against), progress=_terminal()) if against else None
-    compiled = optx.compile(optx.load(model, weights, dtype), chosen, progress=_terminal())
+    compiled = optx.compile(optx.load(model, weights, dtype), chosen, calibration=sample, progress=_terminal())
     options = {"context": context, "stride": stride, "max_windows": max_windows, "against": other}
     result = compiled.evaluate(words, **options, progress=_terminal())
     if json:
         against_name = {"against": other.plan.source.origin.name} if other else {}
-        _print_json({"model": compiled.plan.name, **against_name, "context": context, **result.to_dict()})
+        passes = {"passes": compiled.report.to_dict()["records"]} if sample else {}
+        _print_json({"model": compiled.plan.name, **against_name, "context": context, **result.to_dict(), **passes})
         return
     rows = [
         ("model", compiled.plan.name),
@@ -167,6 +156,8 @@ def evaluate(
         rows += [("KL", f"{result.kl:.6f} nats a token against {name}")]
         rows += [("top-1", f"{100 * result.top1:.2f} % of tokens agree with {name}")]
     print("\n".join(f"{label:<12} {value}" for label, value in rows))
+    if sample:
+        print(f"\n{quality_text(compiled.plan.records)}")
 
 
 def _bench_decode(flags) -> tuple[dict, str]:
@@ -230,10 +221,12 @@ def _recipe(path: str | None) -> Recipe | None:
     return None if path is None else Recipe.from_yaml(path)
 
 
-def _check_calibration(recipe: Recipe | None, path: str | None) -> None:
-    if path is not None:
+def _calibration(recipe: Recipe | None, path: str | None) -> Path | None:
+    """The flag's file. Raises UsageError where nothing would be measured on it."""
+    if path is not None and (recipe is None or all(pass_.exact for pass_, _ in recipe.steps())):
         names = ", ".join(pass_.name for pass_, _ in recipe.steps()) if recipe else "no recipe"
-        raise UsageError(f"--calibration {path}: no pass here measures activations ({names}); leave the flag out")
+        raise UsageError(f"--calibration {path}: no pass here is lossy ({names or 'no pass'}); leave the flag out")
+    return path and Path(path)
 
 
 def _read_text(path: str) -> str:

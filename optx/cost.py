@@ -8,6 +8,7 @@ linear part once.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -92,7 +93,7 @@ def _weights(tree, batch, tokens) -> Iterator[OpCost]:
             continue
         seen |= {id(v) for v in own.values()}
         rows = batch if module is head else batch * tokens
-        yield _weight_cost(path, {n: v.get_value() for n, v in own.items()}, rows, shares[path], module is head)
+        yield _weight_cost(path, {n: v.get_raw_value() for n, v in own.items()}, rows, shares[path], module is head)
 
 
 def _parent(path: str) -> str:
@@ -104,7 +105,7 @@ def _parent(path: str) -> str:
 def _weight_cost(path, values, rows, share, head) -> OpCost:
     """share: of the module that one token takes, as many tokens as `rows` being expected to take 1 - (1 - share)^rows."""
     matrices = {name: x for name, x in values.items() if len(x.shape) > 1}
-    main = max(matrices.values() or values.values(), key=lambda x: int(np.prod(x.shape)))
+    main = max(matrices.values() or values.values(), key=lambda x: math.prod(x.shape))
     contracted = matrices.keys() & {"weight", "table"}
     op = "head" if head else "vectors" if not contracted else "experts" if share < 1 else "matmul"
     met = 1 - (1 - share) ** rows
@@ -114,7 +115,7 @@ def _weight_cost(path, values, rows, share, head) -> OpCost:
         format=str(main.format) if tensor.is_packed(main) else np.dtype(main.dtype).name,
         dtype=MULTIPLIED.get(np.dtype(main.dtype).name, "fp32"),
         weights=met * sum(tensor.nbytes(x) for x in values.values()),
-        flops=2.0 * rows * share * sum(int(np.prod(x.shape)) for x in matrices.values()),
+        flops=2.0 * rows * share * sum(math.prod(x.shape) for x in matrices.values()),
     )
 
 

@@ -1,7 +1,7 @@
 """Errors for people: what, where, got, allowed, next step."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -35,6 +35,17 @@ class LegalityError(OptxError):
 
 class VerifyError(OptxError):
     """A rewritten tree breaks one of the verifier's rules."""
+
+
+class QualityError(OptxError):
+    """A compiled model strays further from the uncompiled one than the recipe allows.
+
+    kl: nats a token after each lossy pass so far; sites: (path, damage), the worst first.
+    """
+
+    def __init__(self, message: str, *, kl: Mapping[str, float] = {}, sites: Sequence[tuple[str, float]] = ()):
+        super().__init__(message)
+        self.kl, self.sites = dict(kl), tuple(sites)
 
 
 class LoweringError(OptxError):

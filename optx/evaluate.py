@@ -6,7 +6,6 @@ stride below the window, only the tokens that no earlier window scored.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, Protocol
 
@@ -138,7 +137,7 @@ def _score(model, against, window, fresh, context) -> np.ndarray:
         nll = _nll(logits, tokens[0], weight)
         return np.asarray([float(nll), 0, 0, weight.sum()])
     other = against.program.forward(against.program.leaves, tokens, counts)[0]
-    return np.asarray([*map(float, _compare(logits, other, tokens[0], weight)), weight.sum()])
+    return np.asarray([*map(float, compare(logits, other, tokens[0], weight)), weight.sum()])
 
 
 @jax.jit
@@ -148,8 +147,10 @@ def _nll(logits, tokens, weight):
     return jnp.sum((jax.nn.logsumexp(logits[:-1], axis=-1) - chosen) * weight[1:])
 
 
-@functools.partial(jax.jit)
-def _compare(logits, other, tokens, weight):
+@jax.jit
+def compare(logits, other, tokens, weight):
+    """Logits [T, V] against a reference's: sums of -log p, of KL(reference || model) in nats and of agreements of the most
+    likely token, each over what the tokens before predict of tokens int32[T] of weight 1."""
     log_p, log_q = jax.nn.log_softmax(other[:-1], axis=-1), jax.nn.log_softmax(logits[:-1], axis=-1)
     kl = jnp.sum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1) * weight[1:])
     agree = jnp.sum((jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)) * weight[1:])

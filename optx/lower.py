@@ -24,13 +24,23 @@ def lower(model: nnx.Module, target: Target, require: str | None = None) -> nnx.
     require: a backend that every op must use where it has one.
     Raises: LoweringError when no row takes a call site.
     """
+    out = choose(model, target, require)
+    for _, module in ir.walk(out):
+        for choice in getattr(module, "choices", ()):
+            if relayout := dispatch.row_of(choice).relayout:
+                module.arrange(relayout)
+    return out
+
+
+def choose(model: nnx.Module, target: Target, require: str | None = None) -> nnx.Module:
+    """`lower` without a weight touched, so for abstract trees as well: to see which kernels a target would run.
+
+    Raises: LoweringError when no row takes a call site.
+    """
     out = ir.shallow(model)
     for _, module in ir.walk(out):
         if hasattr(type(module), "op_sites"):
             module.choices = tuple(dispatch.select(site, target, require) for site in module.op_sites())
-            for choice in module.choices:
-                if relayout := dispatch.row_of(choice).relayout:
-                    module.arrange(relayout)
     return out
 
 

@@ -24,6 +24,16 @@ from optx.tensor import is_qtensor
 Rules = tuple[tuple[str, PassOptions], ...]  # (place in the recipe, options)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What the model lost up to and with a pass, on calibration text (quality.py measures it)."""
+
+    kl: float  # mean KL(uncompiled || after the pass), nats a token
+    top1: float  # share of tokens whose most likely next token is the uncompiled model's
+    tokens: int  # scored
+    errors: dict[str, float]  # site -> |y' - y| / |y| of its output, both on the inputs it has before the pass
+
+
 @dataclasses.dataclass(kw_only=True)
 class Record:
     """What one pass did: filled on shapes by the plan, `seconds` and `errors` added by the compile."""
@@ -39,6 +49,7 @@ class Record:
     diff: str = ""
     seconds: float = 0.0
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # path -> |W' - W| / |W|
+    quality: Quality | None = None  # of a lossy pass where the compile was given calibration text
 
 
 class Instrument:
@@ -137,22 +148,32 @@ def apply_block(
     block: nnx.Module, prefix: str, recipe: Recipe, planned: Sequence[nnx.Module], records: Sequence[Record]
 ) -> nnx.Module:
     """All passes on one concrete block that stands at `prefix` (`layers/3`), checked against the plan after each."""
-    layers = len(planned[0].layers)
-    for (pass_, rules), record, plan in zip(recipe.steps(), records, planned[1:], strict=True):
-        start = time.perf_counter()
-        tally = Tally(hits={where: 0 for where, _ in rules})
-        values = _values(block)
-        after = rewrite(block, pass_, rules, prefix=prefix, layers=layers, tally=tally)
-        _check_untouched(pass_, values, block)
-        verify.check(block, after, f"{pass_.name} at {prefix}", verify.LOCAL)
-        if ir.signature(ir.abstract(after)) != ir.signature(ir.get(plan, prefix)):
-            change = ir.diff(ir.get(plan, prefix), after)
-            raise VerifyError(f"after {pass_.name} at {prefix}: weights differ in form from the plan:\n{change}")
-        record.errors |= {f"{prefix}/{path}": e for path, e in relative_errors(block, after).items()}
-        jax.block_until_ready(jax.tree.leaves(nnx.state(after)))
-        record.seconds += time.perf_counter() - start
-        block = after
+    for step, record, plan in zip(recipe.steps(), records, planned[1:], strict=True):
+        block, _ = apply_pass(block, prefix, step, plan, record)
     return block
+
+
+def apply_pass(
+    block: nnx.Module, prefix: str, step: tuple[Pass, Rules], plan: nnx.Module, record: Record
+) -> tuple[nnx.Module, list[str]]:
+    """One pass on one concrete block -> (the block after it, full paths of the sites that it rewrote).
+
+    plan: the whole abstract tree after the pass; seconds and weight errors are added to the record.
+    Raises: PassError from the pass; VerifyError for a block that differs in form from the plan.
+    """
+    (pass_, rules), start = step, time.perf_counter()
+    tally = Tally(hits={where: 0 for where, _ in rules})
+    values = _values(block)
+    after = rewrite(block, pass_, rules, prefix=prefix, layers=len(plan.layers), tally=tally)
+    _check_untouched(pass_, values, block)
+    verify.check(block, after, f"{pass_.name} at {prefix}", verify.LOCAL)
+    if ir.signature(ir.abstract(after)) != ir.signature(ir.get(plan, prefix)):
+        change = ir.diff(ir.get(plan, prefix), after)
+        raise VerifyError(f"after {pass_.name} at {prefix}: weights differ in form from the plan:\n{change}")
+    record.errors |= {f"{prefix}/{path}": e for path, e in relative_errors(block, after).items()}
+    jax.block_until_ready(jax.tree.leaves(nnx.state(after)))
+    record.seconds += time.perf_counter() - start
+    return after, tally.paths
 
 
 def relative_errors(before: nnx.Module, after: nnx.Module) -> dict[str, float]:
@@ -181,7 +202,7 @@ def _relative_error(was, new):
 
 
 def _values(tree: nnx.Module) -> dict[str, list]:
-    return {path: jax.tree.leaves(v.get_value()) for path, v in ir.params(tree).items()}
+    return {path: jax.tree.leaves(v.get_raw_value()) for path, v in ir.params(tree).items()}
 
 
 def _check_untouched(pass_: Pass, values: dict[str, list], tree: nnx.Module) -> None:

@@ -34,8 +34,11 @@ class Recipe:
     allow: tuple[str, ...] = ()  # names of refusals (legality.py) that this recipe overrides
     allow_overlap: bool = False  # lets `reads` and `drop` techniques, which bet on the same redundancy, stack
     require: str | None = None  # backend that every op must use where it has one; None: the best that takes the call
+    max_kl: float | None = None  # nats a token that all passes may cost on calibration text; None: no budget
 
     def __post_init__(self):
+        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+            raise RecipeError(f"recipe.max_kl: got {self.max_kl}; allowed: a number above 0, nats a token")
         for stage in Stage:
             rules = tuple(getattr(self, stage))
             object.__setattr__(self, stage, rules)

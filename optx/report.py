@@ -37,6 +37,23 @@ def pass_rows(records: Sequence[Record]) -> list[list[str]]:
     return rows
 
 
+def quality_text(records: Sequence[Record]) -> str:
+    """What each lossy pass cost on calibration text, and the sites whose output it changed most."""
+    measured = [(record.name, record.quality) for record in records if record.quality is not None]
+    rows, worst = [], []
+    for name, q in measured:
+        errors = sorted(q.errors.items(), key=lambda item: item[1], reverse=True)
+        mean = sum(q.errors.values()) / max(len(errors), 1)
+        shown = f"{mean:.4f} / {errors[0][1]:.4f}" if errors else "-"
+        rows.append([name, f"{q.kl:.6f}", f"{100 * q.top1:.2f} %", shown])
+        sites = ", ".join(f"{path} {error:.4f}" for path, error in errors[:WORST])
+        worst += [f"{name} changes most the output of: {sites}"] if sites else []
+    title = f"quality against the uncompiled model, {measured[0][1].tokens:,} calibration tokens"
+    return "\n".join([title, table(QUALITY_HEADER, rows), *worst])
+
+
+WORST = 3  # sites that the report names
+QUALITY_HEADER = ("after", "KL, nats/token", "top-1", "output error mean/max")
 STEP_HEADER = ("after", "stage", "sites", "weights read", "KV a token", "KV read", "bytes a step")
 OP_HEADER = ("op", "stored as", "sites", "bytes", "GFLOP", "ms")
 HEADER = ("pass", "stage", "sites", "weights", "KV B/token", "error mean/max", "s")
@@ -153,12 +170,19 @@ class Report:
         ]
         if self.records:
             parts += [table(HEADER, pass_rows(self.records)), ""]
+        if any(record.quality for record in self.records):
+            parts += [quality_text(self.records), ""]
         parts += [f"{name} skipped sites: {reason}" for name, reason in _skipped(self.records)]
         parts += ["kernels:", *(f"  {line}" for line in self.kernels.splitlines())]
         return "\n".join(parts)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self) | {"records": [record_dict(record) for record in self.records]}
+
+
+def kept(records: Sequence[Record], target: Target) -> dict:
+    """What an export keeps of its compile: the target, and of each pass what shapes alone do not tell again."""
+    return {"target": target.name, "passes": [record_dict(record) | {"errors": record.errors} for record in records]}
 
 
 def record_dict(record: Record) -> dict:
@@ -173,5 +197,6 @@ def record_dict(record: Record) -> dict:
         "weight_bytes": {"before": record.weight_bytes[0], "after": record.weight_bytes[1]},
         "kv_bytes_per_token": {"before": record.cache_bytes[0], "after": record.cache_bytes[1]},
         "error": None if error is None else {"mean": error[0], "max": error[1]},
+        "quality": record.quality and dataclasses.asdict(record.quality),
         "seconds": record.seconds,
     }

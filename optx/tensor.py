@@ -133,7 +133,13 @@ def quantize(x: jax.Array, format: Format, axis: int = -2) -> QTensor:
     """
     if axis not in (-1, -2):
         raise FormatError(f"quantize: axis {axis}; allowed: -1 (rows of a table), -2 (the contracted axis of a matrix)")
-    return lift(lambda x: _quantize(x, format, axis), x)
+    return _quantized_shape(x, format, axis) if isinstance(x, jax.ShapeDtypeStruct) else _quantize(x, format, axis)
+
+
+@functools.lru_cache(maxsize=1024)
+def _quantized_shape(x, format, axis):
+    """A plan asks the same of the weights of every layer."""
+    return jax.eval_shape(lambda x: _quantize(x, format, axis), x)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

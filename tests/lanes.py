@@ -9,23 +9,25 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 class Lanes:
-    """The instructions that `rotate_append` asks for, on all threads of `blocks` blocks of 128 at once.
+    """The instructions of `optx.pallas.threads_sm90.Threads`, on all threads of `blocks` blocks of `size` at once.
 
     Every address of an active thread must lie inside its ref; shuffles ask that a warp's threads are active alike; no two
-    threads may store to one byte.
+    threads may store to one byte. What is shared within a block, float32[blocks, numbers], is seen after a barrier.
     """
 
-    def __init__(self, blocks: int, refs):
+    def __init__(self, blocks: int, refs, size: int = 128):
         """refs: writable numpy arrays; they are told apart by identity."""
-        self._threads = np.arange(blocks * 128, dtype=np.int32)
-        self._active = np.ones(blocks * 128, bool)
+        self._size = size
+        self._threads = np.arange(blocks * size, dtype=np.int32)
+        self._active = np.ones(blocks * size, bool)
+        self._pending = []
         self._written = {id(ref): np.zeros(ref.nbytes, bool) for ref in refs}
 
     def block(self):
-        return self._threads // 128
+        return self._threads // self._size
 
     def thread(self):
-        return self._threads % 128
+        return self._threads % self._size
 
     @contextlib.contextmanager
     def when(self, condition):
@@ -63,6 +65,35 @@ class Lanes:
         assert np.unique(at).size == at.size and not self._written[id(ref)][at].any(), "a byte with two writers"
         self._written[id(ref)][at] = True
         self._bytes(ref)[at] = np.ascontiguousarray(word).view(np.uint8).reshape(-1, 4)[active, :size]
+
+    def store_words(self, ref, offset, words, when=None):
+        size = 4 * len(words)
+        active = self._active if when is None else self._active & when
+        at = self._places(ref, offset, size, active)
+        assert np.unique(at).size == at.size and not self._written[id(ref)][at].any(), "a byte with two writers"
+        self._written[id(ref)][at] = True
+        self._bytes(ref)[at] = np.stack(words, axis=-1).view(np.uint8)[active]
+
+    def share(self, ref, index, x, when):
+        active = self._active & when
+        at = (self.block()[active], index[active])
+        assert len(set(zip(*at, strict=True))) == active.sum(), "a number with two writers"
+        self._pending.append((ref, at, x[active]))
+
+    def shared(self, ref, start: int):
+        return list(ref[self.block(), start : start + 4].T)
+
+    def barrier(self):
+        assert self._active.all(), "a barrier is for all threads"
+        for ref, at, x in self._pending:
+            ref[at] = x
+        self._pending = []
+
+    def exp2(self, x):
+        return np.exp2(x)
+
+    def reciprocal(self, x):
+        return 1 / x
 
     def shuffle(self, x, distance: int):
         return x.reshape(-1, 32)[:, np.arange(32) ^ distance].reshape(-1)

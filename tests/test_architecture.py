@@ -37,12 +37,16 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "recipe": {"errors", "strict", "registry", "passes", "configs"},
     "verify": LEAVES | {"ir"},
     "pipeline": {"errors", "tensor", "ir", "registry", "recipe", "verify"},
+    "quality": {"errors", "ir", "evaluate", "lower", "pipeline", "recipe"},
     "legality": {"errors", "ir", "nn", "registry", "recipe"},
     "lower": {"cache", "errors", "ir", "pallas", "target", "tensor"},
     "cost": {"cache", "ir", "target", "tensor"},
     "cost_mesh": {"cache", "errors", "ir", "tensor"},
     "estimate": {"cost", "cost_mesh", "ir", "target"},
     "report": {"ir", "target", "cost", "estimate", "pipeline"},
+    "html_report": {"ir", "target", "cost", "estimate", "pipeline", "recipe", "lower", "report", "pallas", "roofline"},
+    "roofline": {"cost", "target"},
+    "plan_table": {"api", "cost", "cost_mesh", "ir", "legality", "report"},
     # Files and text.
     "checkpoint": LEAVES | {"ggml", "ir", "nn", "recipe", "pipeline", "tokenizer"},
     "detokenize": {"errors"},
@@ -60,7 +64,8 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "bench": None,
     "optx": None,
 }
-COMMAND_LINE = {"cli", "cli_flags", "cli_serve", "cli_verbs", "__main__"}  # sees everything; nothing else imports it
+# Sees everything; nothing else imports it.
+COMMAND_LINE = {"cli", "cli_flags", "cli_plan", "cli_report", "cli_serve", "cli_verbs", "__main__"}
 
 NAMELESS = [*sorted((ROOT / "optx" / "engine").glob("*.py")), ROOT / "optx" / "lower.py", ROOT / "optx" / "pipeline.py"]
 TECHNIQUES = {

@@ -138,12 +138,33 @@ def test_usage_errors(optx_, arguments, told):
     fails(optx_(*arguments), 2, *told)
 
 
-def test_calibration_without_a_pass_that_needs_it(optx_, model, tmp_path, text):
-    out = tmp_path / "out"
-    result = optx_("compile", model, "--recipe", "int8_kv8", "--out", out, "--calibration", text)
-    fails(result, 2, "--calibration", "quantize_weights")
+def test_calibration_where_nothing_is_lossy(optx_, model, tmp_path, text):
+    out, recipe = tmp_path / "out", tmp_path / "exact.yaml"
+    recipe.write_text("lower:\n  - {pass: fuse_projections}\n")
+    result = optx_("compile", model, "--recipe", recipe, "--out", out, "--calibration", text)
+    fails(result, 2, "--calibration", "no pass here is lossy (fuse_projections)")
     assert not out.exists()
     fails(optx_("eval", model, "--text", text, "--calibration", text), 2, "no recipe")
+
+
+def test_calibration_shows_what_each_pass_cost(optx_, model, tmp_path, text):
+    flags = ("--recipe", "int8_kv8", "--calibration", text)
+    code, shown, _ = optx_("compile", model, *flags, "--out", tmp_path / "out")
+    assert code == 0 and "quality against the uncompiled model" in shown
+    code, shown, _ = optx_("eval", model, *flags, "--text", text, "--context", 64, "--json")
+    lossy = [record["quality"] for record in json.loads(shown)["passes"] if not record["exact"]]
+    assert code == 0 and len(lossy) == 2 and all(0 <= q["kl"] < 0.01 and q["errors"] for q in lossy)
+
+
+def test_a_broken_budget_writes_nothing(optx_, model, tmp_path, text):
+    out, recipe = tmp_path / "out", tmp_path / "budget.yaml"
+    recipe.write_text("max_kl: 1.0e-4\nweights:\n  - {pass: quantize_weights, format: int2, group: 16}\n")
+    result = optx_("compile", model, "--recipe", recipe, "--out", out, "--calibration", text)
+    fails(result, 1, "recipe.max_kl: quantize_weights brings the KL to", "layers/")
+    assert not out.exists()
+    fails(optx_("compile", model, "--recipe", recipe, "--out", out), 1, "recipe.max_kl", "--calibration FILE")
+    result = optx_("compile", model, "--recipe", recipe, "--out", out, "--calibration", tmp_path / "none.txt")
+    fails(result, 1, "calibration: ", "no such file or directory")
 
 
 # Errors of models, recipes and texts: exit code 1

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import profiler
 
 REPEATS = 12
 CALLS = 16  # calls a program: a launch from Python takes as long as a small kernel
@@ -75,6 +74,8 @@ def wall(prepared: Prepared, repeats: int = REPEATS) -> float:
 
 def _kernel_seconds(prepared: Prepared) -> float:
     """Seconds that the kernels of the program ran, added up (CUPTI)."""
+    from jax.experimental.mosaic.gpu import profiler  # takes a third of a second, which every verb would pay
+
     _, kernels = profiler.measure(prepared.program, aggregate=False)(prepared.inputs)
     return 1e-3 * sum(milliseconds for _, milliseconds in kernels)
 

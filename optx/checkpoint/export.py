@@ -1,6 +1,7 @@
 """optx exports: an orbax checkpoint of the compiled weights beside a manifest that can rebuild the tree.
 
-manifest.json   format version, origin (config, dtype, packed formats), recipe, versions, parameters, files' hashes
+manifest.json   format version, origin (config, dtype, packed formats), recipe, versions, parameters, files' hashes, and
+                what the passes took and cost
 ir.txt          the compiled tree as text; a reload whose tree prints otherwise is refused
 weights/        orbax: one array a part, `layers/0/mixer/q/weight.data`
 tokenizer.json, tokenizer_config.json
@@ -40,8 +41,17 @@ def is_export(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def write_export(folder: Path, tree: nnx.Module, source: Source, recipe: Recipe, *, overwrite: bool) -> Path:
-    """Writes the export into a temporary folder beside `folder` and renames it."""
+def write_export(
+    folder: Path,
+    tree: nnx.Module,
+    source: Source,
+    recipe: Recipe,
+    *,
+    overwrite: bool,
+    report: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes the export into a temporary folder beside `folder` and renames it. report: what `optx report` shows of the
+    compile (`optx.report.kept`)."""
     if source.origin.kind == "module":
         raise CheckpointError(
             "export: a module built in memory has no config to rebuild it from; export its source model"
@@ -59,6 +69,7 @@ def write_export(folder: Path, tree: nnx.Module, source: Source, recipe: Recipe,
             },
             "parameters": {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in arrays.items()},
             "sha256": _digests(partial / WEIGHTS),
+            "report": report or {},
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         (partial / IR).write_text(ir.describe(tree), encoding="utf-8")
@@ -75,8 +86,7 @@ def open_export(folder: Path, family_of: FamilyOf) -> Source:
     """
     where = str(folder / MANIFEST)
     origin, recipe, table, digests = _read_manifest(folder)
-    dense, _ = build(origin, family_of, where)
-    tree = pipeline.run(with_formats(dense, origin.formats), recipe)[0][-1]
+    tree = _passes(origin, recipe, family_of, where)[0][-1]
     _check_text(folder, tree)
     want = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in flatten(tree).items()}
     wrong = sorted(name for name in want.keys() | table.keys() if want.get(name) != table.get(name))
@@ -90,6 +100,61 @@ def open_export(folder: Path, family_of: FamilyOf) -> Source:
         return jax.tree.unflatten(jax.tree.structure(value), [arrays()[name] for name in names(path, value)])
 
     return Source(tree=tree, read=read, origin=origin, tokenizer=tokenizer, recipe=recipe)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """How an export was made, without its weights: the passes run again on shapes, and what its manifest kept of the compile."""
+
+    origin: Origin
+    recipe: Recipe
+    trees: tuple[nnx.Module, ...]  # before the first pass, after each
+    records: tuple[pipeline.Record, ...]  # seconds and errors are the compile's, where `timed`
+    timed: bool  # False: the manifest keeps nothing of the compile
+    target: str | None  # it was compiled for; None: not kept
+    versions: Mapping[str, str]  # of the packages that wrote it
+    files: int  # of weights, each with its sha256
+
+
+def how_made(folder: Path, family_of: FamilyOf) -> Made:
+    """Raises: CheckpointError for a folder that is no export, another version, a manifest that is not whole."""
+    where = str(folder / MANIFEST)
+    if not is_export(folder):
+        raise CheckpointError(f"{folder}: no optx export (it has no {MANIFEST}); optx compile --out writes one")
+    origin, recipe, _, digests = _read_manifest(folder)
+    trees, records = _passes(origin, recipe, family_of, where)
+    manifest = read_json(folder / MANIFEST)
+    report = manifest.get("report") or {}
+    try:
+        passes = {row["pass"]: row for row in report.get("passes", ())}
+        timed = bool(records) and passes.keys() == {record.name for record in records}
+        for record in records if timed else ():
+            record.seconds = float(passes[record.name]["seconds"])
+            record.errors = {str(path): float(error) for path, error in passes[record.name]["errors"].items()}
+            if (measured := passes[record.name].get("quality")) is not None:
+                record.quality = pipeline.Quality(**measured)
+            if measured := passes[record.name].get("quality"):
+                record.quality = pipeline.Quality(**measured)
+        target = report.get("target")
+        versions = {str(name): str(version) for name, version in manifest.get("versions", {}).items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{where}: report: not as optx writes it: {error!r}; compile again") from None
+    return Made(
+        origin=origin,
+        recipe=recipe,
+        trees=tuple(trees),
+        records=tuple(records),
+        timed=timed,
+        target=target,
+        versions=versions,
+        files=len(digests),
+    )
+
+
+def _passes(origin: Origin, recipe: Recipe, family_of: FamilyOf, where: str):
+    """The recipe's passes on the origin's shapes: `pipeline.run`."""
+    dense, _ = build(origin, family_of, where)
+    return pipeline.run(with_formats(dense, origin.formats), recipe)
 
 
 def _read_manifest(folder: Path) -> tuple[Origin, Recipe, dict[str, tuple[tuple[int, ...], str]], dict[str, str]]:

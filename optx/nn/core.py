@@ -17,15 +17,9 @@ from flax import nnx
 from optx import tensor
 from optx.errors import ConfigError, did_you_mean
 from optx.pallas import dispatch
+from optx.pallas.add_norm.reference import rms_norm
 from optx.pallas.dispatch import OpChoice, OpSite
-
-ACTIVATIONS: dict[str, Callable] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
-}
+from optx.pallas.gated_act.reference import ACTIVATIONS
 
 
 def param(shape, dtype, axes: tuple[str | None, ...], rngs: nnx.Rngs | None, init=None) -> nnx.Param:
@@ -80,6 +74,12 @@ def _matmul_site(weight) -> tuple[OpSite, ...]:
     if not tensor.is_qtensor(weight):
         return (OpSite(op="matmul", args=facts),)
     return (OpSite(op="quant_matmul", args=facts | {"activations": None}),)
+
+
+def _gated_site(down: Linear, activation: str) -> tuple[OpSite, ...]:
+    weight = tensor.canonical(down.weight.get_value())
+    facts = {"f": weight.shape[0], "dtype": jnp.dtype(weight.dtype).name, "activation": activation}
+    return (OpSite(op="gated_act", args=facts),)
 
 
 def arranged(like: nnx.Param, weight, relayout) -> nnx.Param:
@@ -148,9 +148,7 @@ class RMSNorm(nnx.Module):
         self.out = out
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * (self.offset + self.weight.get_value().astype(jnp.float32))).astype(self.out or x.dtype)
+        return rms_norm(x, self.weight.get_value(), eps=self.eps, offset=self.offset, out=self.out)
 
 
 class LayerNorm(nnx.Module):
@@ -193,13 +191,17 @@ class GatedMLP(nnx.Module):
         self.up = Linear(d, f, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(f, d, bias=bias, dtype=dtype, axes=("mlp", "embed"), rngs=rngs)
         self.activation = activation
+        self.choices: tuple[OpChoice, ...] = ()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = self.project(x)
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
+        return self.down(dispatch.call("gated_act", self.choices, *self.project(x), activation=self.activation))
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """x [..., D] -> gate and up [..., F], or both side by side [..., 2F] where one matmul makes them, and None."""
         return self.gate(x), self.up(x)
+
+    def op_sites(self) -> tuple[OpSite, ...]:
+        return _gated_site(self.down, self.activation)
 
 
 class FusedGatedMLP(Fused, GatedMLP):
@@ -209,9 +211,10 @@ class FusedGatedMLP(Fused, GatedMLP):
         self.gate_up = gate_up
         self.down = down
         self.activation = activation
+        self.choices = ()
 
     def project(self, x):
-        return tuple(jnp.split(self.gate_up(x), 2, axis=-1))
+        return self.gate_up(x), None
 
     def unfused(self) -> GatedMLP:
         d, both = self.gate_up.weight.get_value().shape
@@ -231,10 +234,13 @@ class JoinedGatedMLP(nnx.Module):
         self.gate_up = Linear(d, 2 * f, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(f, d, bias=bias, dtype=dtype, axes=("mlp", "embed"), rngs=rngs)
         self.activation = activation
+        self.choices: tuple[OpChoice, ...] = ()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
+        return self.down(dispatch.call("gated_act", self.choices, self.gate_up(x), None, activation=self.activation))
+
+    def op_sites(self) -> tuple[OpSite, ...]:
+        return _gated_site(self.down, self.activation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

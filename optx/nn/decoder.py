@@ -8,6 +8,8 @@ from flax import nnx
 
 from optx.cache import Address, CachePlan, Caches, Ragged, View, store_tokens, view
 from optx.nn.core import Embed, Linear, RMSNorm
+from optx.pallas import dispatch
+from optx.pallas.dispatch import OpChoice, OpSite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,19 +47,59 @@ class Block(nnx.Module):
         self.norm, self.mixer, self.post_norm = norm, mixer, post_norm
         self.mlp_norm, self.mlp, self.post_mlp_norm = mlp_norm, mlp, post_mlp_norm
         self.residual, self.mlp_residual = residual, mlp_residual
+        self.choices: tuple[OpChoice, ...] = ()
 
     def __call__(self, x: jax.Array, ragged: Ragged, cache: View | None):
         """x [T, D] -> (x [T, D], the mixer's pool)."""
+        x, y, pool = self.unjoined(x, None, ragged, cache)
+        return _sum(x, y), pool
+
+    def unjoined(self, x: jax.Array, y: jax.Array | None, ragged: Ragged, cache: View | None):
+        """x and y [T, D], whose sum is the stream (y None: x is) -> (x, y of the stream behind the block, the mixer's pool).
+
+        What a part brings is added where the next norm reads the sum: one op does both.
+        """
         pool = {}
         if self.mixer is not None:
-            normed = self.norm(x)
+            x, normed = self._normed(self.norm, x, y)
             y, pool = self.mixer(normed, ragged, cache)
-            x = (self.residual or PLAIN)(x, normed, y if self.post_norm is None else self.post_norm(y))
+            x, y = _joined(self.residual, x, normed, y if self.post_norm is None else self.post_norm(y))
         if self.mlp is not None:
-            normed = self.mlp_norm(x)
+            x, normed = self._normed(self.mlp_norm, x, y)
             y = self.mlp(normed)
-            x = (self.mlp_residual or PLAIN)(x, normed, y if self.post_mlp_norm is None else self.post_mlp_norm(y))
-        return x, pool
+            x, y = _joined(self.mlp_residual, x, normed, y if self.post_mlp_norm is None else self.post_mlp_norm(y))
+        return x, y, pool
+
+    def _normed(self, norm, x, y):
+        """-> (x + y, norm(x + y))."""
+        if not _is_op(norm):
+            x = _sum(x, y)
+            return x, norm(x)
+        kwargs = {"eps": norm.eps, "offset": norm.offset}
+        return dispatch.call("add_norm", self.choices, x, y, norm.weight.get_value(), **kwargs)
+
+    def op_sites(self) -> tuple[OpSite, ...]:
+        weights = [norm.weight.get_value() for norm in (self.norm, self.mlp_norm) if _is_op(norm)]
+        if not weights:
+            return ()
+        dtypes = tuple(jnp.dtype(weight.dtype).name for weight in weights)
+        # Norms have the dtype of the activations where they are built.
+        facts = {"d": weights[0].shape[0], "dtype": dtypes[0], "weights": dtypes}
+        return (OpSite(op="add_norm", args=facts),)
+
+
+def _is_op(norm) -> bool:
+    """The norm is what the op `add_norm` computes."""
+    return type(norm) is RMSNorm and norm.out is None
+
+
+def _sum(x: jax.Array, y: jax.Array | None) -> jax.Array:
+    return x if y is None else x + y
+
+
+def _joined(residual: Residual | None, x, normed, y):
+    """The stream as (x, y), not yet added where a plain sum is all that there is to do."""
+    return (x, y) if residual in (None, PLAIN) else (residual(x, normed, y), None)
 
 
 class CausalLM(nnx.Module):
@@ -94,24 +136,25 @@ class CausalLM(nnx.Module):
         Without caches every row is a self-contained sequence from position 0.
         """
         plan = self.cache_plan()
-        x = self.embed(tokens)
+        x, y = self.embed(tokens), None
         if caches is not None:
             caches = _append_positions(caches, address, ragged)
         pools: list = []
         tapped = []
         for i, layer in enumerate(self.layers):
             if i in taps:
+                x, y = _sum(x, y), None
                 tapped.append(x)
             if caches is None:
                 shared = plan.owner(i) != i
                 cache = View(pool=pools[plan.owner(i)], slots=ragged.starts) if shared else None
             else:
                 cache = view(plan, Caches(layers=(*pools, *caches.layers[i:]), positions=caches.positions), address, i)
-            x, pool = layer(x, ragged, cache)
+            x, y, pool = layer.unjoined(x, y, ragged, cache)
             pools.append({} if caches is not None and plan.owner(i) != i else pool)
         if caches is not None:
             caches = Caches(layers=tuple(pools), positions=caches.positions)
-        return self.norm(x), caches, tuple(tapped)
+        return self.norm(_sum(x, y)), caches, tuple(tapped)
 
     def head(self, x: jax.Array) -> jax.Array:
         """Selected rows of the hidden state [M, D] -> float32[M, V]."""

@@ -140,6 +140,24 @@ ROWS: tuple[Row, ...] = (
     Row(op="matmul", backend="xla", module="matmul.reference"),
     Row(op="rotate_append", backend=_GPU, arch="sm90", module="rotate_append.mosaic_gpu_sm90", optional=True),
     Row(op="rotate_append", backend="xla", module="rotate_append.reference"),
+    Row(
+        op="add_norm",
+        backend=_GPU,
+        arch="sm90",
+        module="add_norm.mosaic_gpu_sm90",
+        optional=True,
+        verified=False,
+    ),
+    Row(op="add_norm", backend="xla", module="add_norm.reference"),
+    Row(
+        op="gated_act",
+        backend=_GPU,
+        arch="sm90",
+        module="gated_act.mosaic_gpu_sm90",
+        optional=True,
+        verified=False,
+    ),
+    Row(op="gated_act", backend="xla", module="gated_act.reference"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", module="quant_matmul.mosaic_gpu_sm90"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", variant="w8a8", module="quant_matmul.mosaic_gpu_sm90_w8a8"),
     Row(op="quant_matmul", backend=_TPU, module="quant_matmul.mosaic_tpu"),
@@ -174,6 +192,7 @@ def select(site: OpSite, target: Any, require: str | None = None, invariant: boo
     declined: list[tuple[str, str]] = []
     chosen = None
     candidates = rows(site.op)
+    asked = require
     if require not in {row.backend for row in candidates if not row.optional}:
         require = None
     for row in candidates:
@@ -185,7 +204,7 @@ def select(site: OpSite, target: Any, require: str | None = None, invariant: boo
             reason = f"{chosen.name} comes first"
         else:
             reason = row.supports(site.args, target)
-            if reason is None and not row.verified and not require:
+            if reason is None and not row.verified and asked != row.backend:
                 reason = f"not verified on the device yet; a recipe may say require: {row.backend}"
         if reason is None:
             chosen = row

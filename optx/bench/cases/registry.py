@@ -23,6 +23,8 @@ MODULES = (
     "w8a8",
     "grouped_matmul",
     "rotate_append",
+    "add_norm",
+    "gated_act",
 )
 
 

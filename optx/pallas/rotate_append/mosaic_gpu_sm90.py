@@ -9,7 +9,7 @@ reference's own (to the activations' type after the norm and after the rotation,
 and codes differ from it only where a sum of squares added up in another order, the last bit of 1 / sqrt, or a division (XLA's
 go through a reciprocal, these are exact) tips a rounding.
 
-`_program` is written in a lane's numbers and takes the machine that works on them: `_Threads` emits a GPU's instructions.
+`_program` is written in a lane's numbers and takes the machine that works on them: `Threads` emits a GPU's instructions.
 """
 
 import dataclasses
@@ -20,14 +20,12 @@ import operator
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
 from optx.cache import CacheSpec
 from optx.errors import LoweringError
 from optx.pallas.attention.page_formats import page_kind
+from optx.pallas.threads_sm90 import SCALAR, Threads, across
 from optx.tensor import is_qtensor
 
 OP = "rotate_append"
@@ -188,7 +186,7 @@ def _run(plan: Plan, inputs, leaves):
         def head(_, refs, out, block):
             given = jax.tree.unflatten(structure, refs[: len(arrays)])
             stored = jax.tree.unflatten(pool_structure, refs[len(arrays) :])
-            _program(_Threads(block.registers.item()), plan, *given, stored, out)
+            _program(Threads(block.registers.item()), plan, *given, stored, out)
             return ()
 
         head(tuple(refs), out, lax.axis_index("block"))
@@ -346,10 +344,7 @@ class _Head:
         return [*first, *second, *words[2 * count :]]
 
     def _across(self, x, op):
-        """Reduction over the lanes of the warp, the same in all of them."""
-        for distance in (16, 8, 4, 2, 1):
-            x = op(x, self.m.shuffle(x, distance))
-        return x
+        return across(self.m, x, op)
 
     # Codes, by the rules of optx/formats.py
 
@@ -391,175 +386,3 @@ class _Head:
             return m.bits(scale), scale
         word = m.pack([scale, scale], self.plan.stored)
         return word, m.unpack(word, self.plan.stored)[0]
-
-
-# --- The machine ------------------------------------------------------------------------------------------------------
-
-SCALAR = plgpu.Layout.WG_SPLAT()
-
-
-class _Number:
-    """A thread's integer, float32 or truth value, with Python's operators; integers are taken as unsigned by //, % and >>."""
-
-    def __init__(self, value):
-        self.value = value
-
-    @property
-    def floating(self) -> bool:
-        return isinstance(self.value.type, ir.F32Type)
-
-    def like(self, x):
-        """x, a Python number or another of these, as a value of this one's type."""
-        if isinstance(x, _Number):
-            return x.value
-        kind = self.value.type
-        if self.floating:
-            return arith.constant(kind, ir.FloatAttr.get(kind, float(x)))
-        return arith.constant(kind, ir.IntegerAttr.get(kind, x))
-
-    def _with(self, x, integer, floating=None):
-        return _Number((floating if self.floating else integer)(self.value, self.like(x)))
-
-    def __add__(self, x):
-        return self._with(x, arith.addi, arith.addf)
-
-    def __sub__(self, x):
-        return self._with(x, arith.subi, arith.subf)
-
-    def __mul__(self, x):
-        return self._with(x, arith.muli, arith.mulf)
-
-    def __truediv__(self, x):
-        return self._with(x, None, arith.divf)
-
-    def __floordiv__(self, x):
-        return self._with(x, arith.divui)
-
-    def __mod__(self, x):
-        return self._with(x, arith.remui)
-
-    def __and__(self, x):
-        return self._with(x, arith.andi)
-
-    def __or__(self, x):
-        return self._with(x, arith.ori)
-
-    def __xor__(self, x):
-        return self._with(x, arith.xori)
-
-    def __lshift__(self, x):
-        return self._with(x, arith.shli)
-
-    def __rshift__(self, x):
-        return self._with(x, arith.shrui)
-
-    def _compared(self, x, integer, floating):
-        return _Number(
-            (arith.cmpf if self.floating else arith.cmpi)(
-                floating if self.floating else integer, self.value, self.like(x)
-            )
-        )
-
-    def __lt__(self, x):
-        return self._compared(x, arith.CmpIPredicate.slt, arith.CmpFPredicate.OLT)
-
-    def __gt__(self, x):
-        return self._compared(x, arith.CmpIPredicate.sgt, arith.CmpFPredicate.OGT)
-
-    def __ge__(self, x):
-        return self._compared(x, arith.CmpIPredicate.sge, arith.CmpFPredicate.OGE)
-
-
-class _Threads:
-    """Instructions of the thread that runs them. Words are 32 bits; a pair's first number lies in the low half."""
-
-    def __init__(self, block):
-        self._block = _Number(block)
-        self._thread = _Number(utils.thread_idx())
-
-    def block(self):
-        return self._block
-
-    def thread(self):
-        return self._thread
-
-    def when(self, condition):
-        return utils.when(condition.value)
-
-    def wide(self, x):
-        """As a 64-bit integer: bytes into a ref."""
-        return _Number(arith.extui(ir.IntegerType.get_signless(64), x.value))
-
-    def where(self, condition, a, b):
-        return _Number(arith.select(condition.value, a.value, a.like(b)))
-
-    def _pointer(self, ref, offset):
-        return utils.getelementptr(utils.memref_ptr(ref), [offset.value], ir.IntegerType.get_signless(8))
-
-    def load(self, ref, offset, count: int):
-        """`count` words side by side, at a multiple of their size."""
-        i32 = ir.IntegerType.get_signless(32)
-        loaded = llvm.load(ir.VectorType.get((count,), i32), self._pointer(ref, offset), alignment=4 * count)
-        return [_Number(vector.extract(loaded, [], [i])) for i in range(count)]
-
-    def store(self, ref, offset, word, size: int, when=None):
-        """The lowest `size` bytes of a word."""
-        ptx = f"st.global.b{8 * size} [$0], $1;"
-        value, kind = word.value, ir.IntegerType.get_signless(16)
-        value = arith.trunci(kind, value) if size < 4 else value
-        utils.inline_ptx(ptx, self._pointer(ref, offset), value, predicate=when and when.value, has_side_effects=True)
-
-    def _ptx(self, ptx: str, *args, result=None, **kwargs):
-        return _Number(
-            utils.inline_ptx(ptx, *(x.value for x in args), result_types=result or args[0].value.type, **kwargs)
-        )
-
-    def shuffle(self, x, distance: int):
-        """x of the lane whose number differs in the bit `distance`."""
-        return _Number(utils.shfl_bfly(x.value, distance))
-
-    def minimum(self, a, b):
-        """The smaller; NaN where either is."""
-        return self._ptx("min.NaN.f32 $0, $1, $2;", a, _Number(a.like(b)))
-
-    def maximum(self, a, b):
-        return self._ptx("max.NaN.f32 $0, $1, $2;", a, _Number(a.like(b)))
-
-    def abs(self, x):
-        return self._ptx("abs.f32 $0, $1;", x)
-
-    def rsqrt(self, x):
-        return self._ptx("rsqrt.approx.f32 $0, $1;", x)
-
-    def round(self, x):
-        """To the nearest whole number, halves to even."""
-        return self._ptx("cvt.rni.f32.f32 $0, $1;", x)
-
-    def int(self, x):
-        """A whole number as an integer; NaN as 0."""
-        return self._ptx("cvt.rzi.s32.f32 $0, $1;", x, result=ir.IntegerType.get_signless(32))
-
-    def float(self, word):
-        return _Number(utils.bitcast(word.value, ir.F32Type.get()))
-
-    def bits(self, x):
-        return _Number(utils.bitcast(x.value, ir.IntegerType.get_signless(32)))
-
-    def pack(self, pair, dtype: str):
-        """Two float32 rounded to `dtype`, in a word."""
-        low, high = pair
-        kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
-        return self._ptx(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", high, low, result=ir.IntegerType.get_signless(32))
-
-    def unpack(self, word, dtype: str):
-        if dtype == "bfloat16":
-            return [self.float(word << 16), self.float(word & -65536)]
-        f32 = ir.F32Type.get()
-        ptx = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
-        return [_Number(x) for x in utils.inline_ptx(ptx, word.value, result_types=[f32, f32])]
-
-    def e4m3(self, pair):
-        """Two float32 rounded to e4m3, at most 448, in the low half of a word."""
-        low, high = pair
-        ptx = "{ .reg .b16 x; cvt.rn.satfinite.e4m3x2.f32 x, $1, $2; cvt.u32.u16 $0, x; }"
-        return self._ptx(ptx, high, low, result=ir.IntegerType.get_signless(32))

@@ -1,0 +1,1 @@
+"""act(gate) * up of a gated MLP."""
