@@ -192,7 +192,7 @@ def test_every_way_that_was_warmed_compiles_nothing():
     engine = Engine(program("llama"), dataclasses.replace(OPTIONS, mixed=True, ticks=3))
     engine.warm_up(HOW[0], HOW[3])
     compiled = engine.compiles
-    assert compiled == 1 + 2 * 2 + 1, "a chunk; one tick and three, greedy and full; the copy of a fork"
+    assert compiled == 1 + 2 + 1, "a chunk; decodes, greedy and full; the copy of a fork"
     assert engine.stats().steps == 0
     requests = [engine.add_request(prompt, how) for prompt, how in zip(PROMPTS, HOW, strict=True)]
     group = engine.add_group(PROMPTS[0], [HOW[0], HOW[0]])
