@@ -177,6 +177,10 @@ CASES = (
         for dim, names in ((64, ("int8", "int4_asym")), (128, ("int8", "int8_asym", "int4", "int4_asym", "fp8_e4m3")))
         for name in names
     ),
+    case("int8_asym_page16", *MIXED, **LLAMA, page_size=16, format="int8_asym"),
+    case(
+        "fp8_page16_window", *MIXED, **LLAMA, page_size=16, format="fp8_e4m3", mask=SLIDING, gaps=True, logit_scale=True
+    ),
     case("int8_256", *MIXED, heads=8, kv_heads=2, head_dim=256, page_size=64, format="int8"),
 )
 

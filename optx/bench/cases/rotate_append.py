@@ -61,11 +61,11 @@ def call(
 def _untied(x, format):
     """x without numbers that lie between two codes: XLA divides through a reciprocal, which tips them either way. The largest
     of a head is positive: as the least number it would lie half a step below the least code."""
-    largest = jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=-1, keepdims=True), axis=-1)
-    x = jnp.where(largest < 0, -x, x)
+    at = jnp.argmax(jnp.abs(x), axis=-1, keepdims=True)
+    x = jnp.where(jnp.take_along_axis(x, at, axis=-1) < 0, -x, x)
     steps = x.astype(jnp.float32) / tensor.quantize(x, format, axis=-1).scale.astype(jnp.float32)
     near = jnp.abs(steps - jnp.floor(steps) - 0.5) < NEAR
-    return jnp.where(near & (jnp.abs(x) < jnp.abs(largest)), 0, x)
+    return jnp.where(near & (jnp.arange(x.shape[-1]) != at), 0, x)
 
 
 def _pool(x, dtype, format):

@@ -35,6 +35,7 @@ ROWS = 64  # query rows of a warpgroup: the M of wgmma
 COMPUTE = 2  # warpgroups that compute
 KEPT = 16  # rows of a decode that leave the kernel, and of a step of the merge
 SMS = 132
+SHARED = 232448 - 2560  # bytes of shared memory a block may have, less barriers and alignment
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # below any logit, and finite: exp2(LOWEST - LOWEST) is 1, not NaN
 FULL = Mask()
@@ -155,6 +156,25 @@ class Plan:
     @property
     def boxes(self) -> int:
         return self.tiles.block_kv // self.box
+
+    @property
+    def scalars(self) -> tuple[int, ...]:
+        """Bytes of what belongs to a cached token, number by number: scales, zero points, logit scale, position."""
+        packed = (2, 2, *((1, 1) if self.zero else ())) if self.packed else ()
+        return packed + (4,) * (self.logit_scale + self.windowed)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory, without barriers and what lies between the buffers."""
+        t, h = self.tiles, self.head_dim
+        rows = COMPUTE * ROWS * (2 * h + 2 * self.stage_width + 4 * t.columns)
+        boxes = (t.stages + t.raw) * self.boxes * sum(max(self.box * size, 128) for size in self.scalars)
+        return rows + boxes + 2 * t.block_kv * (2 * t.stages * h + t.raw * self.stored)
+
+    @property
+    def stage_width(self) -> int:
+        """Columns of queries and output that pass through shared memory at once."""
+        return min(self.head_dim, 128 if self.head_dim <= 128 else 64)
 
     @property
     def sink_blocks(self) -> int:
@@ -278,7 +298,7 @@ def _check(q, k_pool, v_pool, ragged, table, lengths, sink_logits, logit_scale, 
 def _plan(q, k_pool, ragged, table, mask, scale, softcap, sink_logits, logit_scale, chosen) -> Plan:
     tokens, heads, head_dim = q.shape
     fmt = page_kind(k_pool.format) if is_qtensor(k_pool) else "dense"
-    return Plan(
+    plan = Plan(
         tokens=tokens,
         batch=ragged.batch,
         heads=heads,
@@ -298,6 +318,9 @@ def _plan(q, k_pool, ragged, table, mask, scale, softcap, sink_logits, logit_sca
         logit_scale=logit_scale is not None,
         tiles=chosen or tiles(head_dim, fmt),
     )
+    while plan.shared > SHARED and plan.tiles.raw > 1:  # scalars of small pages take room: one step less in flight
+        plan = dataclasses.replace(plan, tiles=dataclasses.replace(plan.tiles, raw=plan.tiles.raw - 1))
+    return plan
 
 
 # --- The list of units, and how it is cut ----------------------------------------------------------------------------
@@ -472,7 +495,7 @@ def _attend(plan: Plan, q, pools, per_token, units, cuts, table, extra):
     float32[parts, 2, 16, H] and (maximum, sum) float32[parts, 2, 2, 64], of chunks [2 sms, 2, 64, H] and the same."""
     t, h, dtype = plan.tiles, plan.head_dim, jnp.dtype(plan.dtype)
     wide, f32 = _tiling(min(h, plan.stored), 16), jnp.float32
-    width = min(h, 128 if h <= 128 else 64)  # columns of q and out that pass through shared memory at once
+    width = plan.stage_width
     ring = t.stages + t.raw
     copies = plan.boxes * (2 + len(per_token)) if plan.packed else plan.boxes * (1 + len(per_token))
     smem = plgpu.SMEM

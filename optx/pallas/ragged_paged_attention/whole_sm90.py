@@ -24,9 +24,11 @@ def paged_decode(q, k_pool, v_pool, *, q_positions, **kwargs):
     """q [B, Q, N, H], q_positions int32[B, Q], -1 where there is no query -> (out [B, Q, N, H], lse float32[B, Q, N], None)."""
     batch, queries = q_positions.shape
     ragged = Ragged.dense(batch, queries, jnp.sum(q_positions >= 0, axis=1, dtype=jnp.int32))
-    asked = q_positions.reshape(-1)
+    asked, real = q_positions.reshape(-1), q_positions >= 0
     ragged = dataclasses.replace(
         ragged, rows=jnp.where(asked >= 0, ragged.rows, batch), positions=jnp.maximum(asked, 0), rectangular=False
     )
     out, lse, _ = ragged_paged_attention(q.reshape(-1, *q.shape[2:]), k_pool, v_pool, ragged=ragged, **kwargs)
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1]), None
+    out = jnp.where(real[..., None, None], out.reshape(q.shape), 0)
+    nothing = -jnp.inf if (sinks := kwargs.get("sink_logits")) is None else sinks.astype(jnp.float32)
+    return out, jnp.where(real[..., None], lse.reshape(q.shape[:-1]), nothing), None
