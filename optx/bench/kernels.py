@@ -38,7 +38,7 @@ class Line:
     wall_microseconds: float | None  # by the host's clock, launches included
     of_ceiling: float | None  # bound / time
     bound: str  # read, bf16, fp8: which ceiling binds
-    error: float | None  # relative, against float32
+    error: float | None  # relative, against float32; None: not compared
     raised: str = ""
 
 
@@ -51,8 +51,8 @@ def bound(shape: Shape, ceilings: Ceilings) -> tuple[float, str]:
     return (read, "read") if read >= compute else (compute, shape.unit)
 
 
-def measure(shape: Shape, ceilings: Ceilings, seed: int = 0) -> list[Line]:
-    """The rows that take the shape, the reference, and its peers."""
+def measure(shape: Shape, ceilings: Ceilings, seed: int = 0, alone: bool = False) -> list[Line]:
+    """The rows that take the shape, the reference, and its peers; alone: the rows only, compared with nothing."""
     sets = [shape.make(np.random.default_rng([seed, i])) for i in range(shape.copies)]
     args, kwargs = sets[0]
     inputs = [(args, registry.split(kwargs)[0]) for args, kwargs in sets]
@@ -61,15 +61,14 @@ def measure(shape: Shape, ceilings: Ceilings, seed: int = 0) -> list[Line]:
     candidates: dict[str, tuple[Callable, list]] = {
         row.name: (registry.jitted(row.run, kwargs), _arranged(row, inputs)) for row in rows
     }
-    candidates["xla"] = (registry.jitted(dispatch.rows(shape.op)[-1].run, kwargs), inputs)
-    for name, peer in shape.peers.items():
-        candidates[name] = (registry.jitted(peer, kwargs), inputs)
-    want = _first(registry.reference(shape.op, args, kwargs))
+    peers = {} if alone else {"xla": dispatch.rows(shape.op)[-1].run, **shape.peers}
+    candidates |= {name: (registry.jitted(peer, kwargs), inputs) for name, peer in peers.items()}
+    want = None if alone else _first(registry.reference(shape.op, args, kwargs))
     lines = []
     for name, (function, inputs) in candidates.items():
         facts = {"op": shape.op, "shape": shape.name, "implementation": name, "bound": binds}
         try:
-            error = timing.relative_error(_first(function(*inputs[0])), want)
+            error = None if want is None else timing.relative_error(_first(function(*inputs[0])), want)
             prepared = timing.prepare(function, inputs)
             seconds, wall = timing.measure(prepared), timing.wall(prepared)
         except Exception as failure:  # noqa: BLE001 - a peer that does not run here is a line of its own
@@ -99,7 +98,7 @@ def text(lines: Sequence[Line], ceilings: Ceilings) -> str:
     rows = [
         [line.op, line.shape, line.implementation, f"{line.microseconds:.1f}",
          f"{line.wall_microseconds:.1f}", f"{100 * line.of_ceiling:.0f}", line.bound,
-         f"{line.error:.1e}"]
+         "-" if line.error is None else f"{line.error:.1e}"]
         if not line.raised
         else [line.op, line.shape, line.implementation, "-", "-", "-", line.bound, line.raised]
         for line in lines
@@ -116,8 +115,8 @@ def ceilings_text(ceilings: Ceilings) -> str:
     return f"{ceilings.device}: {', '.join(parts)}{note}"
 
 
-def run(ops: Sequence[str] = (), seed: int = 0) -> tuple[list[Line], Ceilings]:
-    """All benchmark lines of `ops` (all when empty) on the running device.
+def run(ops: Sequence[str] = (), seed: int = 0, alone: bool = False) -> tuple[list[Line], Ceilings]:
+    """All benchmark lines of `ops` (all when empty) on the running device; alone: without peers and errors.
 
     Raises: UsageError for an unknown op, LoweringError on a machine whose device has no kernels.
     """
@@ -129,7 +128,7 @@ def run(ops: Sequence[str] = (), seed: int = 0) -> tuple[list[Line], Ceilings]:
     ceilings = timing.ceilings()
     lines: list[Line] = []
     for shape in tqdm(shapes, unit="shape", file=sys.stderr, mininterval=5):
-        lines += measure(shape, ceilings, seed)
+        lines += measure(shape, ceilings, seed, alone)
     return lines, ceilings
 
 
