@@ -6,13 +6,16 @@ STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo aot lint format setup clean FORCE
+.PHONY: help test nightly demo aot lint format setup clean FORCE
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: $(STAMP) ## run the tests; ARGS='-k name' is passed to pytest
 	@$(PY) -m pytest $(ARGS)
+
+nightly: $(STAMP) ## every pair of passes on every family: compiled on shapes, verified, compared with what is committed
+	@$(PY) tests/nightly/legality.py $(ARGS)
 
 demo: $(STAMP) ## compile and run a small real model (fetched the first time)
 	@$(PY) examples/quickstart.py $(ARGS)

@@ -196,8 +196,8 @@ def plan(
     """
     source, recipe = as_source(model), recipe or Recipe(name="none")
     legality.check_stack(recipe)
-    planned = on_shapes(source, recipe, target, instruments)
-    legality.check_facts(recipe, planned.tree)
+    planned = on_shapes(source, recipe, target, [legality.Guard(recipe), *instruments])
+    legality.check_facts(recipe, *planned.trees)
     return planned
 
 
@@ -219,19 +219,20 @@ def compile(
     target: str | Target = "auto",
     *,
     calibration: str | Path | None = None,
+    measured: bool = True,
     dump: str | Path | None = None,
     progress: bool = False,
 ) -> "Compiled":
     """Plans, then streams the weights in block by block through the passes, then chooses a kernel for every op.
 
     Memory peaks at the compressed model plus one dense block. dump: a folder for the tree after each pass.
-    calibration: a text or a file of one, on which the report shows what each lossy pass cost and `max_kl` of the recipe is
-    kept (see `optx.quality`); the uncompiled model then stays in memory until the end.
+    calibration: a text or a file of one, which calibrated passes see, and on which, unless `measured` is False, the report
+    shows what each lossy pass cost and `max_kl` is kept (see `optx.quality`): the uncompiled model then stays in memory.
     Raises: what `plan` raises, CheckpointError for bad weights, LoweringError, QualityError for a broken budget.
     """
     planned = plan(model, recipe, target, [Dump(dump)] if dump else [])
     tree = ir.shallow(planned.tree)
-    for prefix, block in quality.blocks(planned, calibration, progress):
+    for prefix, block in quality.blocks(planned, calibration, progress, measured):
         ir.put(tree, prefix, lower.lower(block, planned.target, planned.recipe.require))
     return Compiled(tree, planned)
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 import optx
-from optx import cli_plan, cli_report, cli_serve, cli_verbs
+from optx import cli_ablate, cli_bisect, cli_plan, cli_report, cli_search, cli_serve, cli_verbs
 from optx.api import DTYPES, WEIGHTS
-from optx.bench import serve
+from optx.bench import against, serve
 from optx.bench.step import SHAPES
 from optx.cli_flags import Flag, Verb, find, overview, parse
 from optx.cli_verbs import say
@@ -62,15 +62,19 @@ VERBS = (
         arguments=("MODEL",),
         flags=(
             Flag(**{**vars(RECIPE), "required": True}),
-            Flag(name="out", value="DIR", required=True, help="folder of the export; appears whole or not at all"),
+            Flag(name="out", value="DIR", help="folder of the export; appears whole or not at all (not with --bisect)"),
             TARGET,
             CALIBRATION,
+            cli_bisect.FLAG,
             Flag(name="dump", value="DIR", help="write the tree after each pass there, as text"),
             OVERWRITE,
             *MODEL_FLAGS,
             JSON,
         ),
-        examples=("optx compile model.gguf --recipe int4_kv8 --out compiled",),
+        examples=(
+            "optx compile model.gguf --recipe int4_kv8 --out compiled",
+            "optx compile model.gguf --recipe int4_kv8 --calibration text.txt --bisect",
+        ),
         run=cli_verbs.compile,
     ),
     Verb(
@@ -150,7 +154,9 @@ VERBS = (
         notes="DIR is an optx export or anything else that MODEL may be. Packed weights are dequantized.",
         run=cli_verbs.export,
     ),
-    cli_report.verb(MODEL_FLAGS, RECIPE, TARGET, OVERWRITE),
+    cli_ablate.verb(MODEL_FLAGS, CALIBRATION, JSON),
+    cli_report.verb(MODEL_FLAGS, RECIPE, TARGET, OVERWRITE, JSON),
+    cli_search.verb(TARGET, CALIBRATION, MODEL_FLAGS[1], JSON),
     cli_serve.verb(MODEL_FLAGS, RECIPE),
     Verb(
         name="bench",
@@ -158,13 +164,28 @@ VERBS = (
         arguments=("kernels|decode|serve|ceilings",),
         flags=(
             Flag(name="op", value="OP", repeated=True, help="kernels: only this op's"),
+            Flag(
+                name="alone", kind=bool, default=False, help="kernels: without peers and errors, which take most time"
+            ),
             Flag(name="shape", value="CONFIG", repeated=True, help="decode: this config's shape, with random weights"),
             Flag(name="batch", kind=int, least=1, value="N", repeated=True, help="decode: sequences (1, 32 and 128)"),
             Flag(name="context", kind=int, least=1, value="N", help="decode: tokens of each sequence (896)"),
             Flag(name="recipe", value="R", help="decode, serve: YAML file, or a recipe that ships with optx"),
             Flag(name="require", value="BACKEND", help="decode, serve: a backend that every op must use if it has one"),
+            Flag(name="against-plan", kind=bool, default=False, help="decode: predicted beside measured, op by op"),
+            Flag(name="target", value="NAME", help="decode --against-plan: whose figures predict (this machine's)"),
+            Flag(
+                name="measured",
+                value="FILE",
+                repeated=True,
+                help="decode --against-plan: steps that earlier runs kept with --out, instead of timing any",
+            ),
             *SERVE_FLAGS,
-            Flag(name="store", value="NAME", help="ceilings: keep them as a target of yours, for --target NAME"),
+            Flag(
+                name="store",
+                value="NAME",
+                help="ceilings, decode --against-plan: keep what was measured as a target of yours, for --target NAME",
+            ),
             Flag(name="out", value="FILE", help="write every figure there as JSON"),
             JSON,
         ),
@@ -174,9 +195,12 @@ VERBS = (
             "optx bench serve --url http://127.0.0.1:8000 --input_len 512 --concurrency 64 --slo 'ttft:1000 tpot:50'",
             "optx bench serve --in_process qwen3-8b --num_prompts 512 --input_len 512 --concurrency 256 --out bare.json",
             "optx bench ceilings --store mine",
+            "optx bench decode --against-plan --store mine --out against.json",
         ),
         notes="Ceilings are measured in the same run: reading, bf16 and fp8 products. Percentages are of the one that binds. "
-        f"Shapes of decode: {', '.join(SHAPES)} (by default all three), any config that ships with optx, or a config.json.",
+        f"Shapes of decode: {', '.join(SHAPES)} (by default all three), any config that ships with optx, or a config.json. "
+        f"--against-plan times {against.SHAPE} under {', '.join(against.RECIPES)} at batches 1, 8 and 64 where nothing else "
+        "is asked for.",
         run=cli_verbs.bench,
     ),
 )

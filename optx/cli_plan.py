@@ -1,9 +1,14 @@
 """`optx plan`: recipes on shapes, for one target or several, and why a recipe is refused."""
 
+import contextlib
 import dataclasses
+import functools
+import gc
 import json as json_text
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+from flax import nnx
 
 from optx import api, legality
 from optx import target as targets
@@ -16,27 +21,48 @@ from optx.recipe import Recipe
 from optx.target import Target
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A recipe run on shapes as far as it came."""
+
+    model: str
+    recipe: Recipe
+    trees: Sequence[nnx.Module]  # the model and what passes made of it
+    plan: api.Plan | None  # None: it did not come through
+    error: OptxError | None  # what stopped it, or refuses it
+
+    @property
+    def name(self) -> str:
+        return self.plan.name if self.plan else f"{self.model} + {self.recipe.name}"
+
+    @functools.cached_property
+    def read(self) -> tuple[Mapping, Sequence[legality.Judgement]]:
+        """Facts of the last tree and all refusals."""
+        recipe = self.recipe
+        if self.plan and (made := self.plan.source.recipe):  # an export: its passes have run
+            recipe = Recipe(name=made.name, allow=made.allow)
+        return legality.readings(self.trees[-1]), legality.judge(recipe, self.trees)
+
+
 def plan(model: str, *, weights, dtype, recipe, target, batch, context, tensor, expert, why, json) -> None:
     mesh = Mesh(tensor=tensor, expert=expert)
     places = [targets.get(name) for name in target or ("auto",)]
     recipes = [Recipe.from_yaml(name) for name in recipe] or [Recipe(name="none")]
-    source = api.load(model, weights, dtype)
-    planned = [_on_shapes(source, each, places[0], len(recipes) > 1) for each in recipes]
-    read = {id(one): _judged(one) for one in planned} if why else {}
-    try:
-        for one in planned:
-            legality.check_stack(one.recipe)
-            legality.check_facts(one.recipe, one.tree)
-    except OptxError:
-        _print_why(planned, read, json)
-        raise
-    longest = planned[0].tree.context
+    with _uncollected():
+        source = api.load(model, weights, dtype)
+        attempts = [_attempt(source, each, places[0]) for each in recipes]
+    if failed := next((each for each in attempts if each.error), None):
+        if why:
+            _print_why(attempts, json)
+        about = f"{failed.recipe.name}: " if len(recipes) > 1 else ""
+        raise type(failed.error)(f"{about}{failed.error}") from None
+    longest = attempts[0].plan.tree.context
     if context is not None and context > longest:
         beyond = f"a context of {context:,} tokens is beyond the model's {longest:,}"
         print(f"note: {beyond}; the bytes are as if it were not", file=sys.stderr, flush=True)
-    plans = [(one, dataclasses.replace(one, target=place)) for one in planned for place in places]
+    plans = [(one, dataclasses.replace(one.plan, target=place)) for one in attempts for place in places]
     if json:
-        data = [each.to_dict(batch, context, mesh) | _legality(read.get(id(one))) for one, each in plans]
+        data = [each.to_dict(batch, context, mesh) | (_legality(one) if why else {}) for one, each in plans]
         _print_json(data[0] if len(data) == 1 else {"plans": data})
         return
     if len(plans) == 1:
@@ -45,35 +71,43 @@ def plan(model: str, *, weights, dtype, recipe, target, batch, context, tensor, 
         print(side_by_side([each for _, each in plans], batch, context, mesh))
     if why:
         print()
-        _print_why(planned, read, json)
+        _print_why(attempts, json)
 
 
-def _on_shapes(source: Source, recipe: Recipe, target: Target, several: bool) -> api.Plan:
-    """several: an error says which of the recipes it is about."""
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Trees and traces live to the end of the plan: looking for garbage among them takes a tenth of its time."""
+    was = gc.isenabled()
+    gc.disable()
     try:
-        return api.on_shapes(source, recipe, target)
-    except OptxError as error:
-        raise type(error)(f"{recipe.name}: {error}" if several else str(error)) from None
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
-def _judged(plan: api.Plan) -> tuple[Mapping, Sequence[legality.Judgement]]:
-    return legality.readings(plan.tree), legality.judge(plan.source.recipe or plan.recipe, plan.tree)
+def _attempt(source: Source, recipe: Recipe, target: Target) -> Attempt:
+    guard, planned, error = legality.Guard(recipe), None, None
+    try:
+        planned = api.on_shapes(source, recipe, target, [guard])
+        legality.check_stack(recipe)
+        legality.check_facts(recipe, *planned.trees)
+    except OptxError as stopped:
+        error = stopped
+    trees = planned.trees if planned else guard.trees or [source.tree]
+    return Attempt(model=source.origin.name, recipe=recipe, trees=trees, plan=planned, error=error)
 
 
-def _legality(read) -> dict:
-    return {"legality": why_dict(*read)} if read else {}
+def _legality(attempt: Attempt) -> dict:
+    return {"legality": why_dict(*attempt.read)}
 
 
-def _print_why(planned: Sequence[api.Plan], read: Mapping, json: bool) -> None:
-    """Facts and refusals of each recipe; nothing where they were not asked for."""
-    if not read:
-        return
+def _print_why(attempts: Sequence[Attempt], json: bool) -> None:
+    """Facts and refusals of each recipe."""
     if not json:
-        print("\n\n".join(why_text(one.name, *read[id(one)]) for one in planned))
+        print("\n\n".join(why_text(one.name, *one.read) for one in attempts))
         return
-    data = [
-        {"model": one.source.origin.name, "recipe": one.recipe.to_dict(), **_legality(read[id(one)])} for one in planned
-    ]
+    data = [{"model": one.model, "recipe": one.recipe.to_dict(), **_legality(one)} for one in attempts]
     _print_json(data[0] if len(data) == 1 else {"plans": data})
 
 

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import optx
-from optx import ir
+from optx import cli_bisect, ir
 from optx import target as targets
-from optx.bench import ceilings, kernels, serve, step, timing
+from optx.bench import against, ceilings, kernels, serve, step, timing
 from optx.checkpoint.export import check_free
 from optx.checkpoint.source import Source
 from optx.errors import RequestError, UsageError, did_you_mean, no_such_path
@@ -59,9 +59,16 @@ def _module(entry: ir.Entry) -> dict:
     return {"path": entry.path, "text": entry.text, "bytes": entry.bytes}
 
 
-def compile(model: str, *, weights, dtype, recipe, target, out, calibration, dump, overwrite, json) -> None:
+def compile(model: str, *, weights, dtype, recipe, target, out, calibration, bisect, dump, overwrite, json) -> None:
     chosen = _recipe(recipe)
     text = _calibration(chosen, calibration)
+    if bisect:
+        unwanted = {"out": out, "dump": dump, "overwrite": overwrite}
+        source = optx.load(model, weights, dtype)
+        cli_bisect.run(source, chosen, target, text, unwanted, json=json, progress=_terminal())
+        return
+    if out is None:
+        raise UsageError("compile: --out DIR is missing; only --bisect writes nothing")
     check_free(Path(out), overwrite)  # before the work, not after
     source = optx.load(model, weights, dtype)
     compiled = optx.compile(source, chosen, target, calibration=text, dump=dump, progress=_terminal())
@@ -135,7 +142,7 @@ def evaluate(
     model: str, *, weights, dtype, recipe, calibration, text, context, stride, max_windows, against, json
 ) -> None:
     chosen = _recipe(recipe)
-    sample, words = _calibration(chosen, calibration), _read_text(text)
+    sample, words = _calibration(chosen, calibration), read_text(text)
     other = optx.compile(optx.load(against), progress=_terminal()) if against else None
     compiled = optx.compile(optx.load(model, weights, dtype), chosen, calibration=sample, progress=_terminal())
     options = {"context": context, "stride": stride, "max_windows": max_windows, "against": other}
@@ -161,6 +168,11 @@ def evaluate(
 
 
 def _bench_decode(flags) -> tuple[dict, str]:
+    if flags["against-plan"]:
+        return against.bench(flags, say)
+    for name in ("target", "measured", "store"):
+        if flags[name]:
+            raise UsageError(f"bench decode: --{name} goes with --against-plan")
     found = step.run(
         flags["shape"] or step.SHAPES, batches=flags["batch"] or step.BATCHES,
         context=flags["context"] or step.CONTEXT, recipes=[_recipe(flags["recipe"])], require=flags["require"], say=say,
@@ -169,7 +181,7 @@ def _bench_decode(flags) -> tuple[dict, str]:
 
 
 def _bench_kernels(flags) -> tuple[dict, str]:
-    lines, ceilings = kernels.run(flags["op"])
+    lines, ceilings = kernels.run(flags["op"], alone=flags["alone"])
     shown = kernels.text(lines, ceilings) if lines else kernels.ceilings_text(ceilings)
     return kernels.to_dict(lines, ceilings), shown
 
@@ -194,8 +206,11 @@ def _bench_ceilings(flags) -> tuple[dict, str]:
 
 # Flags that say something to each, and what runs it -> (JSON, text).
 BENCHES = {
-    "kernels": (("op",), _bench_kernels),
-    "decode": (("shape", "batch", "context", "recipe", "require"), _bench_decode),
+    "kernels": (("op", "alone"), _bench_kernels),
+    "decode": (
+        ("shape", "batch", "context", "recipe", "require", "against-plan", "target", "measured", "store"),
+        _bench_decode,
+    ),
     "serve": (serve.FLAGS, _bench_serve),
     "ceilings": (("store",), _bench_ceilings),
 }
@@ -229,16 +244,17 @@ def _calibration(recipe: Recipe | None, path: str | None) -> Path | None:
     return path and Path(path)
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str, where: str = "--text") -> str:
+    """A file of UTF-8 text. Raises RequestError; where: the flag or key that names it."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RequestError(f"--text {no_such_path(path)}") from None
+        raise RequestError(f"{where} {no_such_path(path)}") from None
     except UnicodeDecodeError as error:
         got = f"byte 0x{error.object[error.start]:02x} at {error.start:,}"
-        raise RequestError(f"--text {path}: not UTF-8: {got}; convert it with iconv -f ENCODING -t UTF-8") from None
+        raise RequestError(f"{where} {path}: not UTF-8: {got}; convert it with iconv -f ENCODING -t UTF-8") from None
     except OSError as error:
-        raise RequestError(f"--text {path}: cannot be read: {error.strerror or error}") from None
+        raise RequestError(f"{where} {path}: cannot be read: {error.strerror or error}") from None
 
 
 def _print_json(value: dict) -> None:

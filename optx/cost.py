@@ -88,7 +88,7 @@ def _weights(tree, batch, tokens) -> Iterator[OpCost]:
     for path, module in ir.walk(tree):
         share = getattr(module, "active", 1.0)
         shares[path] = share if share < 1 else shares.get(_parent(path), 1.0)
-        own = {n: v for n, v in vars(module).items() if isinstance(v, nnx.Variable) and id(v) not in seen}
+        own = {n: v for n, v in vars(module).items() if issubclass(type(v), nnx.Variable) and id(v) not in seen}
         if id(module) in left_out or not own:
             continue
         seen |= {id(v) for v in own.values()}

@@ -30,7 +30,14 @@ class PassError(OptxError):
 
 
 class LegalityError(OptxError):
-    """A recipe combines techniques that are known not to stack."""
+    """A recipe combines techniques that are known not to stack, or asks of a model what is known to break it.
+
+    name: of the refusal; '' for a recipe that names a refusal wrongly.
+    """
+
+    def __init__(self, message: str, *, name: str = ""):
+        super().__init__(message)
+        self.name = name
 
 
 class VerifyError(OptxError):
@@ -46,6 +53,10 @@ class QualityError(OptxError):
     def __init__(self, message: str, *, kl: Mapping[str, float] = {}, sites: Sequence[tuple[str, float]] = ()):
         super().__init__(message)
         self.kl, self.sites = dict(kl), tuple(sites)
+
+
+class SearchError(OptxError):
+    """No recipe of the candidates meets the objectives, or there is nothing to measure them on."""
 
 
 class LoweringError(OptxError):

@@ -1,6 +1,7 @@
 """What a target makes of a step's bytes and operations: bounds on time, what fits, which wall binds, energy and price.
 
-Everything is a bound that no program beats: bytes at the full bandwidth, operations at the dense peak, nothing in between.
+All but `Estimate.predicted` are bounds that no program beats: bytes at the full bandwidth, operations at the dense peak, nothing
+in between.
 """
 
 import collections
@@ -13,6 +14,7 @@ from flax import nnx
 from optx import ir
 from optx.cost import OpCost, held, step_ops
 from optx.cost_mesh import Collective, Mesh, cache_parts, check, collectives, parts_of
+from optx.predict import Prediction, predict
 from optx.target import TIERS, Target
 
 AGAIN = "computed again"  # the last rung
@@ -89,10 +91,11 @@ class Estimate:
     largest_batch: int | None  # of sequences of `context`; None: memory is not known, or the cache takes none
     largest_context: int | None  # of `batch` sequences; None as above, or the cache stops growing before
     kv_rungs: tuple[Rung, ...]  # one sequence's KV: copied from each place, or computed again
+    predicted: Prediction | None = None  # of the decode step; None: the target's kernels were not measured
 
     @property
     def tpot(self) -> float | None:
-        """Seconds of a decode step."""
+        """Seconds of a decode step, at least."""
         return self.decode.seconds
 
     @property
@@ -129,6 +132,8 @@ class Estimate:
         return {
             "devices": self.mesh.devices,
             "tpot_seconds": self.tpot,
+            "tpot_predicted_seconds": self.predicted and self.predicted.seconds,
+            "predicted": self.predicted and self.predicted.to_dict(),
             "tokens_per_second": self.tokens_per_second,
             "decode_flops": self.decode.flops,
             "intensity": self.decode.intensity,
@@ -175,7 +180,14 @@ def estimate(tree: nnx.Module, target: Target, *, batch: int = 1, context: int =
         largest_batch=_largest(lambda rows: kept(rows, context), room),
         largest_context=_largest(lambda length: kept(batch, length), room),
         kv_rungs=_rungs(target, kept(1, context), step["prefill"]),
+        predicted=_predicted(tree, step["decode"]),
     )
+
+
+def _predicted(tree, step: Step) -> Prediction | None:
+    if step.seconds is None or step.target.decode is None:
+        return None
+    return predict(tree, step.ops, step.target, sum(e.seconds(step.target.link) for e in step.exchanges))
 
 
 def _step(tree, target: Target, mesh: Mesh, *, batch, tokens, context) -> Step:

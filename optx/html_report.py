@@ -1,72 +1,40 @@
 """What a compile or a plan did as one HTML page that needs nothing beside it: no network, no script to read it.
 
-Passes as steps, bytes of a decode step by pass, a roofline with every op, bytes and errors by layer, kernels with the
-reasons of those that declined, recipe and provenance. `html_report.html` beside this file is its template.
+Passes as steps, bytes of a decode step by pass, a roofline with every op, times by op as predicted and as measured, bytes and
+errors by layer, kernels with the reasons of those that declined, recipe and provenance. `html_report.html` beside this file is
+its template.
 """
 
-import dataclasses
 import functools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from flax import nnx
 
-from optx import ir, lower
-from optx.cost import OpCost, StepBytes, step_bytes
+from optx import ir
+from optx.cost import StepBytes, step_bytes
 from optx.estimate import Estimate, by_op, estimate
-from optx.pallas.dispatch import OpChoice
+from optx.measured import StepTimes
 from optx.pipeline import Record, flat_errors
-from optx.recipe import Recipe
-from optx.report import Report
+from optx.report_data import LayerMap, Subject, kernels, layer_maps
 from optx.roofline import roofline
 from optx.target import Target
 
 DIFF_LINES = 120  # of a pass that are shown
-VECTORS = "norms, biases"  # all parts of a layer that multiply nothing, as one row of the heat map
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What a report is about."""
-
-    model: str
-    recipe: Recipe
-    target: Target
-    trees: tuple[nnx.Module, ...]  # abstract: before the first pass, after each
-    records: tuple[Record, ...]
-    timed: bool  # the records hold a compile's times and errors; False: of a run on shapes
-    file_bytes: int  # of the checkpoint; 0: none, or not known
-    provenance: tuple[tuple[str, str], ...]  # (label, value)
-
-    @property
-    def title(self) -> str:
-        return f"{self.model} + {self.recipe.name}" if self.records else self.model
-
-    @functools.cached_property
-    def chosen(self) -> nnx.Module:
-        """The result with the kernels that the target would run. Raises LoweringError when there is none for a call."""
-        return lower.choose(self.trees[-1], self.target, self.recipe.require)
-
-    @property
-    def report(self) -> Report:
-        """As text."""
-        return Report(
-            model=self.model,
-            recipe=self.recipe.name,
-            target=self.target.name,
-            records=self.records,
-            weight_bytes=ir.weight_bytes(self.trees[-1]),
-            cache_bytes=self.trees[-1].cache_plan().bytes(1, 1),
-            file_bytes=self.file_bytes,
-            kernels=lower.explain(self.chosen),
-        )
-
-
-def page(subject: Subject, *, batch: int = 1, context: int | None = None) -> str:
+def page(
+    subject: Subject,
+    *,
+    batch: int = 1,
+    context: int | None = None,
+    measured: Sequence[StepTimes] = (),
+    how: str = "",
+) -> str:
     """The whole page. batch sequences of `context` tokens (None: the model's context) are decoded in its figures.
+
+    measured: steps to show as predicted and as measured; how: on what, and what predicted them.
 
     Raises: LoweringError when no kernel takes a call on the target.
     """
@@ -84,9 +52,13 @@ def page(subject: Subject, *, batch: int = 1, context: int | None = None) -> str
         waterfall=_waterfall(subject.records, steps),
         rooflines=_rooflines(bounds),
         lacks=_lacks(subject.target),
-        maps=[found for found in (_byte_map(bounds.decode.ops), *_error_maps(subject.records)) if found],
+        bounds=bounds,
+        measured=[_measured(i, step, measured) for i, step in enumerate(measured)],
+        measured_panels=[_panel(i) for i in range(len(measured))],
+        how=how,
+        maps=[_heat(found) for found in layer_maps(bounds.decode.ops, subject.records)],
         outside=[(op.path, op.op, ir.size_text(op.bytes)) for op in bounds.decode.ops if op.layer is None],
-        kernels=_kernels(subject.chosen),
+        kernels=kernels(subject.chosen),
         recipe=subject.recipe.to_yaml(),
         sources=subject.target.sources,
     )
@@ -141,6 +113,7 @@ def _tiles(subject: Subject, steps: Sequence[StepBytes], bounds: Estimate) -> li
     tiles = [
         ("Bytes a decode step", ir.size_text(last.total), ratio if first.total > last.total else "as the input"),
         ("Time a decode step, at least", time_text(bounds.tpot), speed or f"no bandwidth is known of {subject.target}"),
+        *_predicted(bounds),
         ("Memory", ir.size_text(last.held), memory if last.held <= (subject.target.memory or last.held)
          else f"does not fit: {memory}"),
         ("KV a token", f"{last.kv_token:,.0f} B", f"{first.kv_token:,.0f} B in the input"),
@@ -154,6 +127,14 @@ def _tiles(subject: Subject, steps: Sequence[StepBytes], bounds: Estimate) -> li
         worst = max(largest for _, largest in errors)
         tiles.append(("Largest weight error", percent_text(worst), "of a matrix's norm"))
     return tiles
+
+
+def _predicted(bounds: Estimate) -> list[tuple[str, str, str]]:
+    """None where the target's kernels were not measured."""
+    if bounds.predicted is None:
+        return []
+    speed = f"{bounds.batch / bounds.predicted.seconds:,.0f} tokens/s, by what kernels were measured to reach"
+    return [("Time a decode step, predicted", time_text(bounds.predicted.seconds), speed)]
 
 
 def _pass(subject: Subject, record: Record, old: StepBytes, new: StepBytes) -> dict[str, Any]:
@@ -223,88 +204,51 @@ def _lacks(target: Target) -> str:
     )
 
 
-def _byte_map(ops: Sequence[OpCost]) -> dict[str, Any] | None:
-    cells: dict[tuple[str, int], float] = {}
-    for op in ops:
-        if op.layer is not None:
-            inner = re.sub(r"^layers/\d+/?", "", op.path)
-            row = VECTORS if op.op == "vectors" else f"{inner} ({op.op})" if op.cache or op.written else inner
-            cells[row, op.layer] = cells.get((row, op.layer), 0) + op.bytes
-    return _heat("bytes", "Bytes of a decode step", cells, ir.size_text, from_zero=True)
+def _heat(found: LayerMap) -> dict[str, Any]:
+    """Rows of parts, columns of layers. `heat` is 0 to 1, None where a layer has no such part."""
+    text = ir.size_text if found.name == "bytes" else percent_text
 
-
-def _error_maps(records: Sequence[Record]) -> list[dict[str, Any] | None]:
-    """The largest error of a weight over the passes, and of a site's output where the compile measured it."""
-    weights = [record.errors for record in records]
-    outputs = [record.quality.errors for record in records if record.quality]
-    return [
-        _heat(name, title, _largest(errors), percent_text, from_zero=False)
-        for name, title, errors in (
-            ("error", "Relative error of the weights, |W′ − W| / |W|", weights),
-            ("output", "Relative error of the sites' outputs on calibration text, |y′ − y| / |y|", outputs),
-        )
-    ]
-
-
-def _largest(errors: Sequence[Mapping[str, float]]) -> dict[tuple[str, int], float]:
-    cells: dict[tuple[str, int], float] = {}
-    for path, error in (item for found in errors for item in found.items()):
-        if match := re.match(r"layers/(\d+)/(.*?)(/weight)?$", path):
-            place = match[2], int(match[1])
-            cells[place] = max(cells.get(place, 0), error)
-    return cells
-
-
-def _heat(
-    name: str,
-    title: str,
-    cells: Mapping[tuple[str, int], float],
-    text: Callable[[float], str],
-    *,
-    from_zero: bool,
-) -> dict[str, Any] | None:
-    """Rows of parts, columns of layers; None: nothing to show. `heat` is 0 to 1, None where a layer has no such part.
-
-    from_zero: the scale begins at zero; else at the smallest value, which shows what differs little.
-    """
-    if not cells:
-        return None
-    layers = range(max(layer for _, layer in cells) + 1)
-    parts = list(dict.fromkeys(part for part, _ in cells))
-    parts.sort(key=lambda part: (part == VECTORS, part))
-    least, most = 0.0 if from_zero else min(cells.values()), max(cells.values())
-
-    def cell(part: str, layer: int) -> dict[str, Any]:
-        value = cells.get((part, layer))
+    def cell(part: str, layer: int, value: float | None) -> dict[str, Any]:
         said = "none" if value is None else text(value)
-        return {
-            "heat": None if value is None else round((value - least) / (most - least), 3) if most > least else 1,
-            "detail": f"layer {layer}, {part}: {said}",
-        }
+        heat = None if value is None else round(found.share(value), 3)
+        return {"heat": heat, "detail": f"layer {layer}, {part}: {said}"}
 
     return {
-        "name": name,
-        "title": title,
-        "layers": layers,
-        "rows": [{"part": part, "cells": [cell(part, layer) for layer in layers]} for part in parts],
-        "least": text(least),
-        "most": text(most),
+        "name": found.name,
+        "title": found.title,
+        "layers": found.layers,
+        "rows": [
+            {"part": part, "cells": [cell(part, *each) for each in zip(found.layers, found.row(part), strict=True)]}
+            for part in found.parts
+        ],
+        "least": text(found.least),
+        "most": text(found.most),
     }
 
 
-def _kernels(tree: nnx.Module) -> list[dict[str, Any]]:
-    groups: dict[OpChoice, list[str]] = {}
-    for path, choice in lower.choices(tree):
-        groups.setdefault(choice, []).append(path)
-    return [
-        {"choice": choice, "sites": len(paths), "first": paths[0], "declined": _by_reason(choice.declined)}
-        for choice, paths in sorted(groups.items(), key=lambda item: item[0].op)
+def _panel(i: int) -> str:
+    return f"step{i}"
+
+
+def _measured(i: int, step: StepTimes, all_steps: Sequence[StepTimes]) -> dict[str, Any]:
+    """Bars in per cent of the longest op of the step; a bound as the place of a mark."""
+    longest = max(max(op.predicted_seconds, op.measured_seconds or 0) for op in step.ops)
+    rows = [
+        {
+            "name": f"{op.op} {op.format}".strip(),
+            "predicted": op.predicted_seconds,
+            "measured": op.measured_seconds,
+            "bound": op.bound_seconds,
+            "ratio": op.ratio,
+            "bars": [100 * (seconds or 0) / longest for seconds in (op.predicted_seconds, op.measured_seconds)],
+            "mark": 100 * op.bound_seconds / longest,
+        }
+        for op in step.ops
     ]
-
-
-def _by_reason(declined: Sequence[tuple[str, str]]) -> list[tuple[list[str], str]]:
-    """Rows of one reason together, reasons in the order of the table."""
-    rows: dict[str, list[str]] = {}
-    for name, reason in declined:
-        rows.setdefault(reason, []).append(name)
-    return [(names, reason) for reason, names in rows.items()]
+    return {
+        "step": step,
+        "panel": _panel(i),
+        "mixed": len({each.context for each in all_steps}) > 1,
+        "rows": rows,
+        "by_op": any(op.measured_seconds is not None for op in step.ops),
+    }

@@ -5,7 +5,6 @@ Paths are attribute names and list indices joined by `/`: `layers/3/mixer/q`.
 
 import dataclasses
 import difflib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,10 +24,15 @@ LEAF = jax.tree.structure(0)
 FOLDED_ATTRIBUTES = ("choices",)  # shown by `explain`, not by `describe`
 
 
-@functools.cache
-def _base(kind: type) -> type | None:
+class _Bases(dict):
     """Which of flax's classes a class is of: asking each value costs more than all the rest of a walk."""
-    return next((base for base in (nnx.Variable, nnx.List, nnx.Module, nnx.Pytree) if issubclass(kind, base)), None)
+
+    def __missing__(self, kind: type) -> type | None:
+        bases = (nnx.Variable, nnx.List, nnx.Module, nnx.Pytree)
+        return self.setdefault(kind, next((base for base in bases if issubclass(kind, base)), None))
+
+
+_base = _Bases().__getitem__
 
 
 def children(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
@@ -43,9 +47,11 @@ def children(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
 
 def walk(module: nnx.Module, path: str = "") -> Iterator[tuple[str, nnx.Module]]:
     """Every module of the tree, parents first, with its path; the root's path is ''."""
-    yield path, module
-    for name, child in children(module):
-        yield from walk(child, f"{path}/{name}" if path else name)
+    todo = [(path, module)]
+    while todo:
+        path, module = todo.pop()
+        yield path, module
+        todo += [(f"{path}/{name}" if path else name, child) for name, child in children(module)][::-1]
 
 
 def params(module: nnx.Module) -> dict[str, nnx.Variable]:

@@ -1,29 +1,29 @@
-"""What stacks with what, and what is known to break. Data: a table over axes and facts read off the tree."""
+"""What stacks with what, and what is known to break: judged before each pass and on the tree that a recipe made.
+
+The facts are data (legality_facts.py); the table of what stacks is here. A refusal names pass, site, reason, fix and source.
+"""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from flax import nnx
 
-from optx import ir
 from optx.errors import LegalityError, did_you_mean
-from optx.nn.attention import Attention
+from optx.legality_facts import STEP_FACTS, TREE_FACTS, Fact, Finding, Intent, key_bias
+from optx.pipeline import Instrument, Rules
 from optx.recipe import Recipe
 from optx.registry import Axis, Pass
 
 # Axes that bet on the same redundancy; every other pair stacks.
 OVERLAP: frozenset[frozenset[Axis]] = frozenset({frozenset({Axis.READS, Axis.DROP})})
-LOSSES = "their quality losses add up while their savings do not"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fact:
-    """A refusal by what the tree holds after the recipe ran on shapes; `allow: [name]` overrides it."""
-
-    name: str
-    why: str
-    found: Callable[[nnx.Module], list[str]]  # the paths at which it holds
+STACK = Fact(
+    name="overlap",
+    why="their quality losses add up while their savings do not",
+    fix="keep the one that costs less, which `optx eval --against` tells",
+    source="arithmetic: both leave out the tokens that attention hardly reads, and a token that is gone is not skipped again",
+)
+FACTS: tuple[Fact, ...] = (*STEP_FACTS, *TREE_FACTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,42 +31,34 @@ class Judgement:
     """One refusal, judged for a recipe on a model."""
 
     name: str
+    passes: tuple[str, ...]  # that it refuses; none where the loaded model itself has it, or it does not hold
     where: tuple[str, ...]  # paths in the tree, or pairs of passes; none: it does not hold
+    got: tuple[str, ...]  # what stands there, each text once
     why: str
-    override: str  # what to write into the recipe
+    fix: str
+    source: str
+    override: str | None  # what to write into the recipe; None: nothing helps but the fix
     allowed: bool  # the recipe says it
 
     @property
     def refused(self) -> bool:
         return bool(self.where) and not self.allowed
 
-
-def _key_bias(module: nnx.Module) -> bool:
-    linear = getattr(module, "qkv", None) or getattr(module, "k", None)
-    return isinstance(module, Attention) and linear is not None and linear.bias is not None
-
-
-def _low_bit_keys_under_bias(model: nnx.Module) -> list[str]:
-    return [
-        path for path, module in ir.walk(model) if _key_bias(module) and getattr(module.cache.format, "width", 8) < 8
-    ]
-
-
-FACTS: tuple[Fact, ...] = (
-    Fact(
-        name="k_bias_low_bit_kv",
-        why="a key bias puts a constant as large as the signal under the scale, and keys below 8 bits lose the signal "
-        "(Qwen2.5-7B at 3 bits: perplexity 7.5 -> 9,410); use int8 or fp8",
-        found=_low_bit_keys_under_bias,
-    ),
-)
+    def __str__(self):
+        more = f" and {len(self.where) - 1} more" if len(self.where) > 1 else ""
+        place = f"{' and '.join(self.passes)} at " if self.passes else ""
+        or_else = f"; or override with {self.override}" if self.override else ""
+        return (
+            f"{place}{self.where[0]}{more}: {self.why} (got {self.got[0]}); {self.fix} "
+            f"[{self.name}; {self.source}]{or_else}"
+        )
 
 
 # What is read off each layer's mixer, as the text of its value.
 READINGS: Mapping[str, Callable[[nnx.Module], str]] = {
     "mixer": lambda mixer: type(mixer).__name__,
     "cache": lambda mixer: str(mixer.cache),
-    "key bias": lambda mixer: "yes" if _key_bias(mixer) else "no",
+    "key bias": lambda mixer: "yes" if key_bias(mixer) else "no",
 }
 
 
@@ -79,28 +71,58 @@ def readings(model: nnx.Module) -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def judge(recipe: Recipe, model: nnx.Module) -> tuple[Judgement, ...]:
-    """Every refusal there is, whether it holds on the tree that the recipe made, and whether the recipe overrides it."""
-    pairs = tuple(f"{one.name} ({one.axis}) and {two.name} ({two.axis})" for one, two in overlaps(recipe))
+def judge(recipe: Recipe, trees: Sequence[nnx.Module]) -> tuple[Judgement, ...]:
+    """Every refusal there is, whether it holds, and whether the recipe overrides it.
+
+    trees: the model and what each pass made of it, abstract; fewer where a pass could not run.
+    """
+    return (_stack(recipe), *_of_steps(recipe, trees), *_of_tree(recipe, trees))
+
+
+def _stack(recipe: Recipe) -> Judgement:
+    pairs = overlaps(recipe)
     axes = "; ".join(" with ".join(sorted(pair)) for pair in OVERLAP)
-    stack = Judgement(
-        name="overlap",
-        where=pairs,
-        why=f"two passes bet on the same redundancy ({axes}): {LOSSES}",
+    return Judgement(
+        name=STACK.name,
+        passes=tuple(dict.fromkeys(pass_.name for pair in pairs for pass_ in pair)),
+        where=tuple(f"{one.name} ({one.axis}) and {two.name} ({two.axis})" for one, two in pairs),
+        got=tuple(f"{one.axis} and {two.axis}" for one, two in pairs),
+        why=f"two passes bet on the same redundancy ({axes}): {STACK.why}",
+        fix=STACK.fix,
+        source=STACK.source,
         override="allow_overlap: true",
         allowed=recipe.allow_overlap,
     )
-    facts = (
-        Judgement(
-            name=fact.name,
-            where=tuple(fact.found(model)),
-            why=fact.why,
-            override=f"allow: [{fact.name}]",
-            allowed=fact.name in recipe.allow,
-        )
-        for fact in FACTS
+
+
+def _of_steps(recipe: Recipe, trees: Sequence[nnx.Module]) -> Iterator[Judgement]:
+    intents = [Intent(pass_=p, rules=rules, tree=tree) for (p, rules), tree in zip(recipe.steps(), trees)]
+    for fact in STEP_FACTS:
+        found = [(x.pass_.name, fact.found(x)) for x in intents if issubclass(x.pass_.options, fact.of)]
+        passes = tuple(name for name, findings in found if findings)
+        yield _judgement(recipe, fact, passes, [each for _, findings in found for each in findings])
+
+
+def _of_tree(recipe: Recipe, trees: Sequence[nnx.Module]) -> Iterator[Judgement]:
+    names = [pass_.name for pass_, _ in recipe.steps()]
+    for fact in TREE_FACTS:
+        findings = fact.found(trees[-1])
+        first = next(i for i, tree in enumerate(trees) if len(trees) == i + 1 or fact.found(tree)) if findings else 0
+        yield _judgement(recipe, fact, tuple(names[first - 1 : first]) if first else (), findings)
+
+
+def _judgement(recipe: Recipe, fact: Fact, passes: tuple[str, ...], findings: Sequence[Finding]) -> Judgement:
+    return Judgement(
+        name=fact.name,
+        passes=passes,
+        where=tuple(dict.fromkeys(each.path for each in findings)),
+        got=tuple(dict.fromkeys(each.got for each in findings)),
+        why=fact.why,
+        fix=fact.fix,
+        source=fact.source,
+        override=f"allow: [{fact.name}]" if fact.override else None,
+        allowed=fact.override and fact.name in recipe.allow,
     )
-    return (stack, *facts)
 
 
 def overlaps(recipe: Recipe) -> list[tuple[Pass, Pass]]:
@@ -110,21 +132,49 @@ def overlaps(recipe: Recipe) -> list[tuple[Pass, Pass]]:
 
 
 def check_stack(recipe: Recipe) -> None:
-    """Raises LegalityError when two passes bet on the same redundancy and the recipe does not say `allow_overlap`."""
+    """Raises LegalityError when two passes bet on the same redundancy and the recipe does not say `allow_overlap`, and for a
+    name in `allow` that is none of a refusal that can be overridden."""
     for first, second in overlaps(recipe) if not recipe.allow_overlap else ():
         raise LegalityError(
-            f"{first.name} ({first.axis}) and {second.name} ({second.axis}) bet on the same redundancy: {LOSSES}; "
-            "set allow_overlap: true to stack them"
+            f"{first.name} ({first.axis}) and {second.name} ({second.axis}) bet on the same redundancy: {STACK.why}; "
+            f"{STACK.fix} [{STACK.name}; {STACK.source}]; or set allow_overlap: true to stack them",
+            name=STACK.name,
         )
-
-
-def check_facts(recipe: Recipe, model: nnx.Module) -> None:
-    """Raises LegalityError for a fact that holds and is not allowed, or for an unknown name in `allow`."""
-    names = [fact.name for fact in FACTS]
+    facts = {fact.name: fact for fact in FACTS}
     for name in recipe.allow:
-        if name not in names:
-            raise LegalityError(f"recipe.allow: {name!r} is no refusal{did_you_mean(name, names)}")
-    for fact in FACTS:
-        paths = fact.found(model)
-        if paths and fact.name not in recipe.allow:
-            raise LegalityError(f"{paths[0]}: {fact.why}; or override with allow: [{fact.name}]")
+        if name not in facts:
+            raise LegalityError(f"recipe.allow: {name!r} is no refusal{did_you_mean(name, facts)}")
+        if not facts[name].override:
+            raise LegalityError(f"recipe.allow: {name} cannot be overridden, the pass could not run; {facts[name].fix}")
+
+
+def check_step(recipe: Recipe, pass_: Pass, rules: Rules, tree: nnx.Module) -> None:
+    """Raises LegalityError for what the pass must not do to the tree. rules: its own, as `Recipe.steps` gives them."""
+    intent = Intent(pass_=pass_, rules=rules, tree=tree)
+    for fact in STEP_FACTS:
+        if issubclass(pass_.options, fact.of) and (findings := fact.found(intent)):
+            _refuse(_judgement(recipe, fact, (pass_.name,), findings))
+
+
+def check_facts(recipe: Recipe, *trees: nnx.Module) -> None:
+    """Raises LegalityError for a fact that holds on the last of the trees (a model and what each pass made of it) and is not
+    allowed."""
+    for judgement in _of_tree(recipe, trees):
+        _refuse(judgement)
+
+
+def _refuse(judgement: Judgement) -> None:
+    if judgement.refused:
+        raise LegalityError(str(judgement), name=judgement.name)
+
+
+class Guard(Instrument):
+    """Stops a plan before a pass that must not run; `trees` are those that passes met so far."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.trees: list[nnx.Module] = []
+
+    def before_pass(self, pass_, rules, before):
+        self.trees.append(before)
+        check_step(self.recipe, pass_, rules, before)

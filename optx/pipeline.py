@@ -7,8 +7,9 @@ The pipeline is `run` on shapes (a plan), then `apply_block` on each block of we
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import nnx
 from optx import ir, tensor, verify
 from optx.errors import PassError, RecipeError, UsageError, VerifyError
 from optx.recipe import Recipe
-from optx.registry import Pass, PassOptions, Site, Skipped
+from optx.registry import Noted, Pass, PassOptions, Site, Skipped
 from optx.tensor import is_qtensor
 
 Rules = tuple[tuple[str, PassOptions], ...]  # (place in the recipe, options)
@@ -49,11 +50,15 @@ class Record:
     diff: str = ""
     seconds: float = 0.0
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # path -> |W' - W| / |W|
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> what the pass has to say of the site
     quality: Quality | None = None  # of a lossy pass where the compile was given calibration text
 
 
 class Instrument:
     """Watches a plan; subclass what is needed."""
+
+    def before_pass(self, pass_: Pass, rules: Rules, before: nnx.Module) -> None:
+        """Called before a pass runs on shapes; what it raises stops the plan."""
 
     def after_pass(self, index: int, record: Record, before: nnx.Module, after: nnx.Module) -> None:
         """Called when a pass has run on shapes and was verified."""
@@ -83,20 +88,34 @@ class Tally:
     hits: dict[str, int]
     paths: list[str] = dataclasses.field(default_factory=list)
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def rewrite(tree: nnx.Module, pass_: Pass, rules: Rules, *, prefix: str, layers: int, tally: Tally) -> nnx.Module:
-    """A copy of `tree` (standing at path `prefix`) with the pass applied at every site that a rule matches."""
-    out = ir.shallow(tree)
-    sites = [path for path, module in ir.walk(tree) if isinstance(module, pass_.module)]
-    for path in reversed(sites):  # children before parents
+def matches(tree: nnx.Module, pass_: Pass, rules: Rules, prefix: str = "") -> list[tuple[str, str, PassOptions]]:
+    """(path in `tree`, which stands at `prefix`; place in the recipe; options) of every site that a rule takes."""
+    found = []
+    for path in [path for path, module in ir.walk(tree) if isinstance(module, pass_.module)]:
         full = f"{prefix}/{path}".strip("/")
         rule = next(((where, o) for where, o in rules if o.match is None or re.fullmatch(o.match, full)), None)
-        if rule is None:
-            continue
-        where, options = rule
-        new = pass_.apply(Site(path=full, layers=layers), ir.get(out, path), options)
+        if rule is not None:
+            found.append((path, *rule))
+    return found
+
+
+def rewrite(
+    tree: nnx.Module, pass_: Pass, rules: Rules, *, prefix: str, layers: int, tally: Tally, seen: Mapping | None = None
+) -> nnx.Module:
+    """A copy of `tree` (standing at path `prefix`) with the pass applied at every site that a rule matches.
+
+    seen: by full path what calibration text showed of a site's inputs.
+    """
+    out, seen = ir.shallow(tree), seen or {}
+    for path, where, options in reversed(matches(tree, pass_, rules, prefix)):  # children before parents
+        full = f"{prefix}/{path}".strip("/")
+        new = pass_.apply(Site(path=full, layers=layers, seen=seen.get(full)), ir.get(out, path), options)
         tally.hits[where] += 1
+        if isinstance(new, Noted):
+            tally.notes[full], new = new.note, new.module
         if isinstance(new, Skipped):
             tally.skipped[full] = new.reason
             continue
@@ -109,9 +128,14 @@ def rewrite(tree: nnx.Module, pass_: Pass, rules: Rules, *, prefix: str, layers:
 
 
 def run(
-    model: nnx.Module, recipe: Recipe, instruments: Sequence[Instrument] = ()
+    model: nnx.Module,
+    recipe: Recipe,
+    instruments: Sequence[Instrument] = (),
+    checks: Sequence[verify.Rule] = verify.RULES,
 ) -> tuple[list[nnx.Module], list[Record]]:
     """All passes on the abstract tree: the trees after each pass (the input first), and a record a pass.
+
+    checks: what the verifier checks after each.
 
     Raises: RecipeError for a rule that matched nothing; PassError, VerifyError from the passes and the verifier.
     """
@@ -119,12 +143,14 @@ def run(
     for index, (pass_, rules) in enumerate(recipe.steps(), start=1):
         before, start = trees[-1], time.perf_counter()
         _check_patterns(rules)
+        for instrument in instruments:
+            instrument.before_pass(pass_, rules, before)
         tally = Tally(hits={where: 0 for where, _ in rules})
         values = _values(before)
         after = rewrite(before, pass_, rules, prefix="", layers=len(model.layers), tally=tally)
         _check_untouched(pass_, values, before)
         _check_hits(pass_, rules, tally, before)
-        verify.check(before, after, pass_.name)
+        verify.check(before, after, pass_.name, checks)
         record = Record(
             name=pass_.name,
             stage=pass_.stage,
@@ -144,17 +170,44 @@ def run(
     return trees, records
 
 
+class Statistics(Protocol):
+    """Calibration text on its way through the blocks (calibrate.py)."""
+
+    def collect(self, block: nnx.Module, prefix: str, sites: Iterable[str], needs: frozenset[str]) -> Mapping:
+        """What it shows of the inputs of the sites (paths in the block), by full path."""
+
+    def advance(self, block: nnx.Module, prefix: str) -> None:
+        """Runs the block, which has all its passes behind it."""
+
+
+def needs(rules: Rules) -> frozenset[str]:
+    """What the rules read of their sites' inputs."""
+    return frozenset().union(*(options.needs for _, options in rules))
+
+
 def apply_block(
-    block: nnx.Module, prefix: str, recipe: Recipe, planned: Sequence[nnx.Module], records: Sequence[Record]
+    block: nnx.Module,
+    prefix: str,
+    recipe: Recipe,
+    planned: Sequence[nnx.Module],
+    records: Sequence[Record],
+    feed: Statistics | None = None,
 ) -> nnx.Module:
     """All passes on one concrete block that stands at `prefix` (`layers/3`), checked against the plan after each."""
     for step, record, plan in zip(recipe.steps(), records, planned[1:], strict=True):
-        block, _ = apply_pass(block, prefix, step, plan, record)
+        block, _ = apply_pass(block, prefix, step, plan, record, feed)
+    if feed is not None:
+        feed.advance(block, prefix)
     return block
 
 
 def apply_pass(
-    block: nnx.Module, prefix: str, step: tuple[Pass, Rules], plan: nnx.Module, record: Record
+    block: nnx.Module,
+    prefix: str,
+    step: tuple[Pass, Rules],
+    plan: nnx.Module,
+    record: Record,
+    feed: Statistics | None = None,
 ) -> tuple[nnx.Module, list[str]]:
     """One pass on one concrete block -> (the block after it, full paths of the sites that it rewrote).
 
@@ -164,7 +217,10 @@ def apply_pass(
     (pass_, rules), start = step, time.perf_counter()
     tally = Tally(hits={where: 0 for where, _ in rules})
     values = _values(block)
-    after = rewrite(block, pass_, rules, prefix=prefix, layers=len(plan.layers), tally=tally)
+    sites = [path for path, _, options in matches(block, pass_, rules, prefix) if options.needs]
+    seen = feed.collect(block, prefix, sites, needs(rules)) if sites else None
+    after = rewrite(block, pass_, rules, prefix=prefix, layers=len(plan.layers), tally=tally, seen=seen)
+    record.notes |= tally.notes
     _check_untouched(pass_, values, block)
     verify.check(block, after, f"{pass_.name} at {prefix}", verify.LOCAL)
     if ir.signature(ir.abstract(after)) != ir.signature(ir.get(plan, prefix)):
@@ -228,10 +284,11 @@ def _check_hits(pass_: Pass, rules: Rules, tally: Tally, tree: nnx.Module) -> No
             continue
         matched = [path for path in sites if options.match is None or re.fullmatch(options.match, path)]
         if matched:
-            raise RecipeError(f"{where}: unused, earlier rules of {pass_.name} take all its sites ({matched[0]}, ...)")
+            taken = f"earlier rules of {pass_.name} take all its sites ({matched[0]}, ...)"
+            raise RecipeError(f"{where}: unused, {taken}; narrow their 'match', or take it out")
         if not sites:
             kinds = " or ".join(kind.__name__ for kind in getattr(pass_.module, "__args__", (pass_.module,)))
-            raise RecipeError(f"{where}: {pass_.name} has no site in this model (it takes {kinds})")
+            raise RecipeError(f"{where}: {pass_.name} has no site in this model (it takes {kinds}); take it out")
         shown = ", ".join(dict.fromkeys(re.sub(r"\d+", "N", path) for path in sites))
         raise RecipeError(
             f"{where}.match: {options.match!r} matched no site of {pass_.name}; sites (N an index): {shown}"

@@ -13,7 +13,7 @@ from optx.report import table
 
 HEADER = (
     *("recipe", "target", "weights", "KV a token", "bytes a step", "memory", "fits"),
-    *("most sequences", "longest context", "TPOT ms", "TTFT ms", "tokens/s", "$/M tokens"),
+    *("most sequences", "longest context", "TPOT ms", "TTFT ms", "tokens/s", "$/M tokens", "TPOT predicted"),
 )
 FACTS_HEADER = ("fact", "value", "layers", "at")
 UNKNOWN = "-"  # a figure that the target's row does not tell
@@ -27,7 +27,10 @@ def side_by_side(plans: Sequence[Plan], batch: int = 1, context: int | None = No
     tree, devices = plans[0].tree, "" if mesh.devices == 1 else f" on {mesh.devices} devices ({mesh})"
     many = "one sequence" if batch == 1 else f"each of {batch:,} sequences"
     title = f"{plans[0].source.origin.name}: a new token for {many} of {context or tree.context:,} tokens{devices}"
-    notes = "Times and prices are bounds that no program beats; TTFT is of one prompt of as many tokens."
+    notes = (
+        "Times and prices are bounds that no program beats; TTFT is of one prompt of as many tokens. TPOT predicted, in ms "
+        "too, is by what the kernels were measured to reach on the target, where they were."
+    )
     rows = [_row(plan, batch, context or plan.tree.context, mesh) for plan in plans]
     return f"{title}\n\n{table(HEADER, rows)}\n\n{notes}"
 
@@ -49,6 +52,7 @@ def _row(plan: Plan, batch: int, context: int, mesh: Mesh) -> list[str]:
         _number(bounds.ttft, ",.4g", 1e3),
         _number(bounds.tokens_per_second, ",.5g"),
         _number(bounds.dollars_per_million, ",.3g"),
+        _number(bounds.predicted and bounds.predicted.seconds, ",.4g", 1e3),
     ]
 
 
@@ -65,15 +69,18 @@ def why_text(name: str, readings: Mapping[str, Mapping[str, Sequence[str]]], jud
     ]
     lines = [f"facts that legality reads off {name}", table(FACTS_HEADER, rows), "", "refusals"]
     for refusal in judged:
-        lines += [f"  {refusal.name}: {_verdict(refusal)}", f"    why: {refusal.why}"]
-        lines += [f"    override: {refusal.override} in the recipe"]
+        lines += [f"  {refusal.name}: {_verdict(refusal)}", f"    why: {refusal.why}", f"    fix: {refusal.fix}"]
+        lines += [f"    source: {refusal.source}"]
+        lines += [f"    override: {refusal.override + ' in the recipe' if refusal.override else 'none'}"]
     return "\n".join(lines)
 
 
 def _verdict(refusal: Judgement) -> str:
     if not refusal.where:
         return "does not hold"
-    return f"holds at {folded(refusal.where)}: {'allowed by the recipe' if refusal.allowed else 'refused'}"
+    of = f" for {' and '.join(refusal.passes)}" if refusal.passes else ""
+    verdict = "allowed by the recipe" if refusal.allowed else "refused"
+    return f"holds{of} at {folded(refusal.where)} ({', '.join(refusal.got)}): {verdict}"
 
 
 def why_dict(readings: Mapping[str, Mapping[str, Sequence[str]]], judged: Sequence[Judgement]) -> dict:
@@ -88,8 +95,12 @@ def why_dict(readings: Mapping[str, Mapping[str, Sequence[str]]], judged: Sequen
             "name": refusal.name,
             "holds": bool(refusal.where),
             "refused": refusal.refused,
+            "passes": list(refusal.passes),
             "where": list(refusal.where),
+            "got": list(refusal.got),
             "why": refusal.why,
+            "fix": refusal.fix,
+            "source": refusal.source,
             "override": refusal.override,
         }
         for refusal in judged

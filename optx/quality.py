@@ -10,7 +10,7 @@ memory beside the compiled one: a compile with calibration text holds both, one 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,12 +21,15 @@ from flax import nnx
 from tqdm import tqdm
 
 from optx import evaluate, ir, pipeline
+from optx.calibrate import Feed
 from optx.errors import QualityError, RecipeError, RequestError, did_you_mean, no_such_path
 from optx.lower import Program
 from optx.pipeline import Quality, Record
-from optx.recipe import Recipe
+from optx.recipe import Calibration, Recipe
+from optx.watch import watch
 
-WINDOWS, CONTEXT = 8, 512  # of calibration text: at most so many windows of so many tokens are read
+WINDOWS = 8  # of calibration text that quality is measured on
+MEASURED = Calibration(windows=WINDOWS)
 SHOWN = 8  # sites that an error lists
 
 Windows = Sequence[np.ndarray]  # int32[1, T] each, all of one length
@@ -53,30 +56,49 @@ class Step:
 
 
 def blocks(
-    planned: Planned, calibration: str | Path | None = None, progress: bool = False
+    planned: Planned, calibration: str | Path | None = None, progress: bool = False, measured: bool = True
 ) -> Iterator[tuple[str, nnx.Module]]:
     """(path, block with weights after all passes), `embed`, `layers/0`, ... one after the other.
 
-    Without calibration each block is read when it is asked for and forgotten then. With it all blocks are read at once, the
-    quality of each lossy pass goes into its record, and QualityError is raised after a pass that breaks the budget.
+    Without calibration text, or with `measured` False, each block is read when it is asked for and forgotten then. Else all
+    blocks are read at once, the quality of each lossy pass goes into its record, and QualityError is raised after a pass that
+    breaks the budget. Raises RecipeError for a recipe that needs text and has none.
     """
     source, recipe = planned.source, planned.recipe
-    if calibration is None and recipe.max_kl is not None:
-        raise RecipeError(
-            f"recipe.max_kl: {recipe.max_kl} is a budget on calibration text, and there is none; give calibration=TEXT or a "
-            "path (--calibration FILE of optx compile), or take max_kl out"
-        )
-    tree = None if calibration is None else _measured(planned, windows(calibration, source), progress)
+    _check_text(recipe, calibration is not None, measured)
+    text = None if calibration is None else windows(calibration, source, recipe.calibration)
+    tree = _measured(planned, text, progress) if text is not None and measured else None
+    feed = _feed(planned, text, *(rules for _, rules in recipe.steps()))
     for prefix in tqdm(source.segments(), desc="compile", unit="block", disable=not progress or tree is not None):
         if tree is not None:
             yield prefix, ir.get(tree, prefix)
         else:
-            yield prefix, pipeline.apply_block(source.block(prefix), prefix, recipe, planned.trees, planned.records)
+            block = source.block(prefix)
+            yield prefix, pipeline.apply_block(block, prefix, recipe, planned.trees, planned.records, feed)
 
 
-def windows(calibration: str | Path, source) -> Windows:
-    """Calibration text as at most 8 windows of 512 tokens (less where the model's context or the text is shorter), each
-    behind the model's first token where it has one, as `optx.evaluate` cuts them.
+def _check_text(recipe: Recipe, given: bool, measured: bool) -> None:
+    how = "give calibration=TEXT or a path (--calibration FILE of optx compile)"
+    if recipe.max_kl is not None and not (given and measured):
+        missing = "there is none" if not given else "measured=False leaves the measurement out"
+        raise RecipeError(
+            f"recipe.max_kl: {recipe.max_kl} is a budget on calibration text, and {missing}; {how}, or take max_kl out"
+        )
+    for pass_, rules in recipe.steps() if not given else ():
+        for where, options in rules:
+            if options.needs:
+                what = ", ".join(sorted(options.needs))
+                raise RecipeError(f"{where}: {pass_.name} reads its inputs ({what}) on calibration text; {how}")
+
+
+def _feed(planned: Planned, text: Windows | None, *rules: pipeline.Rules) -> Feed | None:
+    """The text on its way through the blocks, where a rule reads it."""
+    return Feed(planned.trees[-1], text) if any(pipeline.needs(each) for each in rules) else None
+
+
+def windows(calibration: str | Path, source, cut: Calibration = MEASURED) -> Windows:
+    """Calibration text as at most `cut.windows` windows of `cut.context` tokens (less where the model's context or the text is
+    shorter), each behind the model's first token where it has one, as `optx.evaluate` cuts them.
 
     calibration: a text; or a file of UTF-8 text, as a Path or as a string that names one. A short string of one word is a
     path, whether a file is there or not.
@@ -86,12 +108,12 @@ def windows(calibration: str | Path, source) -> Windows:
     if tokenizer is None:
         raise RequestError(f"calibration: {source.origin.name} has no tokenizer, so a text cannot be scored")
     first = tokenizer.bos_id if tokenizer.add_bos else None
-    context, vocab = min(CONTEXT, source.tree.context), source.tree.embed.table.get_value().shape[0]
+    context, vocab = min(cut.context, source.tree.context), source.tree.embed.table.get_value().shape[0]
     room = context - (first is not None)
     ids = tokenizer.encode(text, add_special=False)
     if ids and max(ids) >= vocab:
         raise RequestError(f"calibration: the tokenizer gave the id {max(ids)}; the model has {vocab} ids")
-    found = evaluate.windows_of(ids, context, room, first)[:WINDOWS]
+    found = evaluate.windows_of(ids, context, room, first)[: cut.windows]
     if not found:
         raise RequestError(f"calibration: the text has {len(ids)} tokens; at least {1 + (first is None)} needed")
     return [np.asarray([window], np.int32) for window, _ in found]
@@ -117,14 +139,16 @@ def _is_path(text: str) -> bool:
     return short and (len(text.split()) == 1 or Path(text).is_file())
 
 
-def _steps(planned: Planned, progress: bool) -> Iterator[Step]:
+def _steps(planned: Planned, text: Windows, progress: bool) -> Iterator[Step]:
     """The model through one pass after the other; records gain their seconds and weight errors."""
     base = before = planned.source.load()
     rows = list(zip(planned.recipe.steps(), planned.records, planned.trees[1:], strict=True))
     for rules, record, plan in tqdm(rows, desc="compile", unit="pass", disable=not progress):
-        after, sites = ir.shallow(plan), []
+        after, sites, feed = ir.shallow(plan), [], _feed(planned, text, rules[1])
         for prefix in planned.source.segments():
-            block, paths = pipeline.apply_pass(ir.get(before, prefix), prefix, rules, plan, record)
+            block, paths = pipeline.apply_pass(ir.get(before, prefix), prefix, rules, plan, record, feed)
+            if feed is not None:
+                feed.advance(block, prefix)
             ir.put(after, prefix, block)
             sites += paths
         yield Step(base=base, before=before, after=after, sites=tuple(sites), record=record)
@@ -134,12 +158,12 @@ def _steps(planned: Planned, progress: bool) -> Iterator[Step]:
 def _measured(planned: Planned, text: Windows, progress: bool) -> nnx.Module:
     """The model after all passes. Raises QualityError after the first that breaks the budget."""
     budget, spent, tree = planned.recipe.max_kl, {}, None
-    for step in _steps(planned, progress):
+    for step in _steps(planned, text, progress):
         tree = step.after
         if step.record.exact:
             continue
-        step = dataclasses.replace(step, sites=_run(step, text[0]))
-        step.record.quality = measure(step, text)
+        step = dataclasses.replace(step, sites=sites_called(step, text[0]))
+        step.record.quality = measure(step, text[:WINDOWS])
         spent[step.record.name] = step.record.quality.kl
         if budget is not None and not step.record.quality.kl <= budget:  # also where it is no number
             raise _broken(budget, spent, step, _blame(step, text[:1], "applied"))
@@ -179,14 +203,14 @@ def measure(step: Step, text: Windows) -> Quality:
             sums[path] = sums.get(path, 0) + jnp.stack([jnp.sum((new - old) ** 2), jnp.sum(old**2)])
             return y
 
-        _watch(before, step.sites, compare)
+        watch(before, step.sites, compare)
         before(tokens)
-        return _divergence(base, after(tokens)[0], tokens), sums
+        return divergence(base(tokens)[0], after(tokens)[0], tokens), sums
 
     count, total, squares = 0, np.zeros(2), {path: np.zeros(2) for path in step.sites}
     for tokens in text:
-        divergence, sums = run(leaves, tokens)
-        total += np.asarray(divergence, np.float64)
+        differs, sums = run(leaves, tokens)
+        total += np.asarray(differs, np.float64)
         squares = {path: squares[path] + np.asarray(sums[path], np.float64) for path in squares}
         count += tokens.shape[1] - 1
     tiny = np.finfo(np.float64).tiny
@@ -220,9 +244,9 @@ def blame(
     if step is not None and step not in lossy:
         raise QualityError(f"blame: step={step!r} is no lossy pass of the recipe{did_you_mean(step, lossy)}")
     fresh = [dataclasses.replace(record, errors={}) for record in planned.records]
-    text = windows(calibration, planned.source)
-    found = next(s for s in _steps(_Again(planned, fresh), False) if s.record.name == (step or lossy[0]))
-    return _blame(dataclasses.replace(found, sites=_run(found, text[0])), text, how)
+    text = windows(calibration, planned.source, planned.recipe.calibration)
+    found = next(s for s in _steps(_Again(planned, fresh), text, False) if s.record.name == (step or lossy[0]))
+    return _blame(dataclasses.replace(found, sites=sites_called(found, text[0])), text[:WINDOWS], how)
 
 
 class _Again:
@@ -235,22 +259,14 @@ class _Again:
 def _blame(step: Step, text: Windows, how: Literal["applied", "undone"]) -> list[tuple[str, float]]:
     programs = [Program.of(tree) for tree in (step.base, step.before, step.after)]
     leaves = [program.leaves for program in programs]
-    index = {path: i for i, path in enumerate(step.sites)}
 
     @jax.jit
     def run(leaves, chosen, tokens):
         """chosen: bool[sites], which have their new form."""
         base, before, after = (program.merge(x) for program, x in zip(programs, leaves, strict=True))
-
-        def switch(path, call, *args, **kwargs):
-            forms = (lambda: ir.get(after, path)(*args, **kwargs)), (lambda: call(*args, **kwargs))
-            if jax.eval_shape(forms[0]) == jax.eval_shape(forms[1]):
-                return jax.lax.cond(chosen[index[path]], *forms)
-            y = jax.lax.cond(chosen[index[path]], *(lambda form=form: _output(form()) for form in forms))
-            return (y, *forms[1]()[1:])
-
-        _watch(before, step.sites, switch)
-        return _divergence(base, before(tokens)[0], tokens)[0]
+        forms = {path: (ir.get(after, path),) for path in step.sites}
+        switch(before, forms, dict(zip(step.sites, chosen.astype(jnp.int32), strict=True)))
+        return divergence(base(tokens)[0], before(tokens)[0], tokens)[0]
 
     one = np.eye(len(step.sites), dtype=bool)
     count = sum(tokens.shape[1] - 1 for tokens in text)
@@ -261,10 +277,28 @@ def _blame(step: Step, text: Windows, how: Literal["applied", "undone"]) -> list
     return sorted(kl.items(), key=lambda item: item[1], reverse=how == "applied")
 
 
-def _divergence(base: nnx.Module, logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """[sum of KL(base || logits), agreements of the most likely token] over tokens int32[1, T] but for the first."""
+def switch(model: nnx.Module, forms: Mapping[str, Sequence[nnx.Module]], chosen: Mapping[str, jax.Array]) -> None:
+    """The module at each path runs as one of its forms, in place: for a tree that the caller owns, while it is traced.
+
+    chosen: int32[] by path, 0 for the module as it is, i for form i - 1. One program then runs every combination. What a mixer
+    leaves in the cache for later layers is switched with it where all forms leave the same, else it is the old form's.
+    """
+
+    def one(path, call, *args, **kwargs):
+        runs = [functools.partial(run, *args, **kwargs) for run in (call, *forms[path])]
+        if all(jax.eval_shape(run) == jax.eval_shape(runs[0]) for run in runs[1:]):
+            return jax.lax.switch(chosen[path], runs)
+        y = jax.lax.switch(chosen[path], [lambda run=run: _output(run()) for run in runs])
+        return (y, *runs[0]()[1:])
+
+    watch(model, list(forms), one)
+
+
+def divergence(base: jax.Array, logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """[sum of KL(base || logits), agreements of the most likely token] over tokens int32[1, T] but for the first, both logits
+    float32[T, V]."""
     weight = jnp.ones(tokens.shape[1], jnp.float32)
-    return jnp.stack(evaluate.compare(logits, base(tokens)[0], tokens[0], weight)[1:])
+    return jnp.stack(evaluate.compare(logits, base, tokens[0], weight)[1:])
 
 
 def _output(y):
@@ -272,7 +306,7 @@ def _output(y):
     return y[0] if isinstance(y, tuple) else y
 
 
-def _run(step: Step, tokens: np.ndarray) -> tuple[str, ...]:
+def sites_called(step: Step, tokens: np.ndarray) -> tuple[str, ...]:
     """The step's sites that the forward calls; for one that it does not, the nearest module around it that it does."""
     program = Program.of(step.before)
 
@@ -285,7 +319,7 @@ def _run(step: Step, tokens: np.ndarray) -> tuple[str, ...]:
 
         def forward(leaves, tokens):
             model = program.merge(leaves)
-            _watch(model, sorted(paths), note)
+            watch(model, sorted(paths), note)
             return model(tokens)
 
         jax.eval_shape(forward, program.leaves, tokens)
@@ -296,21 +330,3 @@ def _run(step: Step, tokens: np.ndarray) -> tuple[str, ...]:
         paths = met | {path.rpartition("/")[0] for path in paths - met} - {""}
     order = {path: i for i, (path, _) in enumerate(ir.walk(step.before))}
     return tuple(sorted(paths, key=order.__getitem__))
-
-
-def _watch(model: nnx.Module, paths: Sequence[str], watch: Callable) -> None:
-    """Calls of the modules at `paths` go through watch(path, call, *args), in place: for a tree that the caller owns."""
-    for path in paths:
-        module = ir.get(model, path)
-        vars(module)["_watch"] = functools.partial(watch, path)
-        module.__class__ = _watched(type(module))
-
-
-@functools.cache
-def _watched(kind: type[nnx.Module]) -> type[nnx.Module]:
-    """A subclass whose calls go through the instance's `_watch`; one a class, as flax keeps every class for good."""
-
-    def call(self, *args, **kwargs):
-        return vars(self)["_watch"](functools.partial(kind.__call__, self), *args, **kwargs)
-
-    return type(kind.__name__, (kind,), {"__call__": call})

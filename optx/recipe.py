@@ -19,6 +19,20 @@ from optx.registry import Pass, PassOptions, Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How much of the calibration text calibrated passes see; quality is measured on the first windows."""
+
+    windows: int = 32
+    context: int = 512  # tokens of a window
+
+    def __post_init__(self):
+        if self.windows < 1 or self.context < 2:
+            raise RecipeError(
+                f"recipe.calibration: {self.windows} windows of {self.context} tokens; allowed: at least 1 of at least 2"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Options objects of passes, listed under their stage. Stages run in order whatever the order here."""
 
@@ -34,6 +48,7 @@ class Recipe:
     allow: tuple[str, ...] = ()  # names of refusals (legality.py) that this recipe overrides
     allow_overlap: bool = False  # lets `reads` and `drop` techniques, which bet on the same redundancy, stack
     require: str | None = None  # backend that every op must use where it has one; None: the best that takes the call
+    calibration: Calibration = Calibration()
     max_kl: float | None = None  # nats a token that all passes may cost on calibration text; None: no budget
 
     def __post_init__(self):

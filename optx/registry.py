@@ -4,9 +4,10 @@ import dataclasses
 import enum
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 from optx.errors import RecipeError, did_you_mean
@@ -42,6 +43,11 @@ class PassOptions:
 
     match: str | None = None  # regex that the whole path must match; None: every site of the pass's module type
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the pass reads of the site's inputs, by its name in STATISTICS; empty: it works without calibration text."""
+        return frozenset()
+
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
@@ -50,12 +56,49 @@ class Skipped:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """Returned by a pass around its module: what the report should say of the site."""
+
+    module: nnx.Module
+    note: str
+
+
+STATISTICS = ("absmax", "absmean", "square", "gram", "inputs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What calibration text showed of the inputs x [tokens, D] of a projection; of experts, each by its own tokens: [E, ...].
+
+    Only what the pass's options name in `needs` is there. float32.
+    """
+
+    tokens: jax.Array  # int32[] or [E]
+    absmax: jax.Array | None = None  # [D], largest |x|
+    absmean: jax.Array | None = None  # [D], mean |x|
+    square: jax.Array | None = None  # [D], mean x^2
+    gram: jax.Array | None = None  # [D, D], mean of x x^T
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeenBlock:
+    """The same of the projections inside a larger part, by path in it; where `inputs` is needed, what enters the part."""
+
+    parts: Mapping[str, Seen]
+    inputs: tuple = ()  # arguments of calls of the part, a chunk of windows each
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where a pass stands: the path of the module and the number of layers of the model."""
+    """Where a pass stands: the path of the module and the number of layers of the model.
+
+    seen: of a calibrated pass on weights, never on shapes.
+    """
 
     path: str
     layers: int
+    seen: Seen | SeenBlock | None = None
 
     @property
     def layer(self) -> int | None:
@@ -64,7 +107,7 @@ class Site:
         return int(parts[1]) if parts[0] == "layers" and len(parts) > 1 else None
 
 
-Rewrite = Callable[[Site, Any, Any], nnx.Module | Skipped]
+Rewrite = Callable[[Site, Any, Any], nnx.Module | Skipped | Noted]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

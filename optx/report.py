@@ -107,6 +107,7 @@ def estimate_text(e: Estimate) -> str:
             f"decode: at most {e.tokens_per_second:,.5g} tokens/s, TPOT {_ms(e.tpot)} ms; {e.decode.binds} binds "
             f"({e.decode.intensity:.3g} FLOP/B{ridge})"
         )
+        lines.append(_predicted_text(e))
     attention = sum(op.flops for op in e.prefill.ops if op.op == "attention")
     first = "" if e.ttft is None else f", TTFT at least {_ms(e.ttft)} ms"
     each = "" if e.mesh.devices == 1 else " a device"
@@ -131,6 +132,17 @@ def estimate_text(e: Estimate) -> str:
     ]
     lines += [f"a decoded token takes at least: {'; '.join(filter(None, costs))}"] if any(costs) else []
     return "\n".join(lines)
+
+
+def _predicted_text(e: Estimate) -> str:
+    if e.predicted is None:
+        return f"predicted: those bounds alone; what the kernels reach on {e.target} was not measured"
+    found, speed = e.predicted, e.batch / e.predicted.seconds
+    left = f"; at their bounds for want of a measurement: {', '.join(found.unmeasured)}" if found.unmeasured else ""
+    return (
+        f"predicted: TPOT {_ms(found.seconds)} ms, {speed:,.5g} tokens/s, {found.seconds / e.tpot:.2f}x the bound (efficiencies "
+        f"and launches measured: {found.source}){left}"
+    )
 
 
 def _from(place: str) -> str:

@@ -26,6 +26,7 @@ class Dot:
     sites: int
     first: str  # path
     intensity: float  # operations a byte
+    rate: float  # FLOP/s, at most
     seconds: float  # of all
     share: float  # of the step's time
     binds: str  # memory, compute
@@ -100,6 +101,7 @@ def roofline(ops: Sequence[OpCost], target: Target) -> Plot | None:
                 sites=len(same),
                 first=op.path,
                 intensity=op.flops / op.bytes,
+                rate=op.flops / op.seconds(target),
                 seconds=seconds,
                 share=seconds / total,
                 binds="memory" if op.bytes / target.bandwidth >= op.seconds(target) else "compute",

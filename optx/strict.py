@@ -1,6 +1,7 @@
 """Plain mappings (YAML, JSON) into frozen dataclasses and back, with errors that name the key."""
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -29,8 +30,13 @@ def load[T](cls: type[T], data: Any, where: str) -> T:
     ]
     if missing:
         raise RecipeError(f"{where}: missing field {missing[0]!r} of {cls.__name__}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     return cls(**{key: convert(value, hints[key], f"{where}.{key}") for key, value in data.items()})
+
+
+@functools.cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -91,7 +97,7 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default
 
 
-class UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """A safe loader that refuses a key written twice, of which YAML would silently keep the second."""
 
     def construct_mapping(self, node, deep=False):

@@ -25,7 +25,7 @@ from optx import strict
 from optx.errors import LoweringError, RecipeError, did_you_mean
 
 LIFETIME = 3 * 8760  # hours over which a bought device is paid off
-FIGURES = ("memory", "bandwidth", "peak", "link", "domain", "power", "energy", "price")
+FIGURES = ("memory", "bandwidth", "peak", "link", "domain", "power", "energy", "price", "decode")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,42 @@ class Price:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """What decode steps reach in one op on one format: seconds = bytes / (bandwidth x memory) + FLOPs / (peak x compute)."""
+
+    memory: float  # share of the target's bandwidth
+    compute: float | None = (
+        None  # of the peak; above 1 where reads hide part of the arithmetic, None: where they hide all
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode:
+    """What decode steps take beyond their bounds, measured with the kernels of optx: `optx bench decode --against-plan`."""
+
+    launch: float  # s that a kernel which reads weights or a cache takes whatever it reads
+    small: float  # s of any other kernel: norms, activations, rotations
+    between: float  # s of a step that lie between its kernels
+    efficiency: tuple[tuple[str, Efficiency], ...]  # by `key`
+
+    def of(self, op: str, format: str) -> Efficiency | None:
+        """None: not measured."""
+        return dict(self.efficiency).get(key(op, format))
+
+
+def key(op: str, format: str) -> str:
+    """`matmul/int4` for matmul and `int4_g64`: groups of other sizes count as one format."""
+    return f"{op}/{re.sub(r'_g[0-9]+', '', format)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """Where figures come from."""
 
     title: str
     figures: tuple[str, ...]  # of FIGURES
     url: str | None = None
+    checked: str | None = None  # what the figures were compared with, and when; None: they were not
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +108,7 @@ class Target:
     power: float | None = None  # W, of a device at full load
     energy: float | None = None  # J a byte read from memory
     price: Price | None = None
+    decode: Decode | None = None  # None: not measured, so bounds are all there is
     like: str | None = None  # the target whose tuned tiles it takes; None: its own
     sources: tuple[Source, ...] = ()
 
@@ -103,6 +134,16 @@ class PeakRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeRow:
+    """`Decode` in text: `4.1 us`."""
+
+    launch: str
+    small: str
+    between: str
+    efficiency: Mapping[str, Any]  # key: {memory: 0.93, compute: 2.4}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """A target in YAML: quantities are a number and a unit."""
 
@@ -118,6 +159,7 @@ class Row:
     power: str | None = None  # 700 W
     energy: str | None = None  # 31.4 pJ/B
     price: Price | None = None
+    decode: DecodeRow | None = None  # with `like`: None for its own, as long as bandwidth and peak are its own too
     sources: tuple[Source, ...] = ()
 
 
@@ -133,9 +175,11 @@ class Tier:
 
 _BYTES = {"B": 1, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _RATES = {f"{unit}/s": size for unit, size in _BYTES.items()}
+_TIMES = {"us": 1e-6, "ms": 1e-3}
 _FLOPS = {"GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15}
 UNITS: Mapping[str, Mapping[str, float]] = {
     "memory": _BYTES, "bandwidth": _RATES, "link": _RATES, "power": {"W": 1, "kW": 1e3}, "energy": {"pJ/B": 1e-12},
+    "launch": _TIMES, "small": _TIMES, "between": _TIMES,
     **{field.name: _FLOPS for field in dataclasses.fields(Peak)},
 }  # fmt: skip
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?) ?(\D\S*)")
@@ -178,6 +222,10 @@ def read_row(name: str, data: Any, where: str, base: Target | None = None) -> Ta
     changes |= {
         field: value for field in ("platform", "arch", "domain", "price") if (value := getattr(row, field)) is not None
     }
+    if row.decode is not None:
+        changes["decode"] = _decode(row.decode, f"{where}.decode")
+    elif {"bandwidth", "peak"} & changes.keys():
+        changes["decode"] = None  # shares of figures that are no longer these
     if base is None:
         return Target(name=name, **({"arch": "any"} | changes), sources=row.sources)
     own = {figure for source in row.sources for figure in source.figures} | changes.keys()
@@ -186,6 +234,24 @@ def read_row(name: str, data: Any, where: str, base: Target | None = None) -> Ta
     )  # what this row does not say again
     sources = (*row.sources, *(source for source in kept if source.figures))
     return dataclasses.replace(base, name=name, like=base.like or base.name, sources=sources, **changes)
+
+
+def _decode(row: DecodeRow, where: str) -> Decode:
+    times = {name: quantity(getattr(row, name), name, f"{where}.{name}") for name in ("launch", "small", "between")}
+    if not isinstance(row.efficiency, Mapping):
+        raise LoweringError(
+            f"{where}.efficiency: got {row.efficiency!r}; allowed: a mapping such as matmul/int4: {{memory: 0.9}}"
+        )
+    shares = []
+    for name, given in row.efficiency.items():
+        try:
+            share = strict.load(Efficiency, given, f"{where}.efficiency.{name}")
+        except RecipeError as error:
+            raise LoweringError(str(error)) from None
+        if not all(value is None or value > 0 for value in (share.memory, share.compute)):
+            raise LoweringError(f"{where}.efficiency.{name}: got {given!r}; allowed: shares above 0, 1 being all")
+        shares.append((str(name), share))
+    return Decode(**times, efficiency=tuple(shares))
 
 
 def _load(text: str, where: str) -> Any:

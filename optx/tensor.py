@@ -138,8 +138,16 @@ def quantize(x: jax.Array, format: Format, axis: int = -2) -> QTensor:
 
 @functools.lru_cache(maxsize=1024)
 def _quantized_shape(x, format, axis):
-    """A plan asks the same of the weights of every layer."""
-    return jax.eval_shape(lambda x: _quantize(x, format, axis), x)
+    """A plan asks the same of the weights of every layer. Rows are packed each by itself, so one stands for all."""
+    rows = x.shape[:-1] if axis == -1 else (*x.shape[:-2], x.shape[-1])
+    row = _quantized_row(jax.ShapeDtypeStruct((1, x.shape[axis]), x.dtype), format)
+    parts = jax.tree.map(lambda part: jax.ShapeDtypeStruct((*rows, *part.shape[1:]), part.dtype), row)
+    return dataclasses.replace(parts, axis=axis)
+
+
+@functools.lru_cache(maxsize=1024)
+def _quantized_row(x, format):
+    return jax.eval_shape(lambda x: _quantize(x, format, -1), x)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

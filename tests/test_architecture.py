@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"optx": "optx", "models": "optx.models", "configs": "optx.configs"}
 
 # Rooms (a module or a folder of optx) and the rooms that each may import besides itself. A new room needs a line.
-LEAVES = {"errors", "formats", "formats_fp4", "tensor", "cache"}
+LEAVES = {"errors", "formats", "tensor", "cache"}
+SEARCH = {"search_space", "search_cost", "search_meter", "search_solve"}
 ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     # What tensors and caches are.
     "errors": set(),
     "ggml": set(),
-    "formats_fp4": set(),
-    "formats": {"errors", "formats_fp4", "ggml"},
+    "formats": {"errors", "ggml"},
     "tensor": {"errors", "formats"},
     "cache": {"errors", "formats", "tensor"},
     # Ops, parts and models.
@@ -35,18 +35,52 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "registry": {"errors"},
     "passes": LEAVES | {"nn", "ir", "registry"},
     "recipe": {"errors", "strict", "registry", "passes", "configs"},
-    "verify": LEAVES | {"ir"},
+    "verify": LEAVES | {"ir", "pallas"},
     "pipeline": {"errors", "tensor", "ir", "registry", "recipe", "verify"},
-    "quality": {"errors", "ir", "evaluate", "lower", "pipeline", "recipe"},
-    "legality": {"errors", "ir", "nn", "registry", "recipe"},
+    "watch": {"ir"},
+    "calibrate": {"cache", "errors", "ir", "nn", "registry", "watch"},
+    "quality": {"calibrate", "errors", "ir", "evaluate", "lower", "pipeline", "recipe", "watch"},
+    "bisect": {"checkpoint", "errors", "ir", "lower", "pipeline", "quality", "recipe", "registry"},
+    "legality": {"errors", "legality_facts", "pipeline", "registry", "recipe"},
+    "legality_facts": {"cache", "errors", "ir", "nn", "passes", "pipeline", "registry", "tensor"},
     "lower": {"cache", "errors", "ir", "pallas", "target", "tensor"},
     "cost": {"cache", "ir", "target", "tensor"},
     "cost_mesh": {"cache", "errors", "ir", "tensor"},
-    "estimate": {"cost", "cost_mesh", "ir", "target"},
+    "predict": {"cost", "lower", "target"},
+    "estimate": {"cost", "cost_mesh", "ir", "predict", "target"},
+    "measured": {"errors", "strict"},
     "report": {"ir", "target", "cost", "estimate", "pipeline"},
-    "html_report": {"ir", "target", "cost", "estimate", "pipeline", "recipe", "lower", "report", "pallas", "roofline"},
+    "report_data": {
+        *(
+            "ir",
+            "target",
+            "cost",
+            "estimate",
+            "pipeline",
+            "recipe",
+            "lower",
+            "measured",
+            "report",
+            "pallas",
+            "roofline",
+        ),
+    },
+    "html_report": {"ir", "target", "cost", "estimate", "pipeline", "measured", "report_data", "roofline"},
+    "png_report": {"ir", "cost", "estimate", "report_data", "roofline", "target"},
     "roofline": {"cost", "target"},
+    "ablate_config": {"configs", "errors", "recipe", "registry", "strict", "target"},
+    "ablate_table": {"ir", "report"},
+    "ablate_plot": {"ablate_table", "ir"},
+    "ablate": {"ablate_config", "ablate_table", "api", "checkpoint", "configs", "cost", "errors", "evaluate", "ir"}
+    | {"lower", "optx", "pipeline", "recipe", "report", "strict", "target", "tensor"},
     "plan_table": {"api", "cost", "cost_mesh", "ir", "legality", "report"},
+    "slo": {"errors", "ir"},
+    "search": {"api", "checkpoint", "errors", "quality", "recipe", "slo", "target"} | SEARCH,
+    "search_space": {"errors", "ir", "legality", "passes", "pipeline", "plan_table", "recipe", "registry", "strict"},
+    "search_cost": {"cost", "errors", "estimate", "ir", "registry", "slo", "target"} | SEARCH,
+    "search_meter": {"calibrate", "errors", "ir", "quality", "registry", "tensor"} | SEARCH,
+    "search_solve": SEARCH,
+    "search_text": {"report", "search", "slo"},
     # Files and text.
     "checkpoint": LEAVES | {"ggml", "ir", "nn", "recipe", "pipeline", "tokenizer"},
     "detokenize": {"errors"},
@@ -65,7 +99,18 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "optx": None,
 }
 # Sees everything; nothing else imports it.
-COMMAND_LINE = {"cli", "cli_flags", "cli_plan", "cli_report", "cli_serve", "cli_verbs", "__main__"}
+COMMAND_LINE = {
+    "cli",
+    "cli_bisect",
+    "cli_ablate",
+    "cli_flags",
+    "cli_plan",
+    "cli_report",
+    "cli_search",
+    "cli_serve",
+    "cli_verbs",
+    "__main__",
+}
 
 NAMELESS = [*sorted((ROOT / "optx" / "engine").glob("*.py")), ROOT / "optx" / "lower.py", ROOT / "optx" / "pipeline.py"]
 TECHNIQUES = {

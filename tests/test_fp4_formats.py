@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from optx import formats, formats_fp4, tensor
+from optx import formats, tensor
 from optx.errors import FormatError
-from optx.formats import GGML, Float4
+from optx.formats import GGML, Float4, fp4
 from optx.nn.core import Linear
 
 D, F = 96, 6
@@ -65,7 +65,7 @@ def test_codes_scales_and_values(fmt, rng):
 
 def test_every_code_stands_for_the_number_of_ml_dtypes():
     codes = np.arange(16, dtype=np.uint8)
-    np.testing.assert_array_equal(formats_fp4.values(jnp.asarray(codes)), codes.view(E2M1).astype(np.float32))
+    np.testing.assert_array_equal(fp4.values(jnp.asarray(codes)), codes.view(E2M1).astype(np.float32))
 
 
 def test_rounding_to_nearest_even():
@@ -75,14 +75,14 @@ def test_rounding_to_nearest_even():
     x = np.concatenate([grid, middles, np.nextafter(middles, 0), np.nextafter(middles, 9), [5.9, 7, 100]])
     x = np.concatenate([x, -x]).astype(np.float32)
     want = np.clip(x, -6, 6).astype(E2M1).view(np.uint8) & 15
-    np.testing.assert_array_equal(formats_fp4.codes(jnp.asarray(x)), want)
+    np.testing.assert_array_equal(fp4.codes(jnp.asarray(x)), want)
 
 
 def test_every_e8m0_byte():
     """Powers of two of ml_dtypes; what float32 holds as a subnormal may come as zero."""
     byte = np.arange(256, dtype=np.uint8)
     want = byte.view(E8M0).astype(np.float32)
-    got = np.asarray(jax.jit(formats_fp4.mx_factor)(jnp.asarray(byte)))
+    got = np.asarray(jax.jit(fp4.mx_factor)(jnp.asarray(byte)))
     np.testing.assert_array_equal(got[1:], want[1:])
     assert got[0] in (0, want[0])
 
@@ -90,7 +90,7 @@ def test_every_e8m0_byte():
 def test_the_shared_exponent_at_its_ends():
     """floor(log2 absmax) - 2, exact beside powers of two, never a subnormal."""
     absmax = np.asarray([1, np.nextafter(np.float32(2), 0), 2, 7.99, 8, 3e38, 2e-38, 0, np.nan, np.inf], np.float32)
-    got = jax.jit(formats_fp4.mx_scale)(jnp.asarray(absmax))
+    got = jax.jit(fp4.mx_scale)(jnp.asarray(absmax))
     np.testing.assert_array_equal(got, [125, 125, 126, 127, 128, 252, 1, 127, 255, 255])
 
 
@@ -226,7 +226,7 @@ def test_a_scale_a_tensor_is_repeated_for_its_rows(rng):
     """ModelOpt's files: e4m3 a block, one float32 a tensor."""
     blocks, outer = rng.uniform(0.1, 400, size=(F, D // 16)).astype(E4M3), np.float32(1.7e-4)
     data = rng.integers(0, 256, size=(F, D // 2), dtype=np.uint8)
-    scale = formats_fp4.nv_join(jnp.asarray(blocks), jnp.full((F, 1), outer))
+    scale = fp4.nv_join(jnp.asarray(blocks), jnp.full((F, 1), outer))
     weight = tensor.QTensor(data=jnp.asarray(data), scale=scale, format=NV, length=D)
     weight.validate()
     codes = np.stack([data & 15, data >> 4], axis=-1).reshape(F, -1, 16).view(E2M1).astype(np.float32)

@@ -1,19 +1,22 @@
-"""`optx report`: what stands in text and page, of exports and of plans; the page in a headless Chromium."""
+"""`optx report`: what stands in text, JSON, charts and page, of exports and of plans; the page in a headless Chromium."""
 
 import base64
+import dataclasses
 import html
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
 import browser
 import pytest
 import tiny
 
 import optx
-from optx import cli, pipeline
-from optx.cost import OpCost, step_ops
+from optx import cli, measured, pipeline, png_report, report_data
+from optx.cost import OpCost, step_bytes, step_ops
 from optx.estimate import estimate
 from optx.roofline import roofline
 from optx.target import TARGETS, Target
@@ -47,6 +50,34 @@ def written(export, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "page.html"
     assert cli.run(["report", str(export), "--target", "h100", "--html", str(path)]) == 0
     return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def times(tmp_path_factory):
+    """Steps of the export and of another recipe as `optx bench decode --against-plan` writes them: 8 and 1 sequences, by op."""
+
+    def op(name, format, predicted, told):
+        return measured.OpTime(
+            op=name, format=format, kernels=8, bytes=1e6, bound_seconds=predicted / 2, predicted_seconds=predicted,
+            measured_seconds=told,
+        )  # fmt: skip
+
+    def step(recipe, batch):
+        ops = (
+            op("matmul", "int4_g32", 4e-3, 5e-3),
+            op("attention", "int8", 2e-3, None),
+            op(measured.REST, "", 1e-3, 3e-3),
+        )
+        return measured.StepTimes(
+            model="tiny", recipe=recipe, batch=batch, context=64, bound_seconds=3.5e-3, predicted_seconds=7e-3,
+            measured_seconds=8e-3, ops=ops, kernels=[("quant_matmul", 5e-3), ("fusion", 3e-3)],
+        )  # fmt: skip
+
+    steps = (step("t4", 8), step("t4", 1), step("other", 1))
+    found = measured.Measured(device="Made 9000", date="2026-11-26", target="h100", source="our runs", steps=steps)
+    path = tmp_path_factory.mktemp("times") / "against.json"
+    path.write_text(json.dumps(found.to_dict()))
+    return path
 
 
 def words(page: str) -> str:
@@ -149,6 +180,101 @@ def test_names_are_escaped(compiled, tmp_path, capsys):
     assert "<b>" not in text and "&lt;b&gt;&amp;" in text and "Made from shapes: no weights were read" in words(text)
 
 
+def test_times_by_op_beside_the_prediction(export, times, tmp_path):
+    path = tmp_path / "page.html"
+    assert cli.run(["report", str(export), "--target", "h100", "--measured", str(times), "--html", str(path)]) == 0
+    shown = words(path.read_text(encoding="utf-8"))
+    assert "Measured on Made 9000, 2026-11-26; predicted for h100 by efficiencies (our runs)." in shown
+    assert shown.index("batch 1") < shown.index("batch 8"), "in order"
+    assert "matmul int4_g32 2 ms 4 ms 5 ms 0.800" in shown and "attention int8 1 ms 2 ms – –" in shown
+    assert "whole step 3.5 ms 7 ms 8 ms 0.875" in shown and "but those called predicted or measured" in shown
+
+
+def test_the_predicted_time_is_a_tile(written, export, tmp_path):
+    assert "Time a decode step, predicted" in words(written)
+    path = tmp_path / "page.html"
+    assert cli.run(["report", str(export), "--target", "mi300x", "--html", str(path)]) == 0
+    assert "Time a decode step, predicted" not in words(path.read_text(encoding="utf-8")), "not measured"
+
+
+# JSON and charts
+
+
+def test_the_json_has_what_the_page_shows(compiled, export, times, capsys):
+    arguments = ["--target", "h100", "--batch", "2", "--context", "64", "--measured", str(times), "--json"]
+    assert cli.run(["report", str(export), *arguments]) == 0
+    data, plan = json.loads(capsys.readouterr().out), compiled.plan
+    documented = re.findall(r"^    ([a-z, ]+?)  ", report_data.__doc__, flags=re.MULTILINE)
+    assert set(data) == {key for line in documented for key in line.split(", ")}, "every key is documented"
+    assert (data["title"], data["target"], data["batch"], data["context"], data["timed"]) == (
+        "tiny + t4",
+        "h100",
+        2,
+        64,
+        True,
+    )
+    assert data["steps"] == [step_bytes(tree, 2, 64).to_dict() for tree in plan.trees]
+    bounds = estimate(plan.tree, TARGETS["h100"], batch=2, context=64)
+    assert data["estimate"]["tpot_seconds"] == bounds.tpot
+    assert data["estimate"]["tpot_predicted_seconds"] == pytest.approx(bounds.predicted.seconds)
+    dots = data["roofline"]["decode"]["dots"]
+    assert sum(dot["share"] for dot in dots) == pytest.approx(1, abs=0.01)
+    assert all(dot["rate"] == pytest.approx(dot["intensity"] * 3.35e12) for dot in dots if dot["binds"] == "memory")
+    assert [record["errors"] for record in data["passes"]] == [dict(record.errors) for record in plan.records]
+    rows = {row["part"]: row["values"] for row in data["maps"]["error"]["rows"]}
+    assert rows["mixer/k"] == [plan.records[0].errors[f"layers/{i}/mixer/k/weight"] for i in range(2)]
+    assert sum(row["sites"] for row in data["kernels"]) > 0 and data["yaml"] == plan.recipe.to_yaml()
+    assert [step["batch"] for step in data["measured"]] == [1, 8] and data["measured"][0]["ops"][0]["ratio"] == 0.8
+
+
+def test_json_of_a_target_without_a_bandwidth(export, capsys):
+    assert cli.run(["report", str(export), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["roofline"] == {"decode": None, "prefill": None} and data["measured"] == []
+    assert data["estimate"]["tpot_seconds"] is None and data["maps"]["bytes"]["rows"]
+
+
+def test_charts_are_legible_files(export, tmp_path, capsys):
+    """Large enough to read, on white, with something drawn in colour."""
+    from matplotlib.image import imread
+
+    folder = tmp_path / "charts"
+    assert cli.run(["report", str(export), "--target", "h100", "--png", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("tiny + t4 for h100\n"), "the text as well"
+    drawn = {path.stem: imread(path)[..., :3] for path in folder.iterdir()}
+    assert drawn.keys() == {"waterfall", "roofline_decode", "roofline_prefill", "bytes", "error"}
+    for name, image in drawn.items():
+        height, width, _ = image.shape
+        assert width >= 1400 and height >= 300, name
+        assert (image[:4] == 1).all() and (image[-4:] == 1).all(), f"{name}: light, nothing cut off at the edges"
+        assert ((image.max(-1) - image.min(-1)) > 0.3).mean() > 0.001, f"{name}: no colour"
+        assert (image.max(-1) < 0.35).mean() > 0.001, f"{name}: no dark text"
+    assert cli.run(["report", str(export), "--png", str(folder)]) == 2
+    assert "has a waterfall.png; choose another folder, or --overwrite" in capsys.readouterr().err
+    assert cli.run(["report", str(export), "--png", str(folder), "--overwrite"]) == 0, "no bandwidth: no rooflines"
+
+
+def test_errors_of_outputs_are_drawn_where_they_were_measured(compiled, tmp_path):
+    outputs = {"layers/0/mixer/q": 0.1, "layers/1/mixer/q": 0.3}
+    quality = pipeline.Quality(kl=0.01, top1=0.9, tokens=10, errors=outputs)
+    plan = compiled.plan
+    records = (dataclasses.replace(plan.records[0], quality=quality), *plan.records[1:])
+    subject = report_data.Subject(
+        model="tiny", recipe=plan.recipe, target=TARGETS["h100"], trees=plan.trees, records=records, timed=True, file_bytes=0,
+        provenance=(),
+    )  # fmt: skip
+    written = png_report.write(subject, tmp_path, batch=1, context=64)
+    assert [path.stem for path in written] == list(png_report.FILES)
+    (found,) = [each for each in report_data.layer_maps((), records) if each.name == "output"]
+    assert found.row("mixer/q") == [0.1, 0.3] and found.share(0.3) == 1 and found.share(0.1) == 0
+
+
+def test_drawing_is_imported_only_to_draw():
+    code = "import sys, optx.cli; sys.exit('matplotlib' in sys.modules or 'scipy.optimize' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_every_op_stands_in_the_roofline(compiled):
     target, tree = TARGETS["h100"], compiled.plan.tree
     for step in (estimate(tree, target, batch=2, context=64).decode, estimate(tree, target, context=64).prefill):
@@ -203,8 +329,10 @@ def test_a_target_without_a_peak_says_so(export, tmp_path):
     assert "No peak of fp32 is known of m4-max" in words(path.read_text(encoding="utf-8"))
 
 
-def test_wrong_command_lines(export, tmp_path, capsys):
+def test_wrong_command_lines(export, times, tmp_path, capsys):
     (tmp_path / "there.html").write_text("mine")
+    tiny_config = tmp_path / "tiny.json"
+    tiny_config.write_text(json.dumps(tiny.CONFIG | {"vocab_size": 320}))
     for arguments, code, told in (
         ([export, "--recipe", "int8_kv8"], 2, "has its recipe; leave --recipe out"),
         ([export, "--dtype", "float16"], 2, "has its dtype; leave --dtype out"),
@@ -213,6 +341,12 @@ def test_wrong_command_lines(export, tmp_path, capsys):
         ([export, "--html", tmp_path / "no" / "a.html"], 2, "does not exist; make it first"),
         ([tmp_path / "nothing"], 1, "no such file or directory"),
         ([export, "--target", "h10"], 1, "did you mean 'h100'?"),
+        ([export, "--measured", tmp_path / "there.html"], 2, "--measured goes with --html or --json"),
+        ([export, "--json", "--measured", tmp_path / "nothing.json"], 1, "--measured"),
+        ([export, "--json", "--measured", tmp_path / "there.html"], 1, "cannot be read as JSON"),
+        ([tiny_config, "--json", "--measured", times], 1, "no step of tiny + none; it has tiny + t4, tiny + other"),
+        ([export, "--png", tmp_path / "there.html"], 2, "is a file; name a folder"),
+        ([export, "--png", tmp_path / "no" / "charts"], 2, "does not exist; make it first"),
     ):
         assert cli.run(["report", *map(str, arguments)]) == code
         assert told in capsys.readouterr().err
@@ -224,16 +358,29 @@ def test_wrong_command_lines(export, tmp_path, capsys):
 # In a browser
 
 
-@pytest.fixture
-def tab(written):
+def opened(page: str):
     tab = browser.Browser(PATH)
     try:
         tab.call("Emulation.setFocusEmulationEnabled", enabled=True)
-        tab.open("data:text/html;base64," + base64.b64encode(written.encode()).decode())
+        tab.open("data:text/html;base64," + base64.b64encode(page.encode()).decode())
         yield tab
         assert tab.complaints == []
     finally:
         tab.close()
+
+
+@pytest.fixture
+def tab(written):
+    yield from opened(written)
+
+
+@pytest.fixture
+def timed_tab(export, times, tmp_path):
+    """The page with measured times."""
+    path = tmp_path / "page.html"
+    arguments = ["--target", "h100", "--measured", str(times), "--html", str(path)]
+    assert cli.run(["report", str(export), *arguments]) == 0
+    yield from opened(path.read_text(encoding="utf-8"))
 
 
 def shown(tab, css: str) -> bool:
@@ -308,6 +455,26 @@ CONTRAST = """(() => {
   }
   return { seen, found };
 })()"""
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_measured_times_switch_by_batch_and_stand_out(timed_tab, scheme):
+    tab = timed_tab
+    tab.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    assert shown(tab, ".panel.step0 table") and not shown(tab, ".panel.step1 table")
+    tab.evaluate("document.querySelector('input[value=step0]').focus()")
+    tab.press("ArrowRight", 39)
+    assert shown(tab, ".panel.step1 table") and not shown(tab, ".panel.step0 table")
+    widths = (
+        "[...document.querySelectorAll('.panel.step1 .duo i:not(.mark)')].map((e) => e.getBoundingClientRect().width)"
+    )
+    predicted, told, *_ = tab.evaluate(widths)
+    assert predicted / told == pytest.approx(0.8, abs=0.01), "bars as long as the times"
+    result = tab.evaluate(CONTRAST)
+    assert result["seen"] > 150 and result["found"] == []
+    tab.call("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
 
 
 @needs_browser

@@ -106,7 +106,8 @@ SITES = ", ".join([*(f"layers/N/mixer/{name}" for name in "qkvo"), *(f"layers/N/
         ),
         (
             [QuantizeWeights(format="int8"), QuantizeWeights(format="int4", match=".*/down")],
-            "recipe.weights[1]: unused, earlier rules of quantize_weights take all its sites (layers/0/mlp/down, ...)",
+            "recipe.weights[1]: unused, earlier rules of quantize_weights take all its sites (layers/0/mlp/down, ...); "
+            "narrow their 'match', or take it out",
         ),
         (
             [QuantizeWeights(format="int8"), QuantizeWeights(format="int4", match="(down")],
@@ -540,7 +541,8 @@ def test_low_bit_keys_under_a_bias_are_refused_unless_allowed(format, refused, f
     recipe = Recipe(cache=[QuantizeKV(format=format)], lower=[FuseProjections()] if fuse else [])
     if refused:
         with pytest.raises(
-            LegalityError, match=r"layers/0/mixer: a key bias .*override with allow: \[k_bias_low_bit_kv\]"
+            LegalityError,
+            match=r"quantize_kv at layers/0/mixer and 1 more: a key bias .*override with allow: \[k_bias_low_bit_kv\]",
         ):
             optx.plan(tree, recipe)
         recipe = dataclasses.replace(recipe, allow=("k_bias_low_bit_kv",))

@@ -108,8 +108,11 @@ def test_an_error_says_which_of_the_recipes_it_is_about(plan_, model, tmp_path):
 
 def test_why_names_the_refusal_where_it_holds_and_how_to_override_it(plan_, keys4):
     code, out, err = plan_("qwen2.5-7b", "--recipe", keys4, "--target", "h100", "--why")
-    assert code == 1 and err.startswith("error: layers/0/mixer: a key bias")
-    assert "k_bias_low_bit_kv: holds at layers/0-27/mixer: refused" in out and "overlap: does not hold" in out
+    assert code == 1 and err.startswith("error: quantize_kv at layers/0/mixer and 27 more: a key bias")
+    assert (
+        "k_bias_low_bit_kv: holds for quantize_kv at layers/0-27/mixer (paged int4): refused" in out
+        and "overlap: does not hold" in out
+    )
     assert "override: allow: [k_bias_low_bit_kv] in the recipe" in out
     facts = json.loads(plan_("qwen2.5-7b", "--recipe", keys4, "--target", "h100", "--why", "--json")[1])["legality"]
     assert {f["fact"]: f["value"] for f in facts["facts"]} == {
@@ -127,7 +130,24 @@ def test_an_overridden_refusal_still_holds_and_the_plan_follows(plan_, keys4, tm
     allowed.write_text(LOW_KEYS + "allow: [k_bias_low_bit_kv]\n", encoding="utf-8")
     code, out, err = plan_("qwen2.5-7b", "--recipe", allowed, "--target", "h100", "--context", 100, "--why")
     assert (code, err) == (0, "")
-    assert "k_bias_low_bit_kv: holds at layers/0-27/mixer: allowed by the recipe" in out and "quantize_kv" in out
+    assert (
+        "k_bias_low_bit_kv: holds for quantize_kv at layers/0-27/mixer (paged int4): allowed by the recipe" in out
+        and "quantize_kv" in out
+    )
+
+
+@pytest.mark.parametrize("json_", [[], ["--json"]], ids=["text", "json"])
+def test_why_of_a_recipe_that_cannot_run_says_what_was_read_so_far(plan_, json_):
+    code, out, err = plan_("mamba2-2.7b", "--recipe", "int8_kv8", "--target", "h100", "--why", *json_)
+    assert code == 1 and err.startswith("error: quantize_kv at layers/0/mixer and 63 more: every layer keeps a state")
+    if not json_:
+        assert "no_token_cache: holds for quantize_kv at layers/0-63/mixer (state bfloat16): refused" in out
+        assert "source: arithmetic: bytes of a state" in out and "override: none" in out
+        return
+    found = json.loads(out)["legality"]["refusals"]
+    (refusal,) = [each for each in found if each["holds"]]
+    assert refusal["name"] == "no_token_cache" and refusal["passes"] == ["quantize_kv"] and refusal["override"] is None
+    assert refusal["got"] == ["state bfloat16"] and {"why", "fix", "source", "where", "refused"} <= refusal.keys()
 
 
 def test_why_adds_to_the_plan_and_takes_nothing_away(plan_, model):
@@ -193,6 +213,29 @@ def test_what_is_remembered_of_a_good_model_excuses_no_broken_one():
     assert "logits were" in verify.logits_unchanged(tree, wider)
 
 
+@pytest.mark.parametrize("name", ["hybrid", *families.FAMILIES])
+def test_what_is_remembered_of_parts_and_ops_has_the_shapes_that_they_make(name):
+    """The second trace meets only what the first one left; both are what a trace without memory gives."""
+    tree = ir.abstract(families.hybrid()) if name == "hybrid" else families.abstract(name)
+    tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    graph, state = nnx.split(tree)
+    want = jax.eval_shape(lambda state, tokens: nnx.merge(graph, state)(tokens), state, tokens)
+    verify._known.clear()
+    assert verify._eval(lambda model, t: model(t), tree, tokens) == want
+    known = len(verify._known)
+    assert verify._eval(lambda model, t: model(t), tree, tokens) == want and len(verify._known) == known > 3
+
+
+def test_a_part_that_was_traced_once_is_traced_again_where_it_changed():
+    tree, tokens = families.abstract("llama"), jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    verify._eval(lambda model, t: model(t), tree, tokens)
+    broken = ir.shallow(tree)
+    up = tree.layers[1].mlp.up
+    ir.put(broken, "layers/1/mlp/up", ir.replace(up, weight=jax.ShapeDtypeStruct((7, 64), jnp.float32)))
+    with pytest.raises(optx.errors.VerifyError, match="logits_unchanged: the model does not run"):
+        verify.check(tree, broken, "it", (verify.logits_unchanged,))
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_shallow_makes_what_flax_clones(family):
     tree = families.abstract(family)
@@ -226,7 +269,7 @@ def test_a_copy_made_in_a_trace_may_be_changed_there():
 def test_a_plan_on_shapes_is_the_plan_that_legality_let_pass(keys4):
     recipe, source = Recipe.from_yaml(keys4), from_module(families.abstract("llama", attention_bias=True), "tiny")
     planned = api.on_shapes(source, recipe, "h100")
-    judged = {each.name: each for each in legality.judge(recipe, planned.tree)}
+    judged = {each.name: each for each in legality.judge(recipe, planned.trees)}
     with pytest.raises(optx.errors.LegalityError, match=re.escape(judged["k_bias_low_bit_kv"].where[0])):
         optx.plan(source, recipe, "h100")
     allowed = dataclasses.replace(recipe, allow=("k_bias_low_bit_kv",))

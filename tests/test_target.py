@@ -52,7 +52,8 @@ def test_every_figure_has_one_source(name):
     known = [figure for figure in target.FIGURES if getattr(row, figure) != unset[figure]]
     told = sorted(figure for source in row.sources for figure in source.figures)
     assert told == sorted(known)
-    assert all(source.title and source.url.startswith("https://") for source in row.sources)
+    assert all(source.title for source in row.sources)
+    assert all(source.url.startswith("https://") for source in row.sources if source.figures != ("decode",)), "measured"
     assert all(row.source(figure) in row.sources for figure in known)
 
 

@@ -1,6 +1,7 @@
 """One decode step of a model's shape with random weights on the running device: time, compile time, bytes against bandwidth.
 
     optx bench decode [--shape CONFIG] [--batch 32] [--context 896] [--recipe NAME] [--require xla] [--out FILE]
+    optx bench decode --against-plan ...     beside what the plan predicts: optx/bench/against.py
     python -m optx.bench.step CONFIG [--recipe NAME] [--batch 1,32] [--context 896] [--require xla] [--json FILE]
 
 CONFIG is the name of one of SHAPES, of a config that ships with optx, or a config.json: nothing is downloaded. The step is the
@@ -16,7 +17,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -105,20 +106,29 @@ def ticks(stepper: Stepper, batch: int, context: int, page_size: int):
     )
 
 
-def measure(planned: optx.Plan, tree: nnx.Module, batch: int, context: int, page_size: int, read: float) -> StepTime:
+def stepping(tree: nnx.Module, batch: int, context: int, page_size: int) -> Callable[[], object]:
+    """The engine's tick of a lowered tree, greedy: a call runs one."""
     program = lower.Program.of(tree)
     layout = Layout(pages=batch * pages_for(context, page_size), page_size=page_size, slots=batch)
     stepper = Stepper(program, [layout] * max(len(program.plan.keys), 1), batch)
-    tick = ticks(stepper, batch, context, page_size)
+    return functools.partial(stepper, ticks(stepper, batch, context, page_size), "greedy")
+
+
+def timed(step: Callable[[], object]) -> tuple[float, float]:
+    """(seconds of one step in a row of them, seconds of the first, which compiles)."""
     start = time.perf_counter()
-    jax.block_until_ready(stepper(tick, "greedy"))
+    jax.block_until_ready(step())
     compiled = time.perf_counter() - start
-    jax.block_until_ready(stepper(tick, "greedy"))
+    jax.block_until_ready(step())
     start = time.perf_counter()
     for _ in range(TICKS):
-        chosen = stepper(tick, "greedy")
+        chosen = step()
     jax.block_until_ready(chosen)
-    seconds = (time.perf_counter() - start) / TICKS
+    return (time.perf_counter() - start) / TICKS, compiled
+
+
+def measure(planned: optx.Plan, tree: nnx.Module, batch: int, context: int, page_size: int, read: float) -> StepTime:
+    seconds, compiled = timed(stepping(tree, batch, context, page_size))
     moved = planned.bytes_per_token(batch, context)
     bound = sum(moved.values()) / read
     return StepTime(
@@ -158,13 +168,32 @@ def run(
 ) -> list[StepTime]:
     """Times every shape under every recipe (None: as the config says) at every batch. say: called with what is under way."""
     read, found = timing.read_ceiling(), []
-    for shape, recipe in itertools.product(shapes, recipes):
-        planned = optx.plan(source(shape, dtype), recipe, "auto")
-        tree = lower.lower(random_weights(planned.tree), planned.target, require)
-        say(f"{planned.name}: {ir.size_text(ir.weight_bytes(tree))} of weights\n{lower.explain(tree)}")
+    for planned, make in lowered(shapes, recipes, require=require, dtype=dtype, say=say):
+        tree = make()
         found += [measure(planned, tree, batch, context, page_size, read) for batch in batches]
         del tree
     return found
+
+
+def lowered(
+    shapes: Sequence[str],
+    recipes: Sequence[Recipe | None],
+    *,
+    require: str | None,
+    dtype: str | None,
+    say: Callable[[str], None],
+) -> Iterator[tuple[optx.Plan, Callable[[], nnx.Module]]]:
+    """The plan of every shape under every recipe for the running device, and what makes its tree with random weights: a device
+    holds one at a time."""
+
+    def make(planned: optx.Plan) -> nnx.Module:
+        tree = lower.lower(random_weights(planned.tree), planned.target, require)
+        say(f"{planned.name}: {ir.size_text(ir.weight_bytes(tree))} of weights\n{lower.explain(tree)}")
+        return tree
+
+    for shape, recipe in itertools.product(shapes, recipes):
+        planned = optx.plan(source(shape, dtype), recipe, "auto")
+        yield planned, functools.partial(make, planned)
 
 
 HEADER = ("model", "batch", "context", "ms a step", "tokens/s", "GB a step", "bound, ms", "x bound", "compile s")

@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from optx import ir, pipeline
@@ -58,7 +57,7 @@ def write_export(
         )
     with atomic_folder(folder, overwrite) as partial:
         arrays = flatten(tree)
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(partial / WEIGHTS, arrays)
         manifest = {
             "version": VERSION,
@@ -232,11 +231,18 @@ def _restore(weights: Path, table, digests: Mapping[str, str]) -> dict[str, Any]
             )
     abstract = {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, (shape, dtype) in table.items()}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             return checkpointer.restore(weights.resolve(), abstract)
     except (ValueError, KeyError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{weights}: damaged or incomplete: {first}") from None
+
+
+def _checkpointer():
+    """Imported here: orbax takes as long to import as optx does."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint.StandardCheckpointer()
 
 
 def _check_text(folder: Path, tree: nnx.Module) -> None:

@@ -4,10 +4,12 @@ A choice is never made at run time and never falls back silently: a call site th
 one that was not (a tree between two passes) runs the reference row.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -129,7 +131,6 @@ ROWS: tuple[Row, ...] = (
         variant="whole",
         module="ragged_paged_attention.whole_sm90",
         order="own",
-        verified=False,
     ),
     Row(op="paged_decode", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90", order="batch"),
     Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu"),
@@ -218,7 +219,21 @@ def call(op: str, choices: tuple[OpChoice, ...], *args, **kwargs):
     """Runs the op by the row recorded in `choices`, or by its reference when the site was not lowered."""
     if check := getattr(checks, op, None):
         check(*args, **kwargs)
-    for choice in choices:
-        if choice.op == op:
-            return row_of(choice).run(*args, **kwargs)
-    return rows(op)[-1].run(*args, **kwargs)
+    row = next((row_of(choice) for choice in choices if choice.op == op), None) or rows(op)[-1]
+    if (run := _through.get()) is not None:
+        return run(row.run, *args, **kwargs)
+    return row.run(*args, **kwargs)
+
+
+_through: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("calls of ops go through", default=None)
+
+
+@contextlib.contextmanager
+def through(run: Callable) -> Iterator[None]:
+    """Calls of ops made inside go through run(function, *args, **kwargs), which returns what the function does or what
+    stands for it."""
+    before = _through.set(run)
+    try:
+        yield
+    finally:
+        _through.reset(before)

@@ -1,10 +1,11 @@
 """The passes, in the order in which they run: the table of contents."""
 
 from optx import registry
-from optx.passes import fuse_projections, quantize_kv, quantize_weights, sliding_window
+from optx.passes import fuse_projections, gptq, quantize_kv, quantize_weights, sliding_window
 
 ORDER = (
     sliding_window,  # attention: reads
+    gptq,  # weights: bits, calibrated
     quantize_weights,  # weights: bits
     quantize_kv,  # cache: bits
     fuse_projections,  # lower: layout

@@ -4,7 +4,7 @@ import families
 import pytest
 
 import optx
-from optx import ir
+from optx import ir, pipeline
 from optx.errors import PassError
 from optx.formats import Float8, Int
 from optx.passes.fuse_projections import FuseProjections
@@ -106,7 +106,7 @@ def test_a_shared_cache_is_its_owners():
 
 def test_a_packed_cache_is_not_packed_again():
     with pytest.raises(PassError, match="quantize_kv at layers/2/mixer: the cache is stored as int8 already"):
-        optx.plan(families.hybrid(), Recipe(cache=[QuantizeKV(match="layers/2/mixer")]))
+        pipeline.run(families.hybrid(), Recipe(cache=[QuantizeKV(match="layers/2/mixer")]))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_packed_cache_is_not_packed_again():
 )
 def test_options_that_fit_no_cache(options, changes, told):
     with pytest.raises(PassError, match=f"quantize_kv at layers/./mixer: {told}"):
-        optx.plan(families.abstract("llama", **changes), Recipe(cache=[QuantizeKV(**options)]))
+        pipeline.run(families.abstract("llama", **changes), Recipe(cache=[QuantizeKV(**options)]))
 
 
 def test_fused_attention_is_a_site_too():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optx
-from optx import formats, ir, tensor
+from optx import formats, ir, pipeline, tensor
 from optx.checkpoint.source import from_module
 from optx.errors import PassError
 from optx.formats import NAMES, Int
@@ -172,7 +172,7 @@ def packed_source():
 def test_a_packed_weight_is_not_rounded_again_unasked():
     source, packed = packed_source()
     with pytest.raises(PassError) as error:
-        optx.plan(source, recipe(format="int8"))
+        pipeline.run(source.tree, recipe(format="int8"))
     assert str(error.value) == (
         "quantize_weights at layers/0/mlp/gate: the weight is packed already, int4_g8[32, 64]; "
         "load with weights='dense', narrow 'match', or set requantize: true"
@@ -190,7 +190,7 @@ def test_a_packed_gguf_is_not_rounded_again_unasked(tmp_path):
         tmp_path / "model.gguf", model, lambda rows: ("Q8_0", families.q8_0(rows)), num_hidden_layers=1
     )
     with pytest.raises(PassError, match=r"at layers/0/m.*: the weight is packed already, q8_0\["):
-        optx.plan(optx.load(path, weights="packed"), recipe(format="int4", group=8))
+        pipeline.run(optx.load(path, weights="packed").tree, recipe(format="int4", group=8))
     assert optx.plan(optx.load(path), recipe(format="int4", group=8)).records
     assert optx.plan(optx.load(path, weights="packed"), recipe(format="int4", group=8, requantize=True)).records
 
@@ -209,7 +209,7 @@ def test_a_packed_gguf_is_not_rounded_again_unasked(tmp_path):
 )
 def test_options_that_fit_no_weight(options, told):
     with pytest.raises(PassError, match=rf"quantize_weights at layers/\S+, weight \[\d+, \d+\]: {told}"):
-        optx.plan(families.abstract("llama"), recipe(**options))
+        pipeline.run(families.abstract("llama"), recipe(**options))
 
 
 def test_options_are_frozen_and_comparable():

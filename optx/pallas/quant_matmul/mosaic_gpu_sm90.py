@@ -21,10 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from optx import formats_fp4 as fp4
 from optx import tensor
 from optx.errors import LoweringError
-from optx.formats import Float4, Float8, Format, Int
+from optx.formats import Float4, Float8, Format, Int, fp4
 from optx.pallas.quant_matmul.mosaic_gpu_sm90_fragments import BLOCK, WORDS, Fragments, relayout
 from optx.tensor import QTensor
 

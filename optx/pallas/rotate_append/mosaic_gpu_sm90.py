@@ -346,7 +346,7 @@ class _Head:
     def _across(self, x, op):
         return across(self.m, x, op)
 
-    # Codes, by the rules of optx/formats.py
+    # Codes, by the rules of optx/formats/ints.py
 
     def _codes(self, numbers):
         """-> (words of two codes by place, word of the scale, zero point or None)."""

@@ -46,8 +46,8 @@ def mx_factor(byte: jax.Array) -> jax.Array:
     return jnp.where(byte == 255, jnp.nan, jnp.where(byte == 0, smallest, factor))
 
 
-def nv_scale(absmax: jax.Array) -> jax.Array:
-    """float32[..., blocks] -> uint8[..., blocks + 4]: e4m3 of a block, then the row's float32.
+def nv_scale(absmax: jax.Array, shrink: float | jax.Array = 1.0) -> jax.Array:
+    """float32[..., blocks] -> uint8[..., blocks + 4]: e4m3 of a block (of `shrink` times its largest), then the row's float32.
 
     outer = max / (6 * 448) over the row's finite blocks, block = absmax / 6 / outer in e4m3, 1 for zeros; a block that
     holds what is not finite has the NaN of e4m3.
@@ -56,7 +56,7 @@ def nv_scale(absmax: jax.Array) -> jax.Array:
     largest = jnp.max(jnp.where(finite, absmax, 0), axis=-1, keepdims=True)
     outer = jnp.maximum(largest / (TOP * E4M3_TOP), float(jnp.finfo(jnp.float32).tiny) / E4M3_LEAST)
     outer = jnp.where(largest > 0, outer, 1)
-    block = jnp.clip(absmax / TOP / outer, E4M3_LEAST, E4M3_TOP)
+    block = jnp.clip(absmax * shrink / TOP / outer, E4M3_LEAST, E4M3_TOP)
     block = jnp.where(finite, jnp.where(absmax > 0, block, 1), jnp.nan)
     return nv_join(block.astype(jnp.float8_e4m3fn), outer)
 

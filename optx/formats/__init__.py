@@ -1,0 +1,53 @@
+"""Storage formats of tensors."""
+
+import dataclasses
+import re
+
+from optx.errors import FormatError, did_you_mean
+from optx.formats.base import Format, Parts
+from optx.formats.blocks import GGML, WRITTEN
+from optx.formats.float4 import Float4
+from optx.formats.float8 import Float8
+from optx.formats.ints import Int
+from optx.ggml import BLOCKS
+
+__all__ = ["GGML", "NAMES", "Float4", "Float8", "Format", "Int", "Parts", "parse", "writable"]
+
+NAMES = WRITTEN
+_TEXT = re.compile(
+    r"(?:int(?P<width>\d+)|fp8_(?P<kind>e4m3|e5m2)|(?P<fp4>mx|nv)fp4)(?:_g(?P<group>\d+))?(?P<asym>_asym)?"
+)
+
+
+def parse(text: str) -> Format:
+    """`int4_g64`, `int8_asym`, `fp8_e4m3`, `mxfp4`, `q4_1` -> Format. Inverse of `str(format)`.
+
+    A block type's own name in capitals, `MXFP4`, is that of the file.
+
+    Raises: FormatError naming the nearest known format.
+    """
+    block = text.removeprefix("gguf_").upper()
+    if block in BLOCKS and text not in NAMES:
+        return GGML(block=block)
+    match = _TEXT.fullmatch(text)
+    if match is None or (match["asym"] and not match["width"]):
+        known = (*NAMES, *(str(GGML(block=name)) for name in BLOCKS))
+        raise FormatError(f"format {text!r} is not known{did_you_mean(text, known)}")
+    group = int(match["group"]) if match["group"] else None
+    if match["kind"]:
+        return Float8(kind=match["kind"], group=group)
+    if match["fp4"]:
+        return Float4(kind=match["fp4"], group=group)
+    return Int(width=int(match["width"]), group=group, symmetric=not match["asym"])
+
+
+def writable(name: str, *, symmetric: bool = True, **fields) -> Format:
+    """The format called `name` (one of NAMES) with `fields` set. Raises FormatError for what it cannot have."""
+    if name not in NAMES:
+        raise FormatError(f"format {name!r} is not one that optx writes{did_you_mean(name, NAMES)}")
+    format_ = dataclasses.replace(parse(name), **fields)
+    if symmetric:
+        return format_
+    if not isinstance(format_, Int):
+        raise FormatError(f"{name} has no zero point; set symmetric: true")
+    return dataclasses.replace(format_, symmetric=False)
