@@ -73,8 +73,8 @@ def blocks(
         if tree is not None:
             yield prefix, ir.get(tree, prefix)
         else:
-            block = source.block(prefix)
-            yield prefix, pipeline.apply_block(block, prefix, recipe, planned.trees, planned.records, feed)
+            made = (prefix, recipe, planned.trees, planned.records, feed)
+            yield prefix, pipeline.apply_block(source.block(prefix), *made)  # no name holds the dense block on
 
 
 def _check_text(recipe: Recipe, given: bool, measured: bool) -> None:

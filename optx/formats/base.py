@@ -39,6 +39,11 @@ class Format:
         """Whether a group carries a zero point."""
         return False
 
+    @property
+    def block_rows(self) -> int:
+        """Rows of the packed array that share their scales: of R rows of `data`, `scale` has ceil(R / block_rows)."""
+        return 1
+
     def check(self, length: int) -> str | None:
         """Why an axis of `length` numbers cannot be stored, or None."""
         raise NotImplementedError
@@ -121,4 +126,5 @@ def unpack_bits(data, width):
 
 def spread(groups: jax.Array, length: int) -> jax.Array:
     """[..., G] -> [..., D], each group's number D / G times."""
-    return jnp.repeat(groups, length // groups.shape[-1], axis=-1)
+    wide = jnp.broadcast_to(groups[..., None], (*groups.shape, length // groups.shape[-1]))
+    return wide.reshape(*groups.shape[:-1], length)
