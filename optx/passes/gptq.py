@@ -14,7 +14,7 @@ from optx.formats import Format, Parts
 from optx.ir import replace
 from optx.nn.core import Linear
 from optx.nn.moe import GroupedLinear
-from optx.passes.quantize_weights import QuantizeWeights, grid_of, weight_of
+from optx.passes.quantize_weights import QuantizeWeights, Scales, grid_of, weight_of
 from optx.registry import Axis, Noted, Seen, Site, Stage, register
 from optx.tensor import QTensor
 
@@ -48,8 +48,9 @@ def gptq(site: Site, linear: Linear | GroupedLinear, opt: GPTQ) -> Linear | Grou
         raise PassError(f"gptq at {site.path}: no statistics of its inputs; compile with calibration text")
     rows, gram = jnp.swapaxes(weight, -1, -2), site.seen.gram
     format_ = _checked(site, weight, opt)
-    parts, worst = _solve(rows, gram, format_, opt)
-    if not bool(jnp.isfinite(worst)):
+    how = {"scales": opt.scales, "damp": opt.damp, "act_order": opt.act_order}
+    parts, factors = solve(rows, gram, format=format_, **how)
+    if not bool(jnp.all(jnp.isfinite(factors))):
         raise PassError(
             f"gptq at {site.path}: the Gram matrix of {int(jnp.sum(site.seen.tokens)):,} tokens, with damp {opt.damp:g} on its "
             "diagonal, has no Cholesky factor; give more calibration text or a larger damp"
@@ -82,26 +83,37 @@ def _checked(site: Site, weight, opt: GPTQ) -> Format:
     return format_
 
 
-def _solve(rows: jax.Array, gram: jax.Array, format: Format, opt: GPTQ) -> tuple[Parts, jax.Array]:
-    """rows [..., F, D], gram [..., D, D] -> (packed, a number that is not finite where a factor was not)."""
-    one = functools.partial(solve, format=format, scales=opt.scales, damp=opt.damp, act_order=opt.act_order)
+# Trying out ways of running the products takes ten seconds of compiling on a GPU and saves nothing.
+QUICK = {"xla_gpu_autotune_level": "0"}
+
+
+@functools.partial(jax.jit, static_argnames=("format", "scales", "damp", "act_order", "block"), compiler_options=QUICK)
+def solve(
+    rows: jax.Array,
+    gram: jax.Array,
+    *,
+    format: Format,
+    scales: Scales = "absmax",
+    damp: float = 0.01,
+    act_order: bool = True,
+    block: int = BLOCK,
+) -> tuple[Parts, jax.Array]:
+    """rows float[..., F, D], gram float32[..., D, D] -> (Parts, float32[...] that is not finite where a Gram matrix had no
+    factor). Channels that were never active are rounded alone."""
+    how = {"format": format, "scales": scales, "damp": damp, "act_order": act_order, "block": block}
     if rows.ndim == 2:
-        return one(rows, gram)
-    return jax.lax.map(lambda each: one(*each), (rows, gram), batch_size=AT_ONCE)
+        return _solve(rows, gram, **how)
+    return jax.lax.map(lambda each: _solve(*each, **how), (rows, gram), batch_size=AT_ONCE)
 
 
-@functools.partial(jax.jit, static_argnames=("format", "scales", "damp", "act_order", "block"))
-def solve(rows, gram, *, format: Format, scales="absmax", damp=0.01, act_order=True, block=BLOCK):
-    """rows float[F, D], gram float32[D, D] -> (Parts, sum of the factor's diagonal).
-
-    Channels that were never active are rounded alone. D is padded to blocks with channels that do nothing.
-    """
+def _solve(rows, gram, *, format: Format, scales, damp, act_order, block):
+    """Of one matrix. D is padded to blocks with channels that do nothing."""
     w, d = rows.astype(jnp.float32), rows.shape[-1]
     diagonal = jnp.diagonal(gram)
     scale, zero = grid_of(format, w, scales, diagonal)
     step, offset = format.steps(scale, zero, d)
     order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(d)
-    upper = _factor(gram[order][:, order], damp)
+    upper = factor(gram[order][:, order], damp)
     pad = -d % block
     upper = jnp.pad(upper, ((0, pad), (0, pad))) + jnp.diag((jnp.arange(d + pad) >= d).astype(jnp.float32))
     turned = [
@@ -112,7 +124,7 @@ def solve(rows, gram, *, format: Format, scales="absmax", damp=0.01, act_order=T
     return format.assemble(codes, scale, zero), jnp.sum(jnp.diagonal(upper))
 
 
-def _factor(gram, damp):
+def factor(gram, damp):
     """Upper triangular U with U^T U = (gram + damp mean(diagonal) I)^-1. With J the reversal, J gram J = L L^T gives
     U = (J L J)^-1."""
     diagonal = jnp.diagonal(gram)
