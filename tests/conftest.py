@@ -31,6 +31,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Threads of XLA's CPU client, else one a core: the GPU interpreter runs each warpgroup in one, and they wait for each other.
 os.environ.setdefault("NPROC", "8")
+# LAPACK's own threads wait in a loop, which workers that share the cores pay for.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.fixture
