@@ -14,6 +14,7 @@ from flax import nnx
 from optx import evaluate, ir, legality, lower, pipeline, quality
 from optx import target as targets
 from optx.checkpoint import export as exports
+from optx.checkpoint.export_ct import write_compressed_tensors
 from optx.checkpoint.export_hf import write_hf
 from optx.checkpoint.source import Source, from_module, open_config, open_gguf, open_hf
 from optx.configs import model_names, model_path
@@ -221,18 +222,19 @@ def compile(
     calibration: str | Path | None = None,
     measured: bool = True,
     dump: str | Path | None = None,
+    work: str | Path | None = None,
     progress: bool = False,
 ) -> "Compiled":
     """Plans, then streams the weights in block by block through the passes, then chooses a kernel for every op.
 
-    Memory peaks at the compressed model plus one dense block. dump: a folder for the tree after each pass.
-    calibration: a text or a file of one, which calibrated passes see, and on which, unless `measured` is False, the report
-    shows what each lossy pass cost and `max_kl` is kept (see `optx.quality`): the uncompiled model then stays in memory.
+    Memory peaks at the compressed model plus one dense block. dump, work: folders for the tree after each pass, and for the
+    blocks until all are done. calibration: a text or a file of one, which calibrated passes see, and on which, unless
+    `measured` is False, each lossy pass is measured and `max_kl` kept (optx.quality): nothing streams then.
     Raises: what `plan` raises, CheckpointError for bad weights, LoweringError, QualityError for a broken budget.
     """
     planned = plan(model, recipe, target, [Dump(dump)] if dump else [])
     tree = ir.shallow(planned.tree)
-    for prefix, block in quality.blocks(planned, calibration, progress, measured):
+    for prefix, block in quality.blocks(planned, calibration, progress, measured, work):
         ir.put(tree, prefix, lower.lower(block, planned.target, planned.recipe.require))
     return Compiled(tree, planned)
 
@@ -241,8 +243,7 @@ class Compiled:
     """A compiled model: runs, reports, exports."""
 
     def __init__(self, tree: nnx.Module, planned: Plan):
-        self.tree = tree
-        self.plan = planned
+        self.tree, self.plan = tree, planned
         self.tokenizer: Tokenizer | None = planned.source.tokenizer
         self.program = lower.Program.of(tree)
         self._engines: dict[EngineOptions, Engine] = {}
@@ -360,7 +361,7 @@ class Compiled:
         return generate(self._engines[options], self.tokenizer, ids, sampling, on_text)
 
     def evaluate(self, text: str, **options) -> "evaluate.Evaluation":
-        """Perplexity on a text; see `optx.evaluate.evaluate`."""
+        """`optx.evaluate.evaluate`."""
         return evaluate.evaluate(self, text, **options)
 
     def export(self, folder: str | Path, *, format: str = "optx", overwrite: bool = False) -> Path:
@@ -374,25 +375,25 @@ def check_ids(ids: np.ndarray, vocab: int) -> None:
         raise RequestError(f"token id {int(bad.flat[0])} is outside the vocabulary; allowed: 0 to {vocab - 1}")
 
 
-EXPORTS = ("optx", "hf")
+CHECKPOINTS = {"hf": write_hf, "compressed-tensors": write_compressed_tensors}
 
 
 def export(model: Compiled | Source, folder: str | Path, *, format: str = "optx", overwrite: bool = False) -> Path:
     """Writes a model to a folder that appears whole or not at all.
 
-    format: "optx", a compiled model that `load` gives back with bit-equal logits (orbax checkpoint, manifest,
-    tokenizer); "hf", a dense Hugging Face checkpoint (safetensors, config.json, tokenizer), also of a loaded model.
+    format: "optx", a compiled model that `load` gives back with bit-equal logits; "hf", a dense Hugging Face checkpoint,
+    also of a loaded model; "compressed-tensors", the same with weights as they are packed, for vLLM and SGLang.
     Raises CheckpointError when the folder is occupied, and for what the format cannot hold.
     """
-    if format not in EXPORTS:
-        raise CheckpointError(f"export format {format!r} is not supported{did_you_mean(format, EXPORTS)}")
+    if format not in (known := ("optx", *CHECKPOINTS)):
+        raise CheckpointError(f"export format {format!r} is not supported{did_you_mean(format, known)}")
     source = model.plan.source if isinstance(model, Compiled) else model
     tree = lower.canonical(model.tree) if isinstance(model, Compiled) else source.tree
-    if format == "hf":
+    if format in CHECKPOINTS:
         if isinstance(model, Compiled):
             values = {path: variable.get_value() for path, variable in ir.params(tree).items()}
             source = dataclasses.replace(source, tree=ir.abstract(tree), read=values.__getitem__)
-        return write_hf(source, Path(folder), by_hf_type, overwrite=overwrite)
+        return CHECKPOINTS[format](source, Path(folder), by_hf_type, overwrite=overwrite)
     if not isinstance(model, Compiled):
         raise CheckpointError(f"{source.origin.name}: compile it before an optx export; format='hf' takes it as it is")
     report = kept(model.plan.records, model.plan.target)

@@ -10,6 +10,7 @@ from optx import cli_bisect, ir
 from optx import target as targets
 from optx.bench import against, ceilings, kernels, serve, step, timing
 from optx.checkpoint.export import check_free
+from optx.checkpoint.export_ct import encoded_again
 from optx.checkpoint.source import Source
 from optx.errors import RequestError, UsageError, did_you_mean, no_such_path
 from optx.generate import encode_chat
@@ -59,7 +60,9 @@ def _module(entry: ir.Entry) -> dict:
     return {"path": entry.path, "text": entry.text, "bytes": entry.bytes}
 
 
-def compile(model: str, *, weights, dtype, recipe, target, out, calibration, bisect, dump, overwrite, json) -> None:
+def compile(
+    model: str, *, weights, dtype, recipe, target, out, calibration, unmeasured, bisect, dump, overwrite, json
+) -> None:
     chosen = _recipe(recipe)
     text = _calibration(chosen, calibration)
     if bisect:
@@ -71,7 +74,16 @@ def compile(model: str, *, weights, dtype, recipe, target, out, calibration, bis
         raise UsageError("compile: --out DIR is missing; only --bisect writes nothing")
     check_free(Path(out), overwrite)  # before the work, not after
     source = optx.load(model, weights, dtype)
-    compiled = optx.compile(source, chosen, target, calibration=text, dump=dump, progress=_terminal())
+    compiled = optx.compile(
+        source,
+        chosen,
+        target,
+        calibration=text,
+        measured=not unmeasured,
+        dump=dump,
+        work=f"{out}.work" if unmeasured else None,
+        progress=_terminal(),
+    )
     compiled.export(out, overwrite=overwrite)
     if json:
         _print_json(compiled.report.to_dict() | {"out": out})
@@ -129,13 +141,17 @@ def speculation(how: str | None) -> optx.Speculation | None:
 
 
 def export(model: str, *, weights, dtype, format, out, overwrite) -> None:
-    if format != "hf":
-        raise UsageError(f"export --format {format}: not supported yet; supported: hf")
+    if format == "gguf":
+        raise UsageError(f"export --format {format}: not supported yet; supported: hf, compressed-tensors")
     check_free(Path(out), overwrite)
     source = optx.load(model, weights, dtype)
     optx.export(source, out, format=format, overwrite=overwrite)
     size = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
-    print(f"{source.origin.name}: dense {source.origin.dtype} safetensors, {ir.size_text(size)}, written to {out}")
+    kind = f"dense {source.origin.dtype}" if format == "hf" else format
+    print(f"{source.origin.name}: {kind} safetensors, {ir.size_text(size)}, written to {out}")
+    if format == "compressed-tensors" and (changed := encoded_again(Path(out))):
+        worst = f"rms of the change up to {max(changed.values()):.2%} of the weights'"
+        print(f"{len(changed)} nvfp4 weights encoded again under one outer scale a tensor: {worst}")
 
 
 def evaluate(

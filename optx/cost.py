@@ -22,6 +22,8 @@ from optx.target import Target
 
 MULTIPLIED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # type of activations: field of Peak
 
+CODES = {"int8": "int8", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8"}  # type of both operands' codes: field of Peak
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpCost:
@@ -93,7 +95,9 @@ def _weights(tree, batch, tokens) -> Iterator[OpCost]:
             continue
         seen |= {id(v) for v in own.values()}
         rows = batch if module is head else batch * tokens
-        yield _weight_cost(path, {n: v.get_raw_value() for n, v in own.items()}, rows, shares[path], module is head)
+        activations = getattr(module, "activations", None)
+        values = {n: v.get_raw_value() for n, v in own.items()}
+        yield _weight_cost(path, values, rows, shares[path], module is head, activations)
 
 
 def _parent(path: str) -> str:
@@ -102,7 +106,7 @@ def _parent(path: str) -> str:
     return "" if above.count("/") == 0 else above
 
 
-def _weight_cost(path, values, rows, share, head) -> OpCost:
+def _weight_cost(path, values, rows, share, head, activations) -> OpCost:
     """share: of the module that one token takes, as many tokens as `rows` being expected to take 1 - (1 - share)^rows."""
     matrices = {name: x for name, x in values.items() if len(x.shape) > 1}
     main = max(matrices.values() or values.values(), key=lambda x: math.prod(x.shape))
@@ -113,10 +117,20 @@ def _weight_cost(path, values, rows, share, head) -> OpCost:
         path=path,
         op=op,
         format=str(main.format) if tensor.is_packed(main) else np.dtype(main.dtype).name,
-        dtype=MULTIPLIED.get(np.dtype(main.dtype).name, "fp32"),
+        dtype=_unit(main, activations),
         weights=met * sum(tensor.nbytes(x) for x in values.values()),
         flops=2.0 * rows * share * sum(math.prod(x.shape) for x in matrices.values()),
     )
+
+
+def _unit(weight: tensor.Tensor, activations) -> str:
+    """The field of Peak at which x is multiplied: that of 8-bit codes where both sides have them."""
+    plain = MULTIPLIED.get(np.dtype(weight.dtype).name, "fp32")
+    if activations is None:
+        return plain
+    weight = tensor.canonical(weight)
+    alike = type(activations) is type(weight.format)
+    return CODES.get(np.dtype(weight.data.dtype).name, plain) if alike else plain
 
 
 def _mixer_cost(path, mixer, plan: CachePlan, layer: int, step) -> OpCost:

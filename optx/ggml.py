@@ -155,6 +155,33 @@ def _k_affine(blocks: Array, q: Array) -> Array:
     return (scales * q.astype(jnp.float32) - minima).reshape(*blocks.shape[:-1], 256)
 
 
+def _q2_k(blocks: Array) -> Array:
+    """w = d s_g q - dmin m_g for 16 groups of 16; s and m:16 bytes (low and high nibble), q:64 bytes, d, dmin:f16.
+
+    Weight 128a + 32b + 16c + i is bit pair b of byte 32a + 16c + i, its group 8a + 2b + c.
+    """
+    groups = blocks[..., 0:16].reshape(*blocks.shape[:-1], 2, 4, 2, 1, 1)
+    d, dmin = (_half(blocks, at)[..., None, None, None, None] for at in (80, 82))
+    scales, minima = _once((d * (groups & 15).astype(jnp.float32), dmin * (groups >> 4).astype(jnp.float32)))
+    q = _fields(blocks[..., 16:80], (2, 1, 2, 2, 8), _shifts(2, 4, 1, 1, 1), 2)
+    return (scales * q.astype(jnp.float32) - minima).reshape(*blocks.shape[:-1], 256)
+
+
+def _q3_k(blocks: Array) -> Array:
+    """w = d (s_g - 32) (q - 4) for 16 groups of 16; third bits:32 bytes, low two:64 bytes, s:12 bytes, d:f16.
+
+    Low bits and groups lie as in Q2_K; the third bit of weight 128a + 32b + i is bit 4a + b of byte i. Scale 4a + i has its
+    low four bits in nibble a / 2 of byte 4 (a % 2) + i and its top two in bit pair a of byte 8 + i.
+    """
+    low = _fields(blocks[..., 32:96], (2, 1, 2, 2, 8), _shifts(2, 4, 1, 1, 1), 2)
+    third = _fields(blocks[..., 0:32], (1, 1, 2, 2, 8), _shifts(1, 2, 4, 1, 1, 1), 1)
+    nibbles = _fields(blocks[..., 96:104], (1, 2, 4), _shifts(4, 2, 1, 1), 4)
+    pairs = _fields(blocks[..., 104:108], (1, 1, 4), _shifts(2, 2, 2, 1), 2)
+    scales = ((nibbles | (pairs << 4)) - 32).astype(jnp.float32).reshape(*blocks.shape[:-1], 16)
+    scales = (_half(blocks, 108) * scales).reshape(*blocks.shape[:-1], 2, 4, 2, 1, 1)
+    return (_once(scales) * ((low | (third << 2)) - 4).astype(jnp.float32)).reshape(*blocks.shape[:-1], 256)
+
+
 def _q4_k(blocks: Array) -> Array:
     """w = d s_g q - dmin m_g; d, dmin:f16, s and m:12 bytes, q:128 bytes."""
     return _k_affine(blocks, _k_nibbles(blocks[..., 16:144]))
@@ -185,6 +212,8 @@ BLOCKS: dict[str, Block] = {
         Block("Q5_0", 6, 32, 22, _q5_0),
         Block("Q5_1", 7, 32, 24, _q5_1, (0, 2)),
         Block("Q8_0", 8, 32, 34, _q8_0),
+        Block("Q2_K", 10, 256, 84, _q2_k, (80, 82)),
+        Block("Q3_K", 11, 256, 110, _q3_k, (108,)),
         Block("Q4_K", 12, 256, 144, _q4_k, (0, 2)),
         Block("Q5_K", 13, 256, 176, _q5_k, (0, 2)),
         Block("Q6_K", 14, 256, 210, _q6_k, (208,)),
@@ -220,7 +249,7 @@ PLAIN_BY_ID: dict[int, Plain] = {plain.type_id: plain for plain in PLAIN.values(
 
 # Types that ggml knows and optx does not, so that the refusal can name them.
 UNSUPPORTED_BY_ID: dict[int, str] = dict(
-    [(9, "Q8_1"), (10, "Q2_K"), (11, "Q3_K"), (15, "Q8_K"), (16, "IQ2_XXS"), (17, "IQ2_XS"), (18, "IQ3_XXS")]
+    [(9, "Q8_1"), (15, "Q8_K"), (16, "IQ2_XXS"), (17, "IQ2_XS"), (18, "IQ3_XXS")]
     + [(19, "IQ1_S"), (20, "IQ4_NL"), (21, "IQ3_S"), (22, "IQ2_S"), (23, "IQ4_XS"), (29, "IQ1_M")]
     + [(34, "TQ1_0"), (35, "TQ2_0"), (40, "NVFP4")]
 )

@@ -11,6 +11,7 @@ from flax import nnx
 
 from optx.errors import LegalityError, did_you_mean
 from optx.legality_facts import STEP_FACTS, TREE_FACTS, Fact, Finding, Intent, key_bias
+from optx.legality_scales import SCALE_FACTS
 from optx.pipeline import Instrument, Rules
 from optx.recipe import Recipe
 from optx.registry import Axis, Pass
@@ -23,7 +24,8 @@ STACK = Fact(
     fix="keep the one that costs less, which `optx eval --against` tells",
     source="arithmetic: both leave out the tokens that attention hardly reads, and a token that is gone is not skipped again",
 )
-FACTS: tuple[Fact, ...] = (*STEP_FACTS, *TREE_FACTS)
+OF_STEPS = (*STEP_FACTS, *SCALE_FACTS)
+FACTS: tuple[Fact, ...] = (*OF_STEPS, *TREE_FACTS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def _stack(recipe: Recipe) -> Judgement:
 
 def _of_steps(recipe: Recipe, trees: Sequence[nnx.Module]) -> Iterator[Judgement]:
     intents = [Intent(pass_=p, rules=rules, tree=tree) for (p, rules), tree in zip(recipe.steps(), trees)]
-    for fact in STEP_FACTS:
+    for fact in OF_STEPS:
         found = [(x.pass_.name, fact.found(x)) for x in intents if issubclass(x.pass_.options, fact.of)]
         passes = tuple(name for name, findings in found if findings)
         yield _judgement(recipe, fact, passes, [each for _, findings in found for each in findings])
@@ -151,7 +153,7 @@ def check_stack(recipe: Recipe) -> None:
 def check_step(recipe: Recipe, pass_: Pass, rules: Rules, tree: nnx.Module) -> None:
     """Raises LegalityError for what the pass must not do to the tree. rules: its own, as `Recipe.steps` gives them."""
     intent = Intent(pass_=pass_, rules=rules, tree=tree)
-    for fact in STEP_FACTS:
+    for fact in OF_STEPS:
         if issubclass(pass_.options, fact.of) and (findings := fact.found(intent)):
             _refuse(_judgement(recipe, fact, (pass_.name,), findings))
 

@@ -14,11 +14,15 @@ from optx import ir, pipeline
 from optx.cache import CacheSpec
 from optx.errors import FormatError
 from optx.nn.attention import Attention
+from optx.nn.core import Linear
 from optx.nn.mla import MLA
-from optx.nn.moe import Router
+from optx.nn.moe import GroupedLinear, Router
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
+from optx.passes.rotate import Rotate, unrotatable
+from optx.passes.rotate_online import RotateOnline
 from optx.passes.sliding_window import SlidingWindow
+from optx.passes.trellis import TrellisOptions
 from optx.registry import Pass, PassOptions, Site, Stage
 from optx.tensor import Tensor, is_packed, is_qtensor
 
@@ -115,7 +119,7 @@ def _packed_before_fold(intent: Intent) -> list[Finding]:
     return [_tensor(path, weight) for path, _, weight in _packed_weights(intent)] if early else []
 
 
-def _does_not_divide(options: QuantizeWeights | QuantizeKV, length: int) -> str | None:
+def _does_not_divide(options: QuantizeWeights | TrellisOptions | QuantizeKV, length: int) -> str | None:
     try:
         return options.storage().check(length)
     except FormatError:  # no format at all: the pass says what is wrong with its options
@@ -123,7 +127,10 @@ def _does_not_divide(options: QuantizeWeights | QuantizeKV, length: int) -> str 
 
 
 def _weights_do_not_divide(intent: Intent) -> list[Finding]:
-    weights = [(path, module.weight.get_value(), options) for path, module, options in intent.sites]
+    parts = [(f"{path}/{p}".strip("/"), part, o) for path, module, o in intent.sites for p, part in ir.walk(module)]
+    weights = [
+        (path, part.weight.get_value(), o) for path, part, o in parts if isinstance(part, Linear | GroupedLinear)
+    ]
     reasons = [(path, weight, _does_not_divide(options, weight.shape[-2])) for path, weight, options in weights]
     return [Finding(path=path, got=f"{ir.tensor_text(x)}: {reason}") for path, x, reason in reasons if reason]
 
@@ -173,6 +180,27 @@ def _one_window_a_table(intent: Intent) -> list[Finding]:
     return [_cache(path, spec) for path, spec, owner in owners if spec.table_key != owner.table_key]
 
 
+def _stream_does_not_rotate(intent: Intent) -> list[Finding]:
+    layers = [(p, block, o) for p, block, o in intent.sites if p.startswith("layers/")]
+    reasons = [(path, unrotatable(block, options)) for path, block, options in layers]
+    return [Finding(path=path, got=reason) for path, reason in reasons if reason]
+
+
+def _rotated_in_part(intent: Intent) -> list[Finding]:
+    chosen = {path: dataclasses.replace(options, match=None) for path, _, options in intent.sites}
+    ways = [(path, chosen.get(path)) for path in (f"layers/{i}" for i in range(len(intent.tree.layers)))]
+    differ = [(path, way) for path, way in ways if way != ways[0][1]]
+    return [Finding(path=path, got="left as it is" if way is None else str(way)) for path, way in differ]
+
+
+def _keys_rotated_apart(intent: Intent) -> list[Finding]:
+    after = {path: mixer for path, mixer in intent.applied().items() if isinstance(mixer, Attention)}
+    turned = {path: mixer.rope and mixer.rope.rotation for path, mixer in after.items()}
+    readers = ((path, f"layers/{m.cache.share}/mixer") for path, m in after.items() if m.cache.share is not None)
+    differ = [(path, owner) for path, owner in readers if turned[path] != turned[owner]]
+    return [Finding(path=path, got=f"{turned[path]}, over keys of {turned[owner]}") for path, owner in differ]
+
+
 def _low_bit_keys_under_bias(model: nnx.Module) -> list[Finding]:
     modules = [(path, module) for path, module in ir.walk(model) if key_bias(module)]
     return [_cache(path, m.cache) for path, m in modules if getattr(m.cache.format, "width", LEAST_KEYS) < LEAST_KEYS]
@@ -198,7 +226,7 @@ def _low_bit_tied_table(model: nnx.Module) -> list[Finding]:
 STEP_FACTS: tuple[StepFact, ...] = (
     StepFact(
         name="packed_twice",
-        of=(QuantizeWeights,),
+        of=(QuantizeWeights, TrellisOptions),
         found=_packed_twice,
         why="the weight is packed already, and the error of a second rounding adds to that of the first",
         fix="load with weights='dense', narrow 'match', or set requantize: true",
@@ -215,7 +243,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="weights_do_not_divide",
-        of=(QuantizeWeights,),
+        of=(QuantizeWeights, TrellisOptions),
         found=_weights_do_not_divide,
         why="the contracted axis does not divide into the groups or bytes of the format",
         fix="take a group or a width that divides it, or keep the site out with 'match'",
@@ -282,6 +310,34 @@ STEP_FACTS: tuple[StepFact, ...] = (
         why="the layer reads the cache of another, which would keep other tokens",
         fix="give both layers the same window, or neither",
         source="arithmetic: two layers read one page table, and pages that passed one window are freed for both",
+        override=False,
+    ),
+    StepFact(
+        name="stream_does_not_rotate",
+        of=(Rotate,),
+        found=_stream_does_not_rotate,
+        why="a rotated stream has to give the same numbers at every part that reads or writes it",
+        fix="set stream: false, which rotates the values of heads alone, or take the pass out of the recipe",
+        source="arithmetic: norm(x Q) diag(g) = norm(x) Q diag(g), which is norm(x) diag(g) Q for equal gains only; QuaRot, "
+        "arXiv:2404.00456, section 3.1",
+        override=False,
+    ),
+    StepFact(
+        name="rotated_in_part",
+        of=(Rotate,),
+        found=_rotated_in_part,
+        why="all layers read and write one stream, so all of them are rotated by one matrix or none is",
+        fix="give rotate one rule without 'match'",
+        source="arithmetic: x Q + y is no rotation of x + y",
+        override=False,
+    ),
+    StepFact(
+        name="keys_rotated_apart",
+        of=(RotateOnline,),
+        found=_keys_rotated_apart,
+        why="the layer reads keys that another wrote, and both sides of q . k need one rotation",
+        fix="give rotate_online one rule for both layers",
+        source="arithmetic: q H . k is not q . k",
         override=False,
     ),
 )

@@ -26,6 +26,7 @@ from optx.errors import QualityError, RecipeError, RequestError, did_you_mean, n
 from optx.lower import Program
 from optx.pipeline import Quality, Record
 from optx.recipe import Calibration, Recipe
+from optx.resume import Work
 from optx.watch import watch
 
 WINDOWS = 8  # of calibration text that quality is measured on
@@ -56,25 +57,43 @@ class Step:
 
 
 def blocks(
-    planned: Planned, calibration: str | Path | None = None, progress: bool = False, measured: bool = True
+    planned: Planned,
+    calibration: str | Path | None = None,
+    progress: bool = False,
+    measured: bool = True,
+    work: str | Path | None = None,
 ) -> Iterator[tuple[str, nnx.Module]]:
     """(path, block with weights after all passes), `embed`, `layers/0`, ... one after the other.
 
     Without calibration text, or with `measured` False, each block is read when it is asked for and forgotten then. Else all
     blocks are read at once, the quality of each lossy pass goes into its record, and QualityError is raised after a pass that
     breaks the budget. Raises RecipeError for a recipe that needs text and has none.
+
+    work: a folder in which a streaming compile keeps its blocks until it has ended: one that was killed goes on from there.
     """
     source, recipe = planned.source, planned.recipe
     _check_text(recipe, calibration is not None, measured)
     text = None if calibration is None else windows(calibration, source, recipe.calibration)
     tree = _measured(planned, text, progress) if text is not None and measured else None
     feed = _feed(planned, text, *(rules for _, rules in recipe.steps()))
-    for prefix in tqdm(source.segments(), desc="compile", unit="block", disable=not progress or tree is not None):
-        if tree is not None:
-            yield prefix, ir.get(tree, prefix)
-        else:
-            made = (prefix, recipe, planned.trees, planned.records, feed)
-            yield prefix, pipeline.apply_block(source.block(prefix), *made)  # no name holds the dense block on
+    if tree is not None:
+        yield from ((prefix, ir.get(tree, prefix)) for prefix in source.segments())
+        return
+    kept = None if work is None else Work.at(work, recipe, source.origin, text or ())
+    done = kept.done() if kept else 0
+    if done:
+        kept.restore(planned.records, feed)
+    for i, prefix in enumerate(tqdm(source.segments(), desc="compile", unit="block", disable=not progress)):
+        if i < done:
+            yield prefix, kept.block(i, ir.get(planned.trees[-1], prefix))
+            continue
+        made = (prefix, recipe, planned.trees, planned.records, feed)
+        block = pipeline.apply_block(source.block(prefix), *made)  # no name holds the dense block on
+        if kept:
+            kept.keep(i, block, planned.records, feed)
+        yield prefix, block
+    if kept:
+        kept.remove()
 
 
 def _check_text(recipe: Recipe, given: bool, measured: bool) -> None:

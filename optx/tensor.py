@@ -73,12 +73,12 @@ class QTensor:
         want = self.format.packed(self.length)
         if self.data.shape[-1] != want:
             raise FormatError(f"{where}: {self.format} of {self.length} needs data[..., {want}], got {self.data.shape}")
-        groups = self.format.grouped(self.length)
+        groups, lead = self.format.grouped(self.length), list(self.data.shape[:-1])
+        if self.format.block_rows > 1:
+            lead[-1] = -(-lead[-1] // self.format.block_rows)
         for name, part in (("scale", self.scale), ("zero", self.zero)):
-            if part is not None and part.shape != (*self.data.shape[:-1], groups):
-                raise FormatError(
-                    f"{where}: {self.format} needs {name}{[*self.data.shape[:-1], groups]}, got {part.shape}"
-                )
+            if part is not None and part.shape != (*lead, groups):
+                raise FormatError(f"{where}: {self.format} needs {name}{[*lead, groups]}, got {part.shape}")
         for name, part, wanted in (
             ("scale", self.scale, groups is not None),
             ("zero", self.zero, self.format.has_zero),
@@ -139,6 +139,8 @@ def quantize(x: jax.Array, format: Format, axis: int = -2) -> QTensor:
 @functools.lru_cache(maxsize=1024)
 def _quantized_shape(x, format, axis):
     """A plan asks the same of the weights of every layer. Rows are packed each by itself, so one stands for all."""
+    if format.block_rows > 1:
+        return jax.eval_shape(lambda x: _quantize(x, format, axis), x)
     rows = x.shape[:-1] if axis == -1 else (*x.shape[:-2], x.shape[-1])
     row = _quantized_row(jax.ShapeDtypeStruct((1, x.shape[axis]), x.dtype), format)
     parts = jax.tree.map(lambda part: jax.ShapeDtypeStruct((*rows, *part.shape[1:]), part.dtype), row)
@@ -209,5 +211,20 @@ def take(w: Tensor, ids: jax.Array) -> jax.Array:
         return jnp.take(w, ids, axis=0, mode="clip")
     if w.axis != -1:
         raise FormatError(f"take: table {w.shape} is packed along its first axis; pack a table along its last axis")
-    parts = jax.tree.map(lambda part: jnp.take(part, ids, axis=0, mode="clip"), (w.data, w.scale, w.zero))
-    return w.format.decode(Parts(data=parts[0], scale=parts[1], zero=parts[2]), w.length, w.dtype)
+    each = w.format.block_rows
+    data = jnp.take(w.data, ids, axis=0, mode="clip")
+    scale, zero = jax.tree.map(lambda part: jnp.take(part, ids // each, axis=0, mode="clip"), (w.scale, w.zero))
+    parts = jax.tree.map(lambda part: part[..., None, :], Parts(data=data, scale=scale, zero=zero))
+    return w.format.decode(parts, w.length, w.dtype)[..., 0, :]
+
+
+def columns(w: Tensor, start: int, size: int) -> Tensor:
+    """w[D, F] -> the same of its outputs start .. start + size, in its form. Raises FormatError inside a block of outputs."""
+    if not is_qtensor(w):
+        return jax.lax.slice_in_dim(w, start, start + size, axis=1)
+    each, end = w.format.block_rows, start + size
+    if start % each or (end % each and end != w.data.shape[0]):
+        raise FormatError(f"{w.format} of {w.shape}: outputs {start} to {end} share scales with others, {each} a block")
+    data = jax.lax.slice_in_dim(w.data, start, end)
+    cut = functools.partial(jax.lax.slice_in_dim, start_index=start // each, limit_index=-(-end // each))
+    return dataclasses.replace(w, data=data, scale=jax.tree.map(cut, w.scale), zero=jax.tree.map(cut, w.zero))

@@ -20,12 +20,13 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     # What tensors and caches are.
     "errors": set(),
     "ggml": set(),
-    "formats": {"errors", "ggml"},
+    "hadamard": set(),
+    "formats": {"errors", "ggml", "hadamard"},
     "tensor": {"errors", "formats"},
     "cache": {"errors", "formats", "tensor"},
     # Ops, parts and models.
     "pallas": LEAVES | {"target"},
-    "nn": LEAVES | {"pallas"},
+    "nn": LEAVES | {"hadamard", "pallas"},
     "models": {"errors", "nn", "checkpoint"},
     "configs": set(),
     # The compiler.
@@ -33,15 +34,17 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "strict": {"errors"},
     "target": {"errors", "strict"},
     "registry": {"errors"},
-    "passes": LEAVES | {"nn", "ir", "registry"},
+    "passes": LEAVES | {"hadamard", "nn", "ir", "registry", "watch"},
     "recipe": {"errors", "strict", "registry", "passes", "configs"},
     "verify": LEAVES | {"ir", "pallas"},
     "pipeline": {"errors", "tensor", "ir", "registry", "recipe", "verify"},
     "watch": {"ir"},
     "calibrate": {"cache", "errors", "ir", "nn", "registry", "watch"},
-    "quality": {"calibrate", "errors", "ir", "evaluate", "lower", "pipeline", "recipe", "watch"},
+    "resume": {"calibrate", "checkpoint", "errors", "ir", "pipeline", "recipe"},
+    "quality": {"resume", "calibrate", "errors", "ir", "evaluate", "lower", "pipeline", "recipe", "watch"},
     "bisect": {"checkpoint", "errors", "ir", "lower", "pipeline", "quality", "recipe", "registry"},
-    "legality": {"errors", "legality_facts", "pipeline", "registry", "recipe"},
+    "legality": {"errors", "legality_facts", "legality_scales", "pipeline", "registry", "recipe"},
+    "legality_scales": {"ir", "legality_facts", "passes", "tensor"},
     "legality_facts": {"cache", "errors", "ir", "nn", "passes", "pipeline", "registry", "tensor"},
     "lower": {"cache", "errors", "ir", "pallas", "target", "tensor"},
     "cost": {"cache", "ir", "target", "tensor"},
@@ -197,7 +200,7 @@ def test_the_engine_knows_neither_parts_nor_passes():
         if name not in seen:
             seen.add(name)
             todo += imports(name)
-    assert {room(name) for name in seen} <= LEAVES | {"engine", "ggml"}
+    assert {room(name) for name in seen} <= LEAVES | {"engine", "ggml", "hadamard"}
 
 
 def test_imports_make_no_circle():

@@ -130,7 +130,6 @@ def test_version(optx_):
         (["generate", "a", "--prompt"], ["--prompt needs a value"]),
         (["compile", "a", "--recipe", "int8_kv8"], ["--out DIR is missing"]),
         (["export", "a", "--format", "gguf", "--out", "b"], ["--format gguf", "not supported yet; supported: hf"]),
-        (["export", "a", "--format", "compressed-tensors", "--out", "b"], ["not supported yet; supported: hf"]),
         (["export", "a", "--format", "hff", "--out", "b"], ["did you mean 'hf'?"]),
     ],
 )

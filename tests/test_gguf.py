@@ -4,18 +4,24 @@ import dataclasses
 import struct
 import tracemalloc
 
+import families
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+import optx
+from optx import ir
 from optx.checkpoint.gguf import MAX_ITEMS, read_gguf, write_gguf
 from optx.checkpoint.gguf_values import pack_string, pack_value
 from optx.errors import CheckpointError, FormatError
+from optx.formats import GGML
 from optx.ggml import BLOCKS, BLOCKS_BY_ID, PLAIN, PLAIN_BY_ID, UNSUPPORTED_BY_ID
 
-HALVES = {"MXFP4": (), "Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,)}  # the others have two, at 0 and 2
+HALVES = {  # the others have two, at 0 and 2
+    "MXFP4": (), "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,),
+}  # fmt: skip
 
 METADATA = {
     "general.architecture": "llama",
@@ -196,7 +202,7 @@ DAMAGED = {
     "zero": (header(tensors=info((4, 0))) + BODY, r"'w': dimensions: got \[4, 0\]"),
     "overflow": (header(tensors=info((1 << 32, 1 << 32))) + BODY, r"F32 of shape .*got 73786976294838206464 bytes"),
     "type": (header(tensors=info(kind=77)) + BODY, r"'w': type: got unknown \(id 77\), allowed: F32,"),
-    "known type": (header(tensors=info(kind=10)) + BODY, r"'w': type: got Q2_K \(id 10\)"),
+    "known type": (header(tensors=info(kind=16)) + BODY, r"'w': type: got IQ2_XXS \(id 16\)"),
     "blocks": (header(tensors=info((48,), kind=8)) + BODY, r"last axis of \(48,\).*a multiple of Q8_0's 32"),
     "scalar block": (header(tensors=info((), kind=8)) + BODY, r"last axis of \(\)"),
     "misaligned": (
@@ -332,3 +338,36 @@ def test_a_real_file(fixture, parameters, names, request):
             rows = np.asarray(jax.jit(block.dequantize)(rows.reshape(len(rows), -1, block.bytes))).reshape(want.shape)
         assert want.shape == (min(tensor.shape[0], 256), *tensor.shape[1:]) and 0 < np.abs(want).mean() < 10
         np.testing.assert_array_equal(rows.view(np.uint32), want.view(np.uint32))
+
+
+def _blocks_of(name: str, rng, rows: np.ndarray) -> np.ndarray:
+    """Random blocks of the size of `rows` [..., D], with scales that make weights of some hundredths."""
+    block = BLOCKS[name]
+    count = rows.shape[-1] // block.elements
+    blocks = random_blocks(name, rng, *rows.shape[:-1], count)
+    size = {"Q2_K": 8, "Q3_K": 64, "Q4_K": 256, "Q5_K": 512, "Q6_K": 1024, "Q8_0": 64, "MXFP4": 1}.get(name, 8)
+    for at in HALVES.get(name, (0, 2)):
+        scale = (rng.normal(size=blocks.shape[:-1]) * 0.05 / size).astype(np.float16)
+        blocks[..., at : at + 2] = scale[..., None].view(np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = rng.integers(120, 124, blocks.shape[:-1], np.uint8)
+    return blocks.reshape(*rows.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_model_of_such_blocks_runs_packed(name, tmp_path, rng):
+    """Its blocks stay as they are in the file, and its logits are those of the dense weights that they stand for."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    model = families.concrete("llama", **sizes)
+    path = families.write_llama_gguf(
+        tmp_path / "model.gguf", model, lambda rows: (name, _blocks_of(name, rng, rows)), **sizes
+    )
+    packed, dense = optx.load(path, weights="packed"), optx.load(path)
+    assert set(packed.origin.formats.values()) == {str(GGML(block=name))} and len(packed.origin.formats) == 9
+    tokens = np.arange(24, dtype=np.int32)[None]
+    compiled = optx.compile(packed)
+    np.testing.assert_allclose(
+        compiled.logits(tokens), optx.compile(dense).logits(tokens), rtol=1e-4, atol=1e-4, err_msg=name
+    )
+    stored = ir.weight_bytes(packed.tree) / ir.weight_count(packed.tree)
+    assert stored < 1.1 * BLOCKS[name].bytes / BLOCKS[name].elements + 0.1

@@ -211,7 +211,7 @@ def test_bytes_that_are_no_text(tmp_path):
         ("configs/slidng.yaml", "configs/slidng.yaml: no such recipe file; did you mean 'sliding'?"),
         (
             "zzz",
-            "zzz: no such recipe file; allowed: bf16_fp8kv, fp8_kv8, fused, int4_kv8, int8_kv8, packed_kv8, sliding",
+            "zzz: no such recipe file; allowed: " + ", ".join(path.stem for path in SHIPPED),
         ),
         ("elsewhere/deep/int4_kv8.yaml", "elsewhere/deep/int4_kv8.yaml: no such recipe file; did you mean 'int4_kv8'?"),
     ],

@@ -50,7 +50,7 @@ def write_hf(source: Source, folder: Path, family_of: FamilyOf, *, overwrite: bo
         item = jnp.dtype(variable.get_value().dtype).itemsize
         sizes |= {n: math.prod(s) * item for n, s in zip(row.names("hf", shape), shapes, strict=True)}
     with atomic_folder(folder, overwrite) as partial:
-        _write_json(partial / "config.json", config)
+        write_json(partial / "config.json", config)
         write_shards(partial, _named(source, names), sizes, shard)
         if source.tokenizer is not None:
             source.tokenizer.save(partial)
@@ -124,12 +124,12 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes:
     files = assign(sizes, shard)
     count = max(files.values()) + 1
     for number, group in itertools.groupby(tensors, key=lambda item: files[item[0]]):
-        path = folder / _file(number, count)
+        path = folder / shard_name(number, count)
         save_file(dict(group), path, metadata={"format": "pt"})
         path.chmod(0o666 & ~umask())  # safetensors makes files that only their owner can read
     if count > 1:
-        table = {name: _file(number, count) for name, number in files.items()}
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": table})
+        table = {name: shard_name(number, count) for name, number in files.items()}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": table})
 
 
 def assign(sizes: dict[str, int], shard: int) -> dict[str, int]:
@@ -143,9 +143,9 @@ def assign(sizes: dict[str, int], shard: int) -> dict[str, int]:
     return files
 
 
-def _file(number: int, count: int) -> str:
+def shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

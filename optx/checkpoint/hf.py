@@ -11,7 +11,14 @@ from optx.checkpoint.mapping import Raw
 from optx.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
+}
 
 
 def read_json(path: Path) -> Any:
@@ -103,6 +110,18 @@ def _tensor(path: Path, name: str) -> np.ndarray:
     # Opened anew for each tensor: the mapping is released with it, so resident memory does not grow with the file.
     try:
         with safe_open(path, framework="numpy") as file:
-            return file.get_tensor(name)
+            if file.get_slice(name).get_dtype() != "F8_E4M3":
+                return file.get_tensor(name)
+        return _float8(path, name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cannot read tensor {name}: {error}") from None
+
+
+def _float8(path: Path, name: str) -> np.ndarray:
+    """numpy has no fp8 of its own, so safetensors gives none: the bytes are read by the file's header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))[name]
+        start, end = entry["data_offsets"]
+        file.seek(8 + size + start)
+        return np.frombuffer(file.read(end - start), "float8_e4m3fn").reshape(entry["shape"])

@@ -16,7 +16,16 @@ from optx.errors import CheckpointError
 from optx.formats import Format
 from optx.ggml import BLOCKS
 from optx.nn.core import RMSNorm
-from optx.tensor import QTensor, Tensor
+from optx.tensor import QTensor, Tensor, quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A matrix in a format whose parts are tensors of their own."""
+
+    data: "Raw"
+    scale: "Raw"
+    format: Format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +37,7 @@ class Raw:
     dtype: str
     read: Callable[[], np.ndarray]  # the array, or uint8[..., packed] rows where a format is given
     format: Format | None = None  # packed along the last axis
+    apart: Apart | None = None  # what `read` puts together, where that can stay packed
     where: str = ""  # file
 
     @property
@@ -77,6 +87,7 @@ class Row:
 
 
 NAMES = ("path", "hf", "packed", "gguf")  # of a row's fields
+PACKABLE = ("linear", "experts")  # kinds whose matrices lie [out, in] in files, one by one
 
 
 def expand(rows: Sequence[Row], layers: int) -> Iterator[Row]:
@@ -116,6 +127,8 @@ class Weights:
             packed = row.layout.pack.make([jnp.asarray(_read(raw)) for raw in raws], want.dtype)
             _check_packed(raw, packed)
             return packed if isinstance(want, QTensor) else _dense(packed)
+        if isinstance(want, QTensor) and raw.apart:
+            return _put_together(raws, row, owner, want)
         data = _read(raw)
         if row.gguf_heads and self.kind == "gguf":
             mixer = ir.get(self.tree, path.rsplit("/", 2)[0])
@@ -204,15 +217,43 @@ def _form(raws: Sequence[Raw], row: Row, value, module, packed: bool):
     for raw, need in zip(raws, layout.shapes(shape, module, len(row.patterns)), strict=True):
         if raw.shape != need:
             return f"{raw.text}: {{path}} needs {list(need)}"
-        if raw.dtype == "uint8":
+        if raw.dtype == "uint8" or raw.dtype.startswith("float8"):
             return f"{raw.text}: {{path}} needs floating-point numbers"
     raw = raws[0]
+    if packed and row.kind in PACKABLE and all(part.apart for part in raws):
+        return _apart_form(raws, row, shape, dtype)
     if not (packed and raw.format is not None):
         return jax.ShapeDtypeStruct(shape, dtype)
     length = raw.shape[-1]
     data = jax.ShapeDtypeStruct((*raw.shape[:-1], raw.format.packed(length)), jnp.uint8)
     axis = -2 if row.kind == "linear" else -1
     return QTensor(data=data, format=raw.format, length=length, axis=axis, dtype=dtype)
+
+
+def _apart_form(raws: Sequence[Raw], row: Row, shape, dtype):
+    """As `_form`, of a matrix or experts whose files hold data and scales apart."""
+    format_ = raws[0].apart.format
+    if len(row.patterns) > 1 and any(raw.shape[0] % format_.block_rows for raw in raws):
+        return (
+            f"{raws[0].text}: {{path}} joins it with {raws[1].name}, and it does not end with a block of "
+            f"{format_.block_rows} outputs: load with weights='dense'"
+        )
+    return quantize(jax.ShapeDtypeStruct(shape, dtype), format_)
+
+
+def _put_together(raws: Sequence[Raw], row: Row, owner, want: QTensor) -> QTensor:
+    parts = {}
+    for name in ("data", "scale"):
+        read = [_read(getattr(raw.apart, name)) for raw in raws]
+        if name == "scale":
+            for raw, part in zip(raws, read, strict=True):
+                _check_finite(raw.apart.scale, part)
+        parts[name] = jnp.asarray(np.swapaxes(row.layout.join(read, owner), -1, -2))
+    packed = dataclasses.replace(want, **parts)
+    packed.validate(raws[0].name)
+    if not bool(jnp.isfinite(jnp.sum(packed.data.astype(jnp.float32)))):  # codes: sums of at most 448 each
+        _check_finite(raws[0], np.asarray(packed.rows()))
+    return packed
 
 
 def packed_form(tree: nnx.Module, rows: Sequence[Row]) -> nnx.Module:

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from optx import ir
-from optx.checkpoint import gguf, hf
+from optx.checkpoint import float8_files, gguf, hf
 from optx.checkpoint.config import Fields
 from optx.checkpoint.mapping import Raw, Row, bind, holds, packed_form
 from optx.errors import CheckpointError, OptxError
@@ -100,10 +100,11 @@ def from_module(model: nnx.Module, name: str = "module", tokenizer: Tokenizer | 
 def open_hf(folder: Path, family_of: FamilyOf, *, dtype: str | None, packed: bool = False) -> Source:
     """An HF directory; dtype None: the checkpoint's own. packed: what it holds in blocks stays so."""
     where = str(folder / "config.json")
-    config = hf.read_config(folder / "config.json")
+    config, blocks = float8_files.blocks_of(hf.read_config(folder / "config.json"), where)
     rows = family_of(config.get("model_type"), where).ROWS
     _check_quantized(config, rows, where)
     raws = hf.read_tensors(folder)
+    raws = raws if blocks is None else float8_files.joined(raws, blocks)
     dtype = dtype or _common_dtype(raws, folder)
     origin = Origin(
         name=folder.name, kind="hf", config=config, dtype=dtype, bytes=_size(folder.glob("*.safetensors")), draft=True
@@ -134,7 +135,7 @@ def _packed(origin: Origin, tree: nnx.Module, where: str) -> Origin:
     formats = {path: str(value.format) for path, value in values.items() if is_qtensor(value)}
     if not formats:
         raise CheckpointError(
-            f"{where}: weights='packed' is for GGUF files and MXFP4 checkpoints; this one's tensors are dense"
+            f"{where}: weights='packed' is for GGUF files, MXFP4 and fp8 checkpoints; this one's tensors are dense"
         )
     return dataclasses.replace(origin, packed=True, formats=formats)
 
@@ -147,6 +148,7 @@ def open_config(
     config = hf.read_config(path)
     named = config.get("torch_dtype") or config.get("dtype")
     named = named or ("bfloat16" if "quantization_config" in config else "float32")  # of what stands beside blocks
+    config, _ = float8_files.blocks_of(config, str(path))
     dtype = dtype or str(named).removeprefix("torch.")
     if dtype not in allowed:
         raise CheckpointError(f"{path}: dtype {dtype!r}; supported: {', '.join(allowed)}; or choose one of them")

@@ -7,15 +7,30 @@ from optx.errors import FormatError, did_you_mean
 from optx.formats.base import Format, Parts
 from optx.formats.blocks import GGML, WRITTEN
 from optx.formats.float4 import Float4
-from optx.formats.float8 import Float8
+from optx.formats.float8 import Float8, Float8Block
 from optx.formats.ints import Int
+from optx.formats.lossless import Lossless, parse_lossless
+from optx.formats.trellis import Trellis, parse_trellis
 from optx.ggml import BLOCKS
 
-__all__ = ["GGML", "NAMES", "Float4", "Float8", "Format", "Int", "Parts", "parse", "writable"]
+__all__ = [
+    "GGML",
+    "NAMES",
+    "Float4",
+    "Float8",
+    "Float8Block",
+    "Format",
+    "Int",
+    "Lossless",
+    "Parts",
+    "Trellis",
+    "parse",
+    "writable",
+]
 
 NAMES = WRITTEN
 _TEXT = re.compile(
-    r"(?:int(?P<width>\d+)|fp8_(?P<kind>e4m3|e5m2)|(?P<fp4>mx|nv)fp4)(?:_g(?P<group>\d+))?(?P<asym>_asym)?"
+    r"(?:int(?P<width>\d+)|fp8_(?P<kind>e4m3|e5m2|block)|(?P<fp4>mx|nv)fp4)(?:_g(?P<group>\d+))?(?P<asym>_asym)?"
 )
 
 
@@ -29,11 +44,15 @@ def parse(text: str) -> Format:
     block = text.removeprefix("gguf_").upper()
     if block in BLOCKS and text not in NAMES:
         return GGML(block=block)
+    if own := parse_lossless(text) or parse_trellis(text):
+        return own
     match = _TEXT.fullmatch(text)
     if match is None or (match["asym"] and not match["width"]):
-        known = (*NAMES, *(str(GGML(block=name)) for name in BLOCKS))
+        known = (*NAMES, str(Lossless()), str(Trellis()), *(str(GGML(block=name)) for name in BLOCKS))
         raise FormatError(f"format {text!r} is not known{did_you_mean(text, known)}")
     group = int(match["group"]) if match["group"] else None
+    if match["kind"] == "block":
+        return Float8Block(group=group)
     if match["kind"]:
         return Float8(kind=match["kind"], group=group)
     if match["fp4"]:

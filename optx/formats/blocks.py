@@ -7,7 +7,8 @@ from optx.errors import FormatError
 from optx.formats.base import Format
 from optx.ggml import BLOCKS
 
-WRITTEN = ("int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4")  # formats that optx writes
+# Formats that optx writes.
+WRITTEN = ("int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "fp8_block", "mxfp4", "nvfp4")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Scales chosen by the error that they make."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from optx.formats.base import Format
 
 SHRINK = 0.5  # least share of a group's range that is tried
 STEPS = 51
+CLIPS = 11  # tried by `clipped_grid`
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("exponent",))
@@ -18,24 +20,48 @@ def best_grid(format: Format, x: jax.Array, weight: jax.Array | None = None, *, 
     weight: float[D] or None for ones, what an error at each input channel costs (mean x^2 of the activations: "imatrix" of
     llama.cpp, PR #4861). The range of every group is shrunk by 51 factors from 1 to 0.5.
     """
+
+    def cost(off):
+        off = jnp.abs(off) ** exponent
+        return jnp.sum(off if weight is None else off * _grouped(weight, off.shape[-1]), axis=-1)
+
+    return least(format, x, cost)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def clipped_grid(format: Format, x: jax.Array, gram: jax.Array):
+    """float[F, D] -> (scale, zero) of each group g with the least e_g^T gram_gg e_g, e being its error.
+
+    gram: float32[D, D], mean of the inputs' outer products: the error of what the group adds to the output. The rule of AWQ's
+    clip search (Lin et al. 2023, arXiv:2306.00978), which sums over sampled tokens.
+    """
+    width = format.group or x.shape[-1]
+    blocks = jnp.stack([gram[i : i + width, i : i + width] for i in range(0, x.shape[-1], width)])
+    return least(format, x, lambda off: jnp.einsum("fgi,gij,fgj->fg", off, blocks, off), CLIPS)
+
+
+def least(format: Format, x: jax.Array, cost: Callable, steps: int = STEPS):
+    """(scale, zero) of each group with the least cost(x - value): float32[..., groups, group] -> [..., groups]."""
     x = x.astype(jnp.float32)
     length = x.shape[-1]
-    groups = length // (format.group or length)
 
     def error(scale, zero):
         step, offset = format.steps(scale, zero, length)
-        off = jnp.abs(x - format.value(format.code(x, step, offset), step, offset)) ** exponent
-        off = off if weight is None else off * weight
-        return jnp.sum(off.reshape(*off.shape[:-1], groups, -1), axis=-1)
+        return cost(_grouped(x - format.value(format.code(x, step, offset), step, offset), format.group or length))
 
     def attempt(i, best):
-        grid = format.grid(x, 1 - (1 - SHRINK) * i / (STEPS - 1))
-        cost = error(*grid)
-        better = cost < best[0]
-        return jnp.where(better, cost, best[0]), jax.tree.map(lambda new, old: _take(better, new, old), grid, best[1])
+        grid = format.grid(x, 1 - (1 - SHRINK) * i / (steps - 1))
+        found = error(*grid)
+        better = found < best[0]
+        return jnp.where(better, found, best[0]), jax.tree.map(lambda new, old: _take(better, new, old), grid, best[1])
 
     first = format.grid(x)
-    return jax.lax.fori_loop(1, STEPS, attempt, (error(*first), first))[1]
+    return jax.lax.fori_loop(1, steps, attempt, (error(*first), first))[1]
+
+
+def _grouped(x: jax.Array, width: int) -> jax.Array:
+    """[..., D] -> [..., groups, width]."""
+    return x.reshape(*x.shape[:-1], -1, width)
 
 
 def _take(better, new, old):

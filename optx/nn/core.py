@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flax import nnx
 
 from optx import tensor
 from optx.errors import ConfigError, did_you_mean
+from optx.formats import Format
 from optx.pallas import dispatch
 from optx.pallas.add_norm.reference import rms_norm
 from optx.pallas.dispatch import OpChoice, OpSite
@@ -36,14 +38,15 @@ class Linear(nnx.Module):
     def __init__(self, d, f, *, bias=False, dtype="float32", axes=("embed", "mlp"), rngs=None):
         self.weight = param((d, f), dtype, axes, rngs)
         self.bias = param((f,), dtype, axes[1:], rngs, nnx.initializers.zeros) if bias else None
+        self.activations: Format | None = None  # that rows of x are rounded to before a packed weight; None: x as it is
         self.choices: tuple[OpChoice, ...] = ()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(x, self.weight.get_value(), self.choices)
+        y = contract(x, self.weight.get_value(), self.choices, self.activations)
         return y if self.bias is None else y + self.bias.get_value()
 
     def op_sites(self) -> tuple[OpSite, ...]:
-        return _matmul_site(self.weight.get_value())
+        return _matmul_site(self.weight.get_value(), self.activations)
 
     def arrange(self, relayout: Callable | None) -> None:
         """Puts the weight into a kernel's order, in place; None: back into its canonical packing."""
@@ -54,11 +57,11 @@ class Linear(nnx.Module):
         weight, parts, start = self.weight.get_value(), [], 0
         d, total = weight.shape
         assert sum(sizes) == total, f"{sizes} do not add up to {total}"
-        outputs = 0 if tensor.is_qtensor(weight) else 1  # packed weights keep their outputs first
         for size in sizes:
             cut = functools.partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + size)
             part = Linear(d, size, bias=self.bias is not None)
-            sliced = tensor.lift(lambda w, cut=cut: jax.tree.map(lambda x: cut(x, axis=outputs), w), weight)
+            part.activations = self.activations
+            sliced = tensor.lift(functools.partial(tensor.columns, start=start, size=size), weight)
             part.weight = nnx.Param(sliced, axes=self.weight.get_metadata().get("axes"))
             if self.bias is not None:
                 bias = tensor.lift(cut, self.bias.get_value())
@@ -68,12 +71,12 @@ class Linear(nnx.Module):
         return parts
 
 
-def _matmul_site(weight) -> tuple[OpSite, ...]:
+def _matmul_site(weight, activations: Format | None = None) -> tuple[OpSite, ...]:
     weight = tensor.canonical(weight)
     facts = {"weight": weight, "dtype": jnp.dtype(weight.dtype).name}
     if not tensor.is_qtensor(weight):
         return (OpSite(op="matmul", args=facts),)
-    return (OpSite(op="quant_matmul", args=facts | {"activations": None}),)
+    return (OpSite(op="quant_matmul", args=facts | {"activations": activations}),)
 
 
 def _gated_site(down: Linear, activation: str) -> tuple[OpSite, ...]:
@@ -101,9 +104,11 @@ class Fused:
         raise NotImplementedError
 
 
-def contract(x, w, choices=()) -> jax.Array:
-    """x[..., D] @ w[D, F], through the op for dense or packed weights."""
-    return dispatch.call("quant_matmul" if tensor.is_packed(w) else "matmul", choices, x, w)
+def contract(x, w, choices=(), activations: Format | None = None) -> jax.Array:
+    """x[..., D] @ w[D, F], through the op for dense or packed weights; before packed ones x is rounded to `activations`."""
+    if tensor.is_packed(w):
+        return dispatch.call("quant_matmul", choices, x, w, activations=activations)
+    return dispatch.call("matmul", choices, x, w)
 
 
 class Embed(nnx.Module):
@@ -267,6 +272,7 @@ class Rope:
     truncate: bool = True  # yarn: the ramp begins and ends at whole numbers of a head
     attention_factor: float = 1.0  # multiplies cos and sin
     interleaved: bool = False  # numbers 2i and 2i + 1 are a pair, not i and i + dim / 2
+    rotation: ClassVar[None] = None  # what heads go through after their turns, of a part in its place
 
     def __post_init__(self):
         if self.dim < 2 or self.dim % 2:

@@ -1,12 +1,32 @@
 """The passes, in the order in which they run: the table of contents."""
 
 from optx import registry
-from optx.passes import fuse_projections, gptq, quantize_kv, quantize_weights, sliding_window
+from optx.passes import (
+    awq,
+    fuse_projections,
+    gptq,
+    lossless,
+    quantize_activations,
+    quantize_kv,
+    quantize_weights,
+    rotate,
+    rotate_online,
+    sliding_window,
+    smoothquant,
+    trellis,
+)
 
 ORDER = (
     sliding_window,  # attention: reads
+    rotate,  # fold: outliers spread, offline
+    smoothquant,  # fold: outliers moved into weights, calibrated
+    rotate_online,  # fold: outliers spread, while the model runs
+    awq,  # weights: bits, calibrated, a block at a time
     gptq,  # weights: bits, calibrated
+    trellis,  # weights: two bits, calibrated
     quantize_weights,  # weights: bits
+    quantize_activations,  # weights: bits of what meets them
+    lossless,  # weights: the same numbers in fewer bits
     quantize_kv,  # cache: bits
     fuse_projections,  # lower: layout
 )

@@ -41,6 +41,11 @@ def join(*parts: Linear) -> Linear | Skipped:
     biases = [p.bias for p in parts if p.bias is not None]
     if len({jax.tree.structure(w) for w in weights}) > 1 or len(biases) not in (0, len(parts)):
         return Skipped("stored differently: " + ", ".join(tensor_text(w) for w in weights))
+    if len({p.activations for p in parts}) > 1:
+        return Skipped("inputs rounded differently: " + ", ".join(str(p.activations) for p in parts))
+    each = weights[0].format.block_rows if is_qtensor(weights[0]) else 1
+    if any(w.shape[1] % each for w in weights[:-1]):
+        return Skipped(f"outputs do not fill their blocks of {each}: " + ", ".join(tensor_text(w) for w in weights))
     outputs = 0 if is_qtensor(weights[0]) else 1  # packed weights keep their outputs first
     changes = {"weight": lift(lambda ws: jax.tree.map(lambda *w: jnp.concatenate(w, axis=outputs), *ws), weights)}
     if biases:

@@ -19,8 +19,8 @@ Scales = Literal["absmax", "mse", "activation"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeWeights(PassOptions):
-    format: Literal["int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "mxfp4", "nvfp4"]
-    group: int | None = None  # input channels a scale; None: an output channel, or the block of a 4-bit float
+    format: Literal["int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2", "fp8_block", "mxfp4", "nvfp4"]
+    group: int | None = None  # input channels a scale; None: an output channel, or the block of the format
     symmetric: bool = True  # False: a zero point a group (integers only)
     scales: Scales = "absmax"  # mse: of least error; activation: of least error weighted by the inputs' mean square
     requantize: bool = False  # True: weights that are packed already are dequantized and rounded again
@@ -57,6 +57,11 @@ def quantize_weights(site: Site, linear: Linear | GroupedLinear, opt: QuantizeWe
 def weight_of(site: Site, linear: Linear | GroupedLinear, opt: QuantizeWeights):
     """The dense weight of a site. Raises PassError for one that is packed where the options do not say `requantize`."""
     weight = linear.weight.get_value()
+    if opt.storage().block_rows > 1 and (opt.needs or opt.scales != "absmax"):
+        raise PassError(
+            f"{site.path}: {opt.format} has a scale for several output channels, which can only be that of their largest "
+            "number: use quantize_weights with scales: absmax"
+        )
     if tensor.is_qtensor(weight):
         if not opt.requantize:
             raise PassError(

@@ -8,6 +8,7 @@ their unpacking on top of the float32 product.
 import jax
 import jax.numpy as jnp
 
+from optx.formats import Format
 from optx.tensor import QTensor, matmul_rows
 
 LARGE = 1 << 23  # numbers; above, one row of x is multiplied and summed on the fly (2x faster than storing 32 MB)
@@ -15,11 +16,15 @@ LANES = 32
 
 
 def supports(args, target) -> str | None:
-    return None if target.platform == "cpu" else f"is for cpu, not {target.platform}"
+    if target.platform != "cpu":
+        return f"is for cpu, not {target.platform}"
+    activations = args.get("activations")
+    return None if activations is None else f"activations in {activations}; allowed: as they are"
 
 
-def quant_matmul(x: jax.Array, w: QTensor) -> jax.Array:
-    """x [..., D], w QTensor [D, F] -> [..., F] in x's dtype."""
+def quant_matmul(x: jax.Array, w: QTensor, activations: Format | None = None) -> jax.Array:
+    """x [..., D], w QTensor [D, F] -> [..., F] in x's dtype. activations: none here (`supports`)."""
+    assert activations is None, f"xla_cpu: activations in {activations}"
     w, x = jax.lax.optimization_barrier((w, x))
     rows = w.rows()
     if x.size != w.length or w.size < LARGE or w.length % LANES:

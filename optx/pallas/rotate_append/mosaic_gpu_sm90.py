@@ -91,6 +91,8 @@ def _reason(cache: CacheSpec, head_dim: int, rope, *norms) -> str | None:
     """Why the kernel does not store heads like these, or None."""
     if head_dim % 2 or head_dim > WIDEST:
         return f"head_dim {head_dim}; allowed: even, at most {WIDEST}"
+    if rope is not None and rope.rotation is not None:
+        return f"heads through {rope}; allowed: a rotary embedding alone"
     if rope is not None and (rope.dim > head_dim or rope.dim % (2 if rope.interleaved else 4)):
         how = "interleaved" if rope.interleaved else "by halves"
         return f"{rope.dim} numbers rotated {how}; allowed: at most {head_dim}, a multiple of 4 by halves"

@@ -1,0 +1,75 @@
+"""Parts whose numbers run rotated: a block at an end of a rotated stream, norms, projections and heads."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from optx.cache import Ragged, View
+from optx.hadamard import Rotation
+from optx.nn.core import Linear, Rope
+from optx.nn.decoder import Block
+from optx.nn.moe import GroupedLinear
+
+
+class RotatedBlock(Block):
+    """A block where the stream begins to be rotated (`enters`: x Q goes in) or ceases to be (`leaves`: x Q^T comes out)."""
+
+    def __init__(self, block: Block, *, enters: Rotation | None = None, leaves: Rotation | None = None):
+        super().__init__(
+            norm=block.norm, mixer=block.mixer, mlp_norm=block.mlp_norm, mlp=block.mlp,
+            post_norm=block.post_norm, post_mlp_norm=block.post_mlp_norm,
+            residual=block.residual, mlp_residual=block.mlp_residual,
+        )  # fmt: skip
+        self.enters, self.leaves = enters, leaves
+        self.choices = block.choices
+
+    def unjoined(self, x: jax.Array, y: jax.Array | None, ragged: Ragged, cache: View | None):
+        if self.enters is not None:
+            x, y = self.enters(x if y is None else x + y), None
+        x, y, pool = super().unjoined(x, y, ragged, cache)
+        if self.leaves is not None:
+            x, y = self.leaves.back(x if y is None else x + y), None
+        return x, y, pool
+
+
+class RotatedNorm(nnx.Module):
+    """norm(x) Q, for parts whose weights took Q^T."""
+
+    def __init__(self, norm: nnx.Module, rotation: Rotation):
+        self.norm, self.rotation = norm, rotation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.rotation(self.norm(x))
+
+
+class Rotated(nnx.Module):
+    """linear(x Q): what the projection's weight lost to Q^T is given to its input."""
+
+    def __init__(self, linear: Linear | GroupedLinear, rotation: Rotation):
+        self.linear, self.rotation = linear, rotation
+
+    @property
+    def weight(self) -> nnx.Variable:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> nnx.Variable | None:
+        return self.linear.bias
+
+    def __call__(self, x: jax.Array, *args) -> jax.Array:
+        return self.linear(self.rotation(x), *args)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotatedHeads:
+    """In the place of a rotary embedding: rope(x), and then x Q of each head, so that q Q . k Q = q . k."""
+
+    rope: Rope | None
+    rotation: Rotation
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return self.rotation(x if self.rope is None else self.rope(x, positions))
+
+    def __str__(self):
+        return f"{self.rope}, {self.rotation}"
