@@ -60,8 +60,8 @@ def _why(weight: jax.Array, format_: Lossless, axis: int) -> str:
         return f"{other:.2%} of the weights are no bf16 numbers; load with dtype='bfloat16', which rounds them first"
     length = weight.shape[axis]
     need = int(jnp.max(format_.needed(weight if axis == -1 else jnp.swapaxes(weight, -1, -2))))
-    room, spare = format_.room(length), format_.spare
-    more = spare + -(-100 * (need - room) // length) + 1
+    room = format_.room(length)
+    more = next((s for s in range(151) if dataclasses.replace(format_, spare=s).room(length) >= need), 150)
     return (
         f"exponents of a row of {length} need {need} bytes beside its codes, and {format_} has room for {room}; "
         f"set spare: {more}, or keep the site out with 'match'"
