@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import families
 import pytest
@@ -12,8 +13,11 @@ from optx.errors import LegalityError
 from optx.formats import Int
 from optx.nn import MLA, Attention, Mamba2, Rope
 from optx.nn.moe import Experts, MoE, Router
+from optx.passes.quantize_activations import QuantizeActivations
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
+from optx.passes.rotate import Rotate
+from optx.passes.rotate_online import RotateOnline
 from optx.passes.sliding_window import SlidingWindow
 from optx.recipe import Recipe
 from optx.registry import Axis, PassOptions, Stage
@@ -119,7 +123,28 @@ def kv(format="int8"):
 
 
 # (fact, model, recipe, path at which it holds, or None where it does not)
+def rotated(**options):
+    return Recipe(fold=[Rotate(**options)])
+
+
+def rounded_inputs():
+    return Recipe(weights=[QuantizeActivations(format="int8", match="layers/0/.*")])
+
+
+# Facts of which the tests of their passes have a case that holds; here they have one where they do not.
+APART = {
+    "values_read_elsewhere": "test_smoothquant.py",
+    "rotated_in_part": "test_rotate.py",
+    "keys_rotated_apart": "test_rotate_online.py",
+}
 CASES = [
+    ("stream_does_not_rotate", lambda: families.abstract("gemma3"), rotated(), "layers/0"),
+    ("stream_does_not_rotate", llama, rotated(), None),
+    ("rotated_in_part", llama, rotated(), None),
+    ("keys_rotated_apart", llama, Recipe(fold=[RotateOnline()]), None),
+    ("values_read_elsewhere", llama, kv(), None),
+    ("activations_without_weights", llama, rounded_inputs(), "layers/0/mixer/q"),
+    ("activations_without_weights", packed, rounded_inputs(), None),
     ("packed_twice", packed, weights(format="int8"), "layers/0/mlp/gate/weight"),
     ("packed_twice", packed, weights(format="int8", requantize=True), None),
     ("packed_twice", packed, weights(format="int8", match=".*/down"), None),
@@ -208,7 +233,9 @@ def test_a_fact_holds_where_it_should(name, make, recipe, path, fold):
 def test_every_fact_has_a_case_that_holds_and_one_that_does_not():
     names = {fact.name for fact in legality.FACTS}
     assert len(names) == len(legality.FACTS)
-    assert {case[0] for case in CASES if case[3]} == {case[0] for case in CASES if not case[3]} == names
+    for name, file in APART.items():
+        assert name in (Path(__file__).parent / "passes" / file).read_text()
+    assert {case[0] for case in CASES if case[3]} | set(APART) == {case[0] for case in CASES if not case[3]} == names
 
 
 @pytest.mark.parametrize("fact", [*legality.FACTS, legality.STACK], ids=lambda fact: fact.name)

@@ -57,7 +57,11 @@ def quantize_weights(site: Site, linear: Linear | GroupedLinear, opt: QuantizeWe
 def weight_of(site: Site, linear: Linear | GroupedLinear, opt: QuantizeWeights):
     """The dense weight of a site. Raises PassError for one that is packed where the options do not say `requantize`."""
     weight = linear.weight.get_value()
-    if opt.storage().block_rows > 1 and (opt.needs or opt.scales != "absmax"):
+    try:
+        format_ = opt.storage()
+    except FormatError as error:
+        raise PassError(f"quantize_weights at {site.path}, weight {list(weight.shape)}: {error}") from None
+    if format_.block_rows > 1 and (opt.needs or opt.scales != "absmax"):
         raise PassError(
             f"{site.path}: {opt.format} has a scale for several output channels, which can only be that of their largest "
             "number: use quantize_weights with scales: absmax"
