@@ -84,8 +84,8 @@ print(json.dumps({
 
 def measure(folder: Path, how: str) -> dict[str, int]:
     arguments = [str(folder), *map(str, (LAYERS, D, F, VOCAB)), how]
-    # One pool of malloc: else every thread keeps what it once freed, the more the busier the machine is.
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "1"}
+    # malloc gives large blocks back at once: what is measured is what is held, not what threads keep of what they freed.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "500000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
     done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
