@@ -35,7 +35,7 @@ def compiled(model, work, recipe=RECIPE):
     return optx.compile(source(model), recipe, "cpu", calibration=TEXT, measured=False, work=work)
 
 
-def killed_at(prefix, model, work, monkeypatch):
+def killed_at(prefix, model, work, monkeypatch, recipe=RECIPE):
     """A compile that dies when the block at `prefix` is under way."""
     real = pipeline.apply_block
 
@@ -47,7 +47,7 @@ def killed_at(prefix, model, work, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "apply_block", dying)
         with pytest.raises(Killed):
-            compiled(model, work)
+            compiled(model, work, recipe)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixture"])
@@ -72,18 +72,7 @@ def test_layers_that_read_earlier_caches_go_on_too(tmp_path, monkeypatch):
     model = models()["shared"]
     recipe = Recipe(weights=[GPTQ(format="int4", match=r"layers/\d+/mlp/.*")], calibration=RECIPE.calibration)
     want = compiled(model, tmp_path / "whole", recipe)
-    last = f"layers/{len(model.layers) - 1}"
-    real = pipeline.apply_block
-
-    def dying(block, at, *rest):
-        if at == last:
-            raise Killed
-        return real(block, at, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "apply_block", dying)
-        with pytest.raises(Killed):
-            compiled(model, tmp_path / "work", recipe)
+    killed_at(f"layers/{len(model.layers) - 1}", model, tmp_path / "work", monkeypatch, recipe)
     for a, b in zip(leaves(compiled(model, tmp_path / "work", recipe)), leaves(want), strict=True):
         np.testing.assert_array_equal(a, b)
 
