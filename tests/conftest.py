@@ -1,5 +1,6 @@
 """What all tests share: JAX on the CPU with a lasting compilation cache, a seeded generator, real models."""
 
+import gc
 import hashlib
 import os
 import platform
@@ -33,6 +34,27 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("NPROC", "8")
 # LAPACK's own threads wait in a loop, which workers that share the cores pay for.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+MAPPINGS = 20_000  # of memory, a third of what Linux allows a process: a compiled program takes several
+
+
+@pytest.fixture(autouse=True)
+def _programs_given_back():
+    """XLA ends the process when a program finds no room for its code, as after some thousands of programs in one worker."""
+    yield
+    if _mappings() > MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
+def _mappings() -> int:
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 @pytest.fixture
