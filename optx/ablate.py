@@ -23,7 +23,7 @@ import numpy as np
 import optx
 from optx import api, ir, lower, pipeline, strict, tensor
 from optx import target as targets
-from optx.ablate_config import ModelRow, Study, content
+from optx.ablate_config import ModelRow, Study, content, for_model
 from optx.ablate_table import UNCOMPILED, Result
 from optx.checkpoint.source import Source
 from optx.configs import model_names, model_path
@@ -63,7 +63,7 @@ def run(study: Study, out: Path, *, fresh: bool = False, progress: bool = False,
     sources = [api.load(row.model, row.weights, row.dtype) for row in study.models]
     labels = _labels(study.models, sources)
     jobs = [
-        Job(label=label, recipe=recipe, inputs=inputs(study, row, source, recipe))
+        Job(label=label, recipe=(mine := for_model(row, recipe)), inputs=inputs(study, row, source, mine))
         for row, source, label in zip(study.models, sources, labels)
         for recipe in (NONE, *study.variants)
     ]

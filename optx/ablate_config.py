@@ -1,7 +1,7 @@
 """What an ablation runs: models, a text, and recipes that are listed, spanned by a grid or made by leaving rules out. In YAML,
 read as strictly as a recipe, paths relative to the file's folder:
 
-models: [{model: model.gguf, dtype: float32}]
+models: [{model: model.gguf, dtype: float32}, {model: wide.gguf, set: {group: 128}}]
 text: wikitext2_test.txt
 context: 512
 base: int4_kv8
@@ -16,6 +16,7 @@ recipes; the base too where one is given).
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,7 @@ class ModelRow:
     weights: Literal["dense", "packed"] = "dense"
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: the checkpoint's own
     name: str | None = None  # in tables; None: the checkpoint's
+    set: Any = None  # options by name that take other values in every rule that gives them, {group: 128}; None: none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,8 @@ def models(ablation: Ablation, folder: Path) -> tuple[ModelRow, ...]:
     rows = [dataclasses.replace(row, model=near(row.model, folder)) for row in rows]
     if not rows:
         raise RecipeError(f"{WHERE}.models: none; list what optx.load takes there, or give --model MODEL")
+    for row in rows:
+        _check_set(row)
     for first, second in itertools.combinations(rows, 2):
         if dataclasses.replace(first, name=None) == dataclasses.replace(second, name=None):
             raise RecipeError(f"{WHERE}.models: {first.model} is listed twice with the same weights and dtype")
@@ -125,8 +129,27 @@ def models(ablation: Ablation, folder: Path) -> tuple[ModelRow, ...]:
 
 
 def near(path: str, folder: Path) -> str:
-    """A path from the folder of the ablation where something stands there, else as it is."""
-    return str(folder / path) if (folder / path).exists() else path
+    """A path from the folder of the ablation where something stands there, else as it is; ~ is the user's home."""
+    return str(folder / path) if (folder / path).exists() else os.path.expanduser(path)
+
+
+def for_model(row: ModelRow, recipe: Recipe) -> Recipe:
+    """The recipe with what the model's row sets."""
+    if not row.set or not recipe.steps():
+        return recipe
+    data = recipe.to_dict()
+    for stage in set(STAGES) & set(data):
+        data[stage] = [rule | {k: v for k, v in row.set.items() if rule.get(k) is not None} for rule in data[stage]]
+    return Recipe.from_dict(data, f"{WHERE}.models: {row.model}: recipe")
+
+
+def _check_set(row: ModelRow) -> None:
+    known = {f.name for pass_ in registry.PASSES.values() for f in dataclasses.fields(pass_.options)}
+    if row.set is not None and not isinstance(row.set, dict):
+        raise RecipeError(f"{WHERE}.models: {row.model}: set: got {row.set!r}; allowed: a mapping of options of passes")
+    for name in row.set or ():
+        if name not in known or name == "match":
+            raise RecipeError(f"{WHERE}.models: {row.model}: set: no option {name!r}{did_you_mean(str(name), known)}")
 
 
 def variants(ablation: Ablation, folder: Path) -> tuple[Recipe, ...]:

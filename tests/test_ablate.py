@@ -373,6 +373,19 @@ def test_several_models_and_the_flags_over_the_file(write, optx_, model, tmp_pat
     assert data["protocol"] == want
 
 
+def test_a_model_sets_options_of_the_rules_that_give_them(write, optx_, model, tmp_path):
+    rows = [str(model), {"model": str(model), "name": "g16", "set": {"group": 16}}]
+    config = write(
+        models=rows, grid=None, base=None, recipes=[{"name": "a", "weights": [INT4]}, {"name": "b", "weights": [INT8]}]
+    )
+    code, shown, _ = optx_(config, "--out", tmp_path / "out", "--json")
+    found = {(r["model"], r["variant"]): r for r in json.loads(shown)["results"]}
+    assert code == 0
+    assert found["g16", "a"]["recipe"]["weights"][0]["group"] == 16
+    assert found["g16", "a"]["layer_bits"] == 5 and found["tiny-llama", "a"]["layer_bits"] == 4.5
+    assert found["g16", "b"]["key"] == found["tiny-llama", "b"]["key"], "int8 gives no group"
+
+
 def test_models_of_one_name_are_told_apart(model):
     rows = (ModelRow(model=str(model)), ModelRow(model=str(model), dtype="bfloat16"))
     sources = [optx.load(row.model, row.weights, row.dtype) for row in rows]
@@ -458,6 +471,16 @@ def test_recipes_by_name_path_and_inline(tmp_path):
         tmp_path, base="fused", recipes=["int8_kv8", "mine.yaml", {"name": "kv", "cache": [KV8]}, {"name": "e"}]
     )
     assert [r.name for r in found] == ["fused", "int8_kv8", "mine", "kv"], "one without passes is the uncompiled model"
+
+
+def test_the_shipped_ablation_of_weights_is_legal_on_a_published_model():
+    ablation, folder = ablate_config.read("weights")
+    found = ablate_config.variants(ablation, folder)
+    small, wide = ablate_config.models(ablation, folder)
+    assert len(found) == 25 and small.model.startswith("/") and wide.set == {"group": 128}
+    source = optx.load("smollm3-3b")
+    for recipe in found[::4]:
+        assert optx.plan(source, ablate_config.for_model(wide, recipe), "h100").records
 
 
 def test_the_shipped_ablation_is_legal_on_a_published_model():
@@ -557,6 +580,8 @@ def fails(result, code, *told):
         ({"measured": True}, ["ablation.measured: needs a text", "--calibration FILE"]),
         ({"models": None}, ["ablation.models: none", "--model MODEL"]),
         ({"models": [{"model": "a", "wights": "dense"}]}, ["ablation.models[0].wights", "did you mean 'weights'?"]),
+        ({"models": [{"model": "a", "set": {"gruop": 8}}]}, ["ablation.models: a: set: no option 'gruop'", "'group'?"]),
+        ({"models": [{"model": "a", "set": 8}]}, ["set: got 8; allowed: a mapping"]),
         ({"models": ["nowhere.gguf"]}, ["nowhere.gguf: no such file or directory"]),
         ({"models": ["qwen3-8b"]}, ["a config holds no weights"]),
         ({"grid": None}, ["one of recipes, grid, leave_one_out: true; got none"]),
