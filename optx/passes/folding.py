@@ -24,6 +24,7 @@ from optx.nn.linear_attention import LinearAttention
 from optx.nn.mamba1 import Mamba1
 from optx.nn.mla import MLA
 from optx.nn.moe import Experts, GroupedLinear, LatentExperts, MoE, Router
+from optx.nn.rotated import Rotated
 from optx.nn.ssm import Mamba2
 from optx.registry import PassOptions, Seen
 
@@ -148,6 +149,8 @@ def _inside(block, part, table) -> Iterator[Fold | tuple[str, str]]:
     for path, module in ir.walk(getattr(block, part), part) if getattr(block, part) is not None else ():
         if type(module) in table:
             one = table[type(module)](module, path, part)
+            turned = [r for r in one.readers if isinstance(ir.get(block, r), Rotated)] if isinstance(one, Fold) else []
+            one = f"{', '.join(turned)}: a rotation stands before it, which no scale a channel passes" if turned else one
             yield (f"{path}", one) if isinstance(one, str) else one
 
 

@@ -1,5 +1,6 @@
 """awq: less error than plain rounding where channels stand out, for the reasons that it gives."""
 
+import dataclasses
 from pathlib import Path
 
 import calibrated
@@ -18,6 +19,7 @@ from optx.nn.moe import GroupedLinear
 from optx.passes.awq import AWQ
 from optx.passes.gptq import GPTQ
 from optx.passes.quantize_weights import QuantizeWeights
+from optx.passes.rotate_online import RotateOnline
 from optx.recipe import Recipe
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -116,3 +118,14 @@ def test_bad_input():
     ir.put(broken, "layers/0/mlp/up", ir.replace(up, weight=up.weight.get_value().at[3, 5].set(jnp.nan)))
     with pytest.raises(PassError, match="layers/0/.*(NaN|not finite)"):
         calibrated.through(broken, recipe())
+
+
+def test_what_runs_rotated_takes_no_scale():
+    """A rotation mixes channels, so that a scale a channel does not pass it; the rest of the block is scaled as ever."""
+    turned = dataclasses.replace(recipe(), fold=(RotateOnline(keys=False, down=True),))
+    tree = outliers()
+    out, records = calibrated.through(tree, turned)
+    assert any("mlp/down: a rotation stands before it" in note for record in records for note in record.notes.values())
+    tokens = jnp.asarray([families.prompt(48)], jnp.int32)
+    rounded = calibrated.through(tree, plain())[0]
+    assert families.relative(out(tokens), tree(tokens)) < 0.8 * families.relative(rounded(tokens), tree(tokens))
