@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
@@ -24,6 +25,8 @@ from optx.pipeline import Record
 from optx.quality import Windows
 from optx.recipe import Recipe
 from optx.registry import Pass, PassOptions, Stage
+
+KEPT = 2 << 30  # bytes of the uncompiled model's logits that are kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ def bisect(source: Source, recipe: Recipe, calibration: str | Path, progress: bo
         raise QualityError(
             f"bisect: {recipe.name} has no lossy pass ({_names(recipe) or 'no pass'}); nothing can cost quality"
         )
-    run, base = _without_exact(recipe), source.load()
+    run, base = _without_exact(recipe), _Uncompiled(source.load())
     boards = _boards(source, base, run, calibration, text, progress)
     ranked = sorted(boards, key=lambda board: _order(board.without))
     whole, costs = ranked[0].whole, tuple(PassCost(name=b.name, sites=len(b.paths), without=b.without) for b in ranked)
@@ -117,24 +120,43 @@ def bisect(source: Source, recipe: Recipe, calibration: str | Path, progress: bo
     )
 
 
+class _Uncompiled:
+    """The uncompiled model, which computes the logits of a window once while there is room for them."""
+
+    def __init__(self, tree: nnx.Module):
+        self.tree, program = tree, Program.of(tree)
+        self._leaves, self._kept = program.leaves, {}
+        self._run = jax.jit(lambda leaves, tokens: program.merge(leaves)(tokens)[0])
+
+    def __call__(self, tokens) -> jax.Array:
+        """int32[1, T] -> float32[T, V]."""
+        key = np.asarray(tokens).tobytes()
+        if key not in self._kept:
+            logits = self._run(self._leaves, tokens)
+            if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes > KEPT:
+                return logits
+            self._kept[key] = logits
+        return self._kept[key]
+
+
 class _Board:
     """The model without one pass, of which any sites can be switched to their form under the whole recipe."""
 
-    def __init__(self, base: nnx.Module, before: nnx.Module, after: nnx.Module, record: Record, paths, text: Windows):
-        self.name, self.paths, self.text = record.name, tuple(paths), text
-        step = quality.Step(base=base, before=before, after=after, sites=self.paths, record=record)
+    def __init__(self, base: _Uncompiled, before: nnx.Module, after: nnx.Module, record: Record, paths, text: Windows):
+        self.name, self.paths, self.text, self.base = record.name, tuple(paths), text, base
+        step = quality.Step(base=base.tree, before=before, after=after, sites=self.paths, record=record)
         called = quality.sites_called(step, text[0])
         self.sites = tuple(path for path in called if not any(_above(other, path) for other in called))
-        programs = [Program.of(tree) for tree in (base, before, after)]
+        programs = [Program.of(tree) for tree in (before, after)]
         self.leaves = [program.leaves for program in programs]
 
         @jax.jit
-        def run(leaves, chosen, tokens):
+        def run(leaves, old, chosen, tokens):
             """chosen: int32[sites], 1 for the new form."""
-            base, before, after = (program.merge(x) for program, x in zip(programs, leaves, strict=True))
+            before, after = (program.merge(x) for program, x in zip(programs, leaves, strict=True))
             forms = {path: (ir.get(after, path),) for path in self.sites}
             quality.switch(before, forms, dict(zip(self.sites, chosen, strict=True)))
-            return quality.divergence(base(tokens)[0], before(tokens)[0], tokens)[0]
+            return quality.divergence(old, before(tokens)[0], tokens)[0]
 
         self._run = run
         self.whole, self.without = self.kl(self.sites), self.kl(())
@@ -142,7 +164,7 @@ class _Board:
     def kl(self, new: Sequence[str], text: Windows | None = None) -> float:
         """Nats a token with the sites `new` as the recipe makes them and the others as they were."""
         text, chosen = text or self.text, jnp.asarray([path in set(new) for path in self.sites], jnp.int32)
-        total = sum(float(self._run(self.leaves, chosen, tokens)) for tokens in text)
+        total = sum(float(self._run(self.leaves, self.base(tokens), chosen, tokens)) for tokens in text)
         return total / sum(tokens.shape[1] - 1 for tokens in text)
 
     def ranking(self, progress: bool) -> list[tuple[str, float]]:
@@ -169,7 +191,7 @@ class _Board:
 
 
 def _boards(
-    source: Source, base: nnx.Module, recipe: Recipe, calibration: str | Path, text: Windows, progress: bool
+    source: Source, base: _Uncompiled, recipe: Recipe, calibration: str | Path, text: Windows, progress: bool
 ) -> list[_Board]:
     """One a pass of the recipe, whose passes are all lossy."""
     after, records, paths = _built(source, recipe, calibration)
@@ -226,16 +248,15 @@ def _edit(
         out = [*out, more.pop(0)]
 
 
-def _measured(base: nnx.Module, after: nnx.Module, text: Windows) -> float:
-    programs = [Program.of(tree) for tree in (base, after)]
+def _measured(base: _Uncompiled, after: nnx.Module, text: Windows) -> float:
+    program = Program.of(after)
 
     @jax.jit
-    def run(leaves, tokens):
-        old, new = (program.merge(x)(tokens)[0] for program, x in zip(programs, leaves, strict=True))
-        return quality.divergence(old, new, tokens)[0]
+    def run(leaves, old, tokens):
+        return quality.divergence(old, program.merge(leaves)(tokens)[0], tokens)[0]
 
-    leaves = [program.leaves for program in programs]
-    return sum(float(run(leaves, tokens)) for tokens in text) / sum(tokens.shape[1] - 1 for tokens in text)
+    total = sum(float(run(program.leaves, base(tokens), tokens)) for tokens in text)
+    return total / sum(tokens.shape[1] - 1 for tokens in text)
 
 
 def _narrow(tree: nnx.Module, recipe: Recipe, name: str, paths: Sequence[str]) -> Recipe:
