@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 import optx
-from optx import cli_ablate, cli_bisect, cli_plan, cli_report, cli_search, cli_serve, cli_verbs
+from optx import cli_ablate, cli_bisect, cli_plan, cli_report, cli_rotate, cli_search, cli_serve, cli_verbs
 from optx.api import DTYPES, WEIGHTS
 from optx.bench import against, serve
 from optx.bench.step import SHAPES
@@ -164,6 +164,7 @@ VERBS = (
     ),
     cli_ablate.verb(MODEL_FLAGS, CALIBRATION, JSON),
     cli_report.verb(MODEL_FLAGS, RECIPE, TARGET, OVERWRITE, JSON),
+    cli_rotate.verb(RECIPE, CALIBRATION, MODEL_FLAGS[1], JSON),
     cli_search.verb(TARGET, CALIBRATION, MODEL_FLAGS[1], JSON),
     cli_serve.verb(MODEL_FLAGS, RECIPE),
     Verb(

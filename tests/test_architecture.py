@@ -83,6 +83,19 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "search_cost": {"cost", "errors", "estimate", "ir", "registry", "slo", "target"} | SEARCH,
     "search_meter": {"calibrate", "errors", "ir", "quality", "registry", "tensor"} | SEARCH,
     "search_solve": SEARCH,
+    "learn_rotation": {
+        "checkpoint",
+        "errors",
+        "formats",
+        "ir",
+        "lower",
+        "nn",
+        "passes",
+        "pipeline",
+        "quality",
+        "recipe",
+    }
+    | {"tensor"},
     "search_text": {"report", "search", "slo"},
     # Files and text.
     "checkpoint": LEAVES | {"ggml", "ir", "nn", "recipe", "pipeline", "tokenizer"},
@@ -109,6 +122,7 @@ COMMAND_LINE = {
     "cli_flags",
     "cli_plan",
     "cli_report",
+    "cli_rotate",
     "cli_search",
     "cli_serve",
     "cli_verbs",

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from optx.cache import Ragged, View
@@ -12,10 +13,27 @@ from optx.nn.decoder import Block
 from optx.nn.moe import GroupedLinear
 
 
+class Orthogonal(nnx.Module):
+    """x -> x Q for any orthogonal Q [D, D] kept as data; `back` undoes it."""
+
+    def __init__(self, matrix: jax.Array):
+        self.matrix = nnx.Param(matrix, axes=("embed", None))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> x Q in x's dtype, computed in float32."""
+        return jnp.matmul(x.astype(jnp.float32), self.matrix.get_value()).astype(x.dtype)
+
+    def back(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> x Q^T in x's dtype, computed in float32."""
+        return jnp.matmul(x.astype(jnp.float32), self.matrix.get_value().T).astype(x.dtype)
+
+
 class RotatedBlock(Block):
     """A block where the stream begins to be rotated (`enters`: x Q goes in) or ceases to be (`leaves`: x Q^T comes out)."""
 
-    def __init__(self, block: Block, *, enters: Rotation | None = None, leaves: Rotation | None = None):
+    def __init__(
+        self, block: Block, *, enters: Rotation | Orthogonal | None = None, leaves: Rotation | Orthogonal | None = None
+    ):
         super().__init__(
             norm=block.norm, mixer=block.mixer, mlp_norm=block.mlp_norm, mlp=block.mlp,
             post_norm=block.post_norm, post_mlp_norm=block.post_mlp_norm,

@@ -150,7 +150,9 @@ def _inside(block, part, table) -> Iterator[Fold | tuple[str, str]]:
         if type(module) in table:
             one = table[type(module)](module, path, part)
             turned = [r for r in one.readers if isinstance(ir.get(block, r), Rotated)] if isinstance(one, Fold) else []
-            one = f"{', '.join(turned)}: a rotation stands before it, which no scale a channel passes" if turned else one
+            one = (
+                f"{', '.join(turned)}: a rotation stands before it, which no scale a channel passes" if turned else one
+            )
             yield (f"{path}", one) if isinstance(one, str) else one
 
 

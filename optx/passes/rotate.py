@@ -20,7 +20,7 @@ from optx.nn.linear_attention import LinearAttention
 from optx.nn.mamba1 import Mamba1
 from optx.nn.mla import MLA
 from optx.nn.moe import Experts, GroupedLinear, LatentExperts, MoE, Router
-from optx.nn.rotated import RotatedBlock
+from optx.nn.rotated import Orthogonal, RotatedBlock
 from optx.nn.ssm import Mamba2
 from optx.registry import Axis, Noted, PassOptions, Site, Skipped, Stage, register
 
@@ -33,9 +33,42 @@ class Rotate(PassOptions):
     )
     stream: bool = True  # the residual stream (R1)
     values: bool = True  # the values of each head (R2)
+    matrices: str | None = None  # .npz of `optx rotate`: rotations that were learned; None: those of the seed
 
     def rotation(self, d: int) -> Rotation:
         return Rotation(d=d, seed=self.seed, mixed=self.mixed and self.seed is not None)
+
+    def turn(self, name: str, d: int, where: str) -> "Rotation | Given":
+        """The rotation of d numbers called `name`. Raises PassError for a file that has none such."""
+        return self.rotation(d) if self.matrices is None else Given(matrix=_given(self.matrices, name, d, where))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given:
+    """An orthogonal matrix that folds as a `Rotation` does."""
+
+    matrix: np.ndarray  # float64[D, D]
+
+    def fold(self, w: np.ndarray, axis: int) -> np.ndarray:
+        """w Q along the last axis, Q^T w along the one before."""
+        return np.moveaxis(np.moveaxis(np.asarray(w, np.float64), axis, -1) @ self.matrix, -1, axis)
+
+
+def _given(path: str, name: str, d: int, where: str) -> np.ndarray:
+    try:
+        with np.load(path) as file:
+            found = {key: file[key] for key in file.files}
+    except (OSError, ValueError) as error:
+        raise PassError(f"rotate at {where}: matrices {path}: {error}; write them with 'optx rotate'") from None
+    q = found.get(name)
+    if q is None or q.shape != (d, d):
+        got = "not there" if q is None else f"float[{q.shape}]"
+        raise PassError(
+            f"rotate at {where}: {path} needs {name!r} of {d} x {d}, which is {got}; learn it for this model"
+        )
+    if not np.allclose(q @ q.T, np.eye(d), atol=1e-6):
+        raise PassError(f"rotate at {where}: {name!r} of {path} is not orthogonal, so the model would change")
+    return q
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +107,8 @@ def rotate(site: Site, block: Block, opt: Rotate) -> Block | Skipped | Noted:
 
     QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406), R1 and R2. The stream is
     turned where it enters the first layer and back where it leaves the last, D log D operations a token, so the embedding, the
-    last norm and the head stay as they are: tied tables stay tied.
+    last norm and the head stay as they are: tied tables stay tied. With `matrices` Q and R are what
+    optx.learn_rotation found for the recipe's rounding; the ends of the stream are then D x D products.
     """
     if site.layer is None:
         return Skipped("outside the layers that the stream runs through")
@@ -82,11 +116,12 @@ def rotate(site: Site, block: Block, opt: Rotate) -> Block | Skipped | Noted:
         raise PassError(f"rotate at {site.path}: {reason}")
     out = ir.shallow(block)
     if opt.stream:
-        rotation = opt.rotation(_width(block))
-        _turn_stream(out, rotation, site.path)
+        turn = None if ir.is_abstract(block) else opt.turn("stream", _width(block), site.path)
+        _turn_stream(out, turn, site.path)
         first, last = site.layer == 0, site.layer == site.layers - 1
         if first or last:
-            out = RotatedBlock(out, enters=rotation if first else None, leaves=rotation if last else None)
+            end = _end(opt, turn, _width(block))
+            out = RotatedBlock(out, enters=end if first else None, leaves=end if last else None)
     left = _turn_values(out, opt, site.path) if opt.values else None
     return Noted(out, left) if left else out
 
@@ -133,13 +168,22 @@ def ports(part: nnx.Module, path: str = "") -> Iterator[tuple[str, str, str | No
             yield from ports(inner, f"{path}/{name}".strip("/"))
 
 
+def _end(opt: Rotate, turn: Rotation | Given | None, d: int) -> Rotation | Orthogonal:
+    """What turns the stream where it enters and leaves."""
+    if opt.matrices is None:
+        return opt.rotation(d)
+    return Orthogonal(
+        jax.ShapeDtypeStruct((d, d), jnp.float32) if turn is None else jnp.asarray(turn.matrix, jnp.float32)
+    )
+
+
 def _width(block: Block) -> int:
     norm = block.norm if block.mixer is not None else block.mlp_norm
     return norm.weight.get_value().shape[0]
 
 
-def _turn_stream(block: Block, rotation: Rotation, where: str) -> None:
-    """Folds norms and the rotation into a copy of a block, in place."""
+def _turn_stream(block: Block, rotation: Rotation | Given | None, where: str) -> None:
+    """Folds norms and the rotation (None: of shapes) into a copy of a block, in place."""
     for norm_name, name in (("norm", "mixer"), ("mlp_norm", "mlp")):
         part, norm = getattr(block, name), getattr(block, norm_name)
         if part is None:
@@ -192,10 +236,16 @@ def _turn_values(block: Block, opt: Rotate, where: str) -> str | None:
     return None
 
 
+def _of_values(opt: Rotate, part: nnx.Module, d: int, where: str) -> Rotation | Given | None:
+    """Of the layer whose values the part reads; None where there are shapes alone."""
+    layer = where.split("/")[1] if part.cache.share is None else part.cache.share
+    return None if ir.is_abstract(part) else opt.turn(f"values/{layer}", d, where)
+
+
 def _attention_values(attn: Attention, opt: Rotate, where: str) -> dict[str, nnx.Module] | str:
     if attn.gate is not None:
         return "values are not rotated: a gate multiplies each number of a head"
-    rotation = opt.rotation(attn.head_dim)
+    rotation = _of_values(opt, attn, attn.head_dim, where)
     changes = {"o": _read_by_head(attn.o, attn.head_dim, rotation, f"{where}/o")}
     if attn.v is not None:
         changes["v"] = _written(attn.v, lambda w: _by_head(w, attn.head_dim, rotation), f"{where}/v")
@@ -203,7 +253,7 @@ def _attention_values(attn: Attention, opt: Rotate, where: str) -> dict[str, nnx
 
 
 def _latent_values(mla: MLA, opt: Rotate, where: str) -> dict[str, nnx.Module]:
-    rotation = opt.rotation(mla.value_dim)
+    rotation = _of_values(opt, mla, mla.value_dim, where)
 
     def values(w):
         heads = w.reshape(mla.rank, mla.heads, -1)
