@@ -74,8 +74,9 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "ablate_config": {"configs", "errors", "recipe", "registry", "strict", "target"},
     "ablate_table": {"ir", "report"},
     "ablate_plot": {"ablate_table", "ir"},
-    "ablate": {"ablate_config", "ablate_table", "api", "checkpoint", "configs", "cost", "errors", "evaluate", "ir"}
-    | {"lower", "optx", "pipeline", "recipe", "report", "strict", "target", "tensor"},
+    "kept": {"configs", "errors", "strict"},
+    "ablate": {"ablate_config", "ablate_table", "api", "checkpoint", "cost", "errors", "evaluate", "ir", "kept"}
+    | {"lower", "optx", "pipeline", "recipe", "report", "target", "tensor"},
     "plan_table": {"api", "cost", "cost_mesh", "ir", "legality", "report"},
     "slo": {"errors", "ir"},
     "search": {"api", "checkpoint", "errors", "quality", "recipe", "slo", "target"} | SEARCH,
@@ -109,6 +110,7 @@ COMMAND_LINE = {
     "cli_flags",
     "cli_plan",
     "cli_report",
+    "cli_retrieval",
     "cli_search",
     "cli_serve",
     "cli_verbs",
