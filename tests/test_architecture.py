@@ -93,10 +93,12 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     # Running.
     "engine": {"errors", "cache"},
     "generate": {"errors", "engine", "tokenizer"},
+    "compaction": {"errors", "generate", "tokenizer"},
+    "conversation": {"compaction", "engine", "errors", "generate", "tokenizer"},
     "grammar": {"errors", "tokenizer"},
     "evaluate": {"errors"},
     "compilation_cache": set(),
-    "serve": {"errors", "engine", "generate", "grammar", "tokenizer"},
+    "serve": {"compaction", "errors", "engine", "generate", "grammar", "tokenizer"},
     # What sees everything.
     "api": None,
     "bench": None,

@@ -19,7 +19,7 @@ from optx.tokenizer import Tokenizer
 Task = Literal["needle", "multikey"]
 TASKS: tuple[Task, ...] = ("needle", "multikey")
 NEEDLE = " The special magic number for {word} is {number}."
-QUESTION = "\n\nQuestion: What is the special magic number for {word}?\nAnswer: The special magic number for {word} is"
+QUESTION = " The special magic number for {word} is"
 DIGITS = 7
 _WORDS = """
 anchor apple arrow basket beacon blanket bottle button candle carpet castle cherry circle cotton desert dragon eagle engine

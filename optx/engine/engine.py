@@ -150,6 +150,13 @@ class Engine:
         pages = [table.pages_of(request.row) for table in self._tables]
         return sum(pages), sum(count * size for count, size in zip(pages, self._page_bytes, strict=True))
 
+    def forget(self, tokens: Sequence[int], keep: Sequence[int] = ()) -> int:
+        """Takes a prompt that nobody will send again out of the prefix cache, with all that goes on from it: the pages after
+        those that it shares with the prompt `keep`. What running requests use stays. -> pages given back, of all groups."""
+        if self.prefix is None:
+            return 0
+        return self.prefix.forget(self.prefix.keys(tokens), self.prefix.keys(keep))
+
     def add_request(self, prompt: Sequence[int], sampling: Sampling = Sampling(), *, priority: int = 0) -> Request:
         """Queues a prompt of token ids. priority: smaller ones are served first.
 
