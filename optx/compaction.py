@@ -147,9 +147,8 @@ class Talk:
         self.variables = dict(variables)
         roles = [message["role"] for message in self.whole]
         self.first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))  # of the old messages
-        self.turns = [
-            i for i, role in enumerate(roles) if role == "user" and i > self.first
-        ]  # where turns after it begin
+        # Where turns begin, but for the first.
+        self.turns = [i for i, role in enumerate(roles) if role == "user" and i > self.first]
         self.last = [self.first, *self.turns][-how.keep_turns :][0]  # where the newest turns begin
         self.cut, self.summary = self.first, ""  # the summary stands for the messages from `first` to `cut`
         self.generated, self.failed = 0, None
@@ -232,10 +231,8 @@ class Talk:
         if self.how.summarize is None:
             count = bisect.bisect_left(ends, True, key=lambda end: len(self._prompt(end)) > room)
         if count == 0:
-            told = (
-                f"a turn of the conversation takes more than the {room} tokens that a prompt for its summary may have"
-            )
-            raise RequestError(f"messages: {told}; shorten it")
+            told = f"takes more than the {room} tokens that a prompt for its summary may have"
+            raise RequestError(f"messages: a turn of the conversation {told}; shorten it")
         return ends[count - 1]
 
     def _take(self, text: str, tokens: int) -> None:

@@ -91,10 +91,8 @@ class Api:
         """The job with old turns of its conversation in summaries, which are requests to the engine like others."""
         text, tokens = None, 0
         while (asking := await run_in_threadpool(self.protocol.summary, job, text, tokens)) is not None:
-            ticket, reply = (
-                self.loop.submit(asking, arrived),
-                ChatReply(asking, self.protocol.model, self.protocol.tokenizer),
-            )
+            ticket = self.loop.submit(asking, arrived)
+            reply = ChatReply(asking, self.protocol.model, self.protocol.tokenizer)
             try:
                 await self._collect(ticket, reply)
             finally:
