@@ -66,7 +66,7 @@ def verb(model_flags: tuple[Flag, ...], recipe: Flag, calibration: Flag, json: F
             Flag(name="length", kind=int, least=1, value="N", repeated=True, required=True, help="tokens of a prompt, exactly"),
             Flag(name="depths", kind=int, least=1, default=5, value="N", help="places of the needle, evenly from start to end"),
             Flag(name="samples", kind=int, least=1, default=4, value="N", help="prompts for each length and depth"),
-            Flag(name="keys", kind=int, least=2, default=16, value="N", help="multikey: sentences with numbers in a prompt"),
+            Flag(name="keys", kind=int, least=2, default=8, value="N", help="multikey: sentences with numbers in a prompt"),
             Flag(name="text", value="FILE", help="UTF-8 text that prompts are filled with (default: generated sentences)"),
             Flag(name="seed", kind=int, least=0, default=0, value="N", help="of the prompts, which are the same for all recipes"),
             Flag(name="rows", kind=int, least=2, default=8, value="N", help="of the engine; a prompt takes two"),

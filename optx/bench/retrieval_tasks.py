@@ -45,7 +45,7 @@ class Setting:
     """What prompts are made from; together with a cell's length, depth and sample it determines each of them."""
 
     task: Task = "needle"
-    keys: int = 16  # sentences with numbers of `multikey`; `needle` has one
+    keys: int = 8  # sentences with numbers of `multikey`; `needle` has one
     seed: int = 0
     text: str | None = None  # filler is taken from it; None: generated sentences
 
