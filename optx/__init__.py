@@ -5,7 +5,9 @@ picks a kernel for every op, an engine decodes.
 """
 
 from optx.api import Compiled, Plan, compile, export, load, load_config, plan
+from optx.compaction import Compaction
 from optx.compilation_cache import enable_compilation_cache
+from optx.conversation import Conversation
 from optx.engine.request import Sampling
 from optx.engine.speculation import Speculation
 from optx.errors import OptxError
@@ -15,7 +17,9 @@ from optx.recipe import Recipe
 __version__ = "0.1.0"
 
 __all__ = [
+    "Compaction",
     "Compiled",
+    "Conversation",
     "Grammar",
     "OptxError",
     "Plan",

@@ -7,11 +7,8 @@ the passes that it shares with the one compiled before it.
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +18,11 @@ import jax
 import numpy as np
 
 import optx
-from optx import api, ir, lower, pipeline, strict, tensor
+from optx import api, ir, kept, lower, pipeline, tensor
 from optx import target as targets
 from optx.ablate_config import ModelRow, Study, content, for_model
 from optx.ablate_table import UNCOMPILED, Result
 from optx.checkpoint.source import Source
-from optx.configs import model_names, model_path
 from optx.cost import step_bytes
 from optx.errors import (
     FormatError,
@@ -67,18 +63,18 @@ def run(study: Study, out: Path, *, fresh: bool = False, progress: bool = False,
         for row, source, label in zip(study.models, sources, labels)
         for recipe in (NONE, *study.variants)
     ]
-    kept = {} if fresh else {job.key: result for job in jobs if (result := job.read(folder)) is not None}
-    if kept:
-        say(f"{len(kept)} of {len(jobs)} results kept from an earlier run, {folder}")
+    known = {} if fresh else {job.key: result for job in jobs if (result := job.read(folder)) is not None}
+    if known:
+        say(f"{len(known)} of {len(jobs)} results kept from an earlier run, {folder}")
     done = 0
     for source, label in zip(sources, labels):
-        missing = [job for job in jobs if job.label == label and job.key not in kept]
+        missing = [job for job in jobs if job.label == label and job.key not in known]
         for job, result in _computed(source, study, missing, progress):
             job.write(folder, result)
-            kept[job.key] = result
+            known[job.key] = result
             done += 1
-            say(f"[{done}/{len(jobs) - len(kept) + done}] {label}, {result.line()}")
-    return [job.named(kept[job.key]) for job in jobs]
+            say(f"[{done}/{len(jobs) - len(known) + done}] {label}, {result.line()}")
+    return [job.named(known[job.key]) for job in jobs]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,22 +87,15 @@ class Job:
 
     @functools.cached_property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:20]
+        return kept.key(self.inputs)
 
     def read(self, folder: Path) -> Result | None:
         """A result kept earlier; a file that is damaged counts as none."""
-        try:
-            data = json.loads((folder / f"{self.key}.json").read_text(encoding="utf-8"))
-            return strict.load(Result, data["result"], self.key)
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecipeError):
-            return None
+        return kept.read(folder, self.key, Result)
 
     def write(self, folder: Path, result: Result) -> None:
         """The file appears whole or not at all."""
-        path = folder / f"{self.key}.json"
-        data = {"result": dataclasses.asdict(result), "inputs": self.inputs}
-        path.with_suffix(".tmp").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        kept.write(folder, self.key, result, self.inputs)
 
     def named(self, result: Result) -> Result:
         """With the names of now: neither the model's nor the recipe's decides a result."""
@@ -119,11 +108,11 @@ def inputs(study: Study, row: ModelRow, source: Source, recipe: Recipe) -> dict:
     return {
         "versions": {"optx": optx.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
-        "model": {"files": _files(row.model), "origin": source.origin.name, "bytes": source.origin.bytes},
+        "model": {"files": kept.model_files(row.model), "origin": source.origin.name, "bytes": source.origin.bytes},
         "form": [row.weights, source.origin.dtype],
         "recipe": content(recipe),
-        "text": _digest(study.text),
-        "calibration": [_digest(study.calibration or ""), study.measured] if _reads_text(study, recipe) else None,
+        "text": kept.digest(study.text),
+        "calibration": [kept.digest(study.calibration or ""), study.measured] if _reads_text(study, recipe) else None,
         "windows": [study.context, study.stride, study.max_windows],
         "target": {name: value for name, value in target.items() if name != "sources"},
         "decode_context": study.decode_context,
@@ -135,26 +124,6 @@ def _reads_text(study: Study, recipe: Recipe) -> bool:
     lossy = any(not pass_.exact for pass_, _ in recipe.steps())
     calibrated = any(pipeline.needs(rules) for _, rules in recipe.steps())
     return calibrated or recipe.max_kl is not None or (study.measured and lossy)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _files(model: str) -> list:
-    """Path, size and time of change of each file of a model: of an export, the manifest has the hashes of those in folders."""
-    path = Path(model)
-    if not path.exists():
-        path = model_path(model) if model in model_names() else _snapshot(model)
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _snapshot(name: str) -> Path:
-    """The folder that `optx.load` has downloaded a hub id to."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, local_files_only=True))
 
 
 def _labels(rows: Sequence[ModelRow], sources: Sequence[Source]) -> list[str]:
@@ -329,7 +298,7 @@ class Remembered:
         if key in self._kept:
             return self._kept[key]
         logits = np.asarray(self._forward(leaves, tokens, counts))
-        if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= KEPT:
+        if sum(one.nbytes for one in self._kept.values()) + logits.nbytes <= KEPT:
             self._kept[key] = logits
         return logits
 

@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 import optx
-from optx import cli_ablate, cli_bisect, cli_plan, cli_report, cli_rotate, cli_search, cli_serve, cli_verbs
+from optx import (
+    cli_ablate,
+    cli_bisect,
+    cli_plan,
+    cli_report,
+    cli_retrieval,
+    cli_rotate,
+    cli_search,
+    cli_serve,
+    cli_verbs,
+)
 from optx.api import DTYPES, WEIGHTS
 from optx.bench import against, serve
 from optx.bench.step import SHAPES
@@ -212,6 +222,7 @@ VERBS = (
         "is asked for.",
         run=cli_verbs.bench,
     ),
+    cli_retrieval.verb(MODEL_FLAGS, RECIPE, CALIBRATION, JSON),
 )
 
 
@@ -225,11 +236,11 @@ def run(arguments: Sequence[str]) -> int:
             print(f"optx {optx.__version__}")
             return 0
         if arguments[0] == "help":
-            arguments = [*arguments[1:2], "--help"]
+            arguments = [*arguments[1:3], "--help"]
         if arguments[0].startswith("-"):
             raise UsageError(f"the verb comes first: optx VERB, one of {', '.join(verb.name for verb in VERBS)}")
-        verb = find(VERBS, arguments[0])
-        positional, values = parse(verb, arguments[1:])
+        verb, rest = find(VERBS, arguments)
+        positional, values = parse(verb, rest)
         if values["help"]:
             print(verb.help())
             return 0

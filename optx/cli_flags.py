@@ -177,9 +177,13 @@ def overview(verbs: Sequence[Verb], version: str) -> str:
     )
 
 
-def find(verbs: Sequence[Verb], name: str) -> Verb:
-    """Raises UsageError naming the nearest verb."""
-    for verb in verbs:
-        if verb.name == name:
-            return verb
-    raise UsageError(f"no verb {name!r}{did_you_mean(name, [verb.name for verb in verbs])}")
+def find(verbs: Sequence[Verb], arguments: Sequence[str]) -> tuple[Verb, Sequence[str]]:
+    """The verb that a command line begins with, one of two words before one of its first word, and the arguments after it.
+
+    Raises UsageError naming the nearest verb.
+    """
+    for count in (2, 1):
+        for verb in verbs:
+            if verb.name == " ".join(arguments[:count]):
+                return verb, arguments[len(verb.name.split()) :]
+    raise UsageError(f"no verb {arguments[0]!r}{did_you_mean(arguments[0], [verb.name for verb in verbs])}")

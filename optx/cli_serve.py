@@ -10,6 +10,7 @@ import jax
 import optx
 from optx.cli_flags import Flag, Verb
 from optx.cli_verbs import speculation
+from optx.compaction import LEAST, Compaction, Compactor
 from optx.engine.options import default_chunks
 from optx.errors import ServeError, UsageError
 from optx.recipe import Recipe
@@ -24,7 +25,7 @@ WEB = {"prometheus_client", "starlette", "uvicorn"}
 
 def serve(
     model: str, *, weights, dtype, recipe, host, port, rows, context, budget, memory, max_waiting, prefix_cache, speculate,
-    api_key, served_model_name, max_body_mb, timeout, step_limit, cors,
+    compact_at, keep_turns, api_key, served_model_name, max_body_mb, timeout, step_limit, cors,
 ) -> None:  # fmt: skip
     try:
         from optx.serve import server
@@ -37,6 +38,7 @@ def serve(
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.WARNING)
     listener = server.bind(host, port)  # before the work, not after
     source = optx.load(model, weights, dtype)
+    compactor = _compactor(source, compact_at, keep_turns, context)
     progress = sys.stderr.isatty()
     compiled = optx.compile(source, None if recipe is None else Recipe.from_yaml(recipe), progress=progress)
     engine = compiled.engine(
@@ -65,7 +67,18 @@ def serve(
         limits=limits,
         listener=listener,
         say=lambda line: print(line, flush=True),
+        compactor=compactor,
     )
+
+
+def _compactor(source, at: int | None, keep_turns: int | None, context: int | None) -> Compactor | None:
+    """Raises RequestError for a model that cannot be asked for a summary, before it is compiled."""
+    if at is None and keep_turns is not None:
+        raise UsageError(f"serve: --keep_turns={keep_turns} goes with --compact_at")
+    if at is None:
+        return None
+    how = Compaction(at=at, **({} if keep_turns is None else {"keep_turns": keep_turns}))
+    return Compactor(how, source.tokenizer, min(context or source.tree.context, source.tree.context))
 
 
 def verb(model_flags: tuple[Flag, ...], recipe: Flag) -> Verb:
@@ -108,6 +121,14 @@ def verb(model_flags: tuple[Flag, ...], recipe: Flag) -> Verb:
             ),
             Flag(name="prefix_cache", kind=bool, default=True, help="keep the caches of prompts that others may share"),
             Flag(name="speculate", value="HOW", help="draft with: ngram (the text itself), mtp, or a smaller MODEL's path"),
+            Flag(
+                name="compact_at",
+                kind=int,
+                least=LEAST,
+                value="TOKENS",
+                help="summarise the old turns of chats whose prompt is longer; answers tell of it (default: never)",
+            ),
+            Flag(name="keep_turns", kind=int, least=1, value="N", help="--compact_at: newest turns that stay word for word (2)"),
             Flag(name="api_key", value="KEY", help=f"what requests must carry (default: the environment's {KEY}, if any)"),
             Flag(name="served_model_name", value="NAME", help="the name that requests give (default: MODEL's file name)"),
             Flag(name="max_body_mb", kind=int, least=1, default=32, value="N", help="largest body of a request, MiB"),

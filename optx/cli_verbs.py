@@ -234,7 +234,7 @@ BENCHES = {
 
 def bench(what: str, *, out, json, **flags) -> None:
     if what not in BENCHES:
-        raise UsageError(f"bench: {what!r}{did_you_mean(what, BENCHES)}")
+        raise UsageError(f"bench: {what!r}{did_you_mean(what, [*BENCHES, 'retrieval'])}")
     allowed, measure = BENCHES[what]
     wrong = [name for name, value in flags.items() if value and name not in allowed]
     if wrong:

@@ -74,8 +74,9 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "ablate_config": {"configs", "errors", "recipe", "registry", "strict", "target"},
     "ablate_table": {"ir", "report"},
     "ablate_plot": {"ablate_table", "ir"},
-    "ablate": {"ablate_config", "ablate_table", "api", "checkpoint", "configs", "cost", "errors", "evaluate", "ir"}
-    | {"lower", "optx", "pipeline", "recipe", "report", "strict", "target", "tensor"},
+    "kept": {"configs", "errors", "strict"},
+    "ablate": {"ablate_config", "ablate_table", "api", "checkpoint", "cost", "errors", "evaluate", "ir", "kept"}
+    | {"lower", "optx", "pipeline", "recipe", "report", "target", "tensor"},
     "plan_table": {"api", "cost", "cost_mesh", "ir", "legality", "report"},
     "slo": {"errors", "ir"},
     "search": {"api", "checkpoint", "errors", "quality", "recipe", "slo", "target"} | SEARCH,
@@ -105,10 +106,12 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     # Running.
     "engine": {"errors", "cache"},
     "generate": {"errors", "engine", "tokenizer"},
+    "compaction": {"errors", "generate", "tokenizer"},
+    "conversation": {"compaction", "engine", "errors", "generate", "tokenizer"},
     "grammar": {"errors", "tokenizer"},
     "evaluate": {"errors"},
     "compilation_cache": set(),
-    "serve": {"errors", "engine", "generate", "grammar", "tokenizer"},
+    "serve": {"compaction", "errors", "engine", "generate", "grammar", "tokenizer"},
     # What sees everything.
     "api": None,
     "bench": None,
@@ -122,6 +125,7 @@ COMMAND_LINE = {
     "cli_flags",
     "cli_plan",
     "cli_report",
+    "cli_retrieval",
     "cli_rotate",
     "cli_search",
     "cli_serve",

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from optx.cache import Layout
 from optx.engine.constraint import Constraint
 from optx.engine.drafting import with_drafter
-from optx.engine.memory import pages_by_group
+from optx.engine.memory import page_bytes, pages_by_group
 from optx.engine.options import TICKS, EngineOptions
 from optx.engine.pages import PagePool, PageTable
 from optx.engine.prefix import PrefixCache, refusal
@@ -85,6 +85,7 @@ class Engine:
         )  # fmt: skip
         self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
         self._landed = 0.0
+        self._page_bytes = [page_bytes(program.plan, group, options.page_size) for group in range(len(self._tables))]
         self._builder = TickBuilder(self._tables, options.rows, options.chunks, self._ticks)
         room = functools.partial(Layout, page_size=options.page_size, slots=options.rows)
         layouts = [room(pages=table.pool.pages) for table in self._tables] or [room(pages=1)]
@@ -141,6 +142,20 @@ class Engine:
             drafted=self.drafted,
             accepted=self.accepted,
         )
+
+    def held(self, request: Request) -> tuple[int, float]:
+        """Cache pages that a request holds now, those that it shares too, and their bytes in all layers; 0 while it waits."""
+        if request.row < 0:
+            return 0, 0.0
+        pages = [table.pages_of(request.row) for table in self._tables]
+        return sum(pages), sum(count * size for count, size in zip(pages, self._page_bytes, strict=True))
+
+    def forget(self, tokens: Sequence[int], keep: Sequence[int] = ()) -> int:
+        """Takes a prompt that nobody will send again out of the prefix cache, with all that goes on from it: the pages after
+        those that it shares with the prompt `keep`. What running requests use stays. -> pages given back, of all groups."""
+        if self.prefix is None:
+            return 0
+        return self.prefix.forget(self.prefix.keys(tokens), self.prefix.keys(keep))
 
     def add_request(self, prompt: Sequence[int], sampling: Sampling = Sampling(), *, priority: int = 0) -> Request:
         """Queues a prompt of token ids. priority: smaller ones are served first.

@@ -23,7 +23,7 @@ def pages_by_group(plan: CachePlan, widths: Sequence[int], options: EngineOption
     budget = _budget(options.memory)
     if budget is None or not wanted:
         return wanted
-    sizes = [_page_bytes(plan, group, options.page_size) for group in range(len(widths))]
+    sizes = [page_bytes(plan, group, options.page_size) for group in range(len(widths))]
     states = sum(s.unit_bytes for s in plan.specs if s is not None and not s.holds_tokens) * (options.rows + 1)
     left = budget - states - sum(sizes)  # every pool has a page for the writes of padding
     part = min(1.0, left / sum(size * count for size, count in zip(sizes, wanted, strict=True)))
@@ -36,8 +36,8 @@ def pages_by_group(plan: CachePlan, widths: Sequence[int], options: EngineOption
     return pages
 
 
-def _page_bytes(plan: CachePlan, group: int, page_size: int) -> float:
-    """Of all the layers of a group, positions among them."""
+def page_bytes(plan: CachePlan, group: int, page_size: int) -> float:
+    """Bytes of a page in all the layers of a group, positions among them."""
     layers = [spec for layer, spec in enumerate(plan.specs) if plan.group(layer) == group]
     return page_size * (4 + sum(spec.unit_bytes for spec in layers))
 

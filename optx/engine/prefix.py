@@ -125,6 +125,28 @@ class PrefixCache:
         for group in range(len(self.tables)):
             self.make_room(group, self.tables[group].pool.pages)
 
+    def forget(self, keys: Sequence[bytes], keep: Sequence[bytes]) -> int:
+        """Gives back the pages of a sequence after those that it shares with `keep`, and of all that goes on from them, but for
+        what rows use. -> how many, of all groups."""
+        shared = next(
+            (i for i, (mine, other) in enumerate(zip(keys, keep)) if mine != other), min(len(keys), len(keep))
+        )
+        node = self.root
+        for key in keys[: shared + 1]:
+            node = node.children.get(key)
+            if node is None:
+                return 0
+        if len(keys) <= shared:
+            return 0
+        below, count = [node], 0
+        for node in below:
+            below.extend(node.children.values())
+        for node in reversed(below):
+            if not node.children and self._idle(node):
+                count += sum(page is not None for page in node.pages)
+                self._drop(node)
+        return count
+
     def cached(self, group: int) -> int:
         """Pages of the group that the tree alone holds."""
         return self.tables[group].pool.cached

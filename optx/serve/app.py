@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from optx.serve.loop import EngineLoop, Ticket
 from optx.serve.metrics import Meter
 from optx.serve.openapi import document
 from optx.serve.protocol import Job, Protocol
-from optx.serve.replies import DONE, REPLIES, Reply, encode, event
+from optx.serve.replies import DONE, REPLIES, ChatReply, Reply, encode, event
 
 PAGE = Path(__file__).parent
 PAGE_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css"}
@@ -52,14 +53,17 @@ class Api:
 
     async def _generate(self, request: Request, read: Callable[[bytes], Job]) -> Response:
         data = await read_body(request, self.limits.body)
+        arrived = time.perf_counter()
         job = await run_in_threadpool(read, data)
-        ticket = self.loop.submit(job)
+        if job.talk is not None:
+            job = await unless_gone(request.receive, self._in_time(arrived, self._compacted(job, arrived)))
+        ticket = self.loop.submit(job, arrived)
         reply = REPLIES[job.kind](job, self.protocol.model, self.protocol.tokenizer)
         streams = False
         try:
             # A stream's headers wait for its first token, so that what goes wrong before it has a status.
             work = ticket.next() if job.stream else self._collect(ticket, reply)
-            first = await unless_gone(request.receive, self._in_time(ticket, work))
+            first = await unless_gone(request.receive, self._in_time(arrived, work))
             if not job.stream:
                 return _json(reply.whole())
             streams = True
@@ -77,19 +81,36 @@ class Api:
         try:
             while pieces:
                 yield b"".join(reply.chunks(pieces))
-                pieces = await self._in_time(ticket, ticket.next())
+                pieces = await self._in_time(ticket.arrived, ticket.next())
         except Fault as fault:
             yield event(fault.body) + DONE
             return
         yield b"".join(reply.closing())
 
-    async def _in_time[T](self, ticket: Ticket, work: Coroutine[None, None, T]) -> T:
+    async def _compacted(self, job: Job, arrived: float) -> Job:
+        """The job with old turns of its conversation in summaries, which are requests to the engine like others."""
+        text, tokens = None, 0
+        while (asking := await run_in_threadpool(self.protocol.summary, job, text, tokens)) is not None:
+            ticket = self.loop.submit(asking, arrived)
+            reply = ChatReply(asking, self.protocol.model, self.protocol.tokenizer)
+            try:
+                await self._collect(ticket, reply)
+            finally:
+                self.loop.cancel(ticket)
+            text, tokens = "".join(reply.texts[0]), len(reply.ids[0])
+        done = await run_in_threadpool(self.protocol.compacted, job)
+        self.meter.compacted(job.talk.event)
+        if not job.talk.failed:
+            self.loop.forget((job.talk.before, *job.talk.asked), done.prompts[0])
+        return done
+
+    async def _in_time[T](self, arrived: float, work: Coroutine[None, None, T]) -> T:
         """The result of `work`, in what is left of the time that a request may take. Raises Fault (504)."""
         most = self.limits.seconds
         if most is None:
             return await work
         try:
-            async with asyncio.timeout(max(0.0, most - ticket.age)):
+            async with asyncio.timeout(max(0.0, most - (time.perf_counter() - arrived))):
                 return await work
         except TimeoutError:
             told = f"the answer was not finished after {most:g} s; ask for fewer tokens, or raise --timeout"

@@ -6,6 +6,7 @@ it were left out.
 
 from collections.abc import Mapping
 
+from optx.compaction import LEAST
 from optx.engine.sampling import BIASES, TOP
 
 MOST_ANSWERS = 128  # answers to one prompt
@@ -85,6 +86,10 @@ SHARED: Mapping[str, Mapping] = {
         "additionalProperties": False,
     },
 }
+COMPACTION = {
+    "title": "true, false, or an object with 'at' (tokens) or 'keep_turns'",
+    "description": "Whether old turns are summarised when the prompt passes a threshold. Left out: as the server was started",
+}
 
 
 def completion(model: str, vocab: int) -> Mapping:
@@ -110,8 +115,8 @@ def completion(model: str, vocab: int) -> Mapping:
     return _body(model, own, "prompt", refused)
 
 
-def chat(model: str) -> Mapping:
-    """The body of /v1/chat/completions."""
+def chat(model: str, compacts: bool, context: int) -> Mapping:
+    """The body of /v1/chat/completions. compacts: whether the server can compact conversations."""
     part = {
         "type": "object",
         "required": ["type", "text"],
@@ -152,7 +157,10 @@ def chat(model: str) -> Mapping:
         },
     }
     tools = "this server does not call tools"
+    if compacts:
+        own["compaction"] = COMPACTION | {"anyOf": [FLAG, _compaction(context)]}
     refused = {
+        **({} if compacts else {"compaction": _only([False], "this server was started without --compact_at")}),
         "tools": _only([[]], tools),
         "tool_choice": _only(["none", "auto"], tools),
         "parallel_tool_calls": _only([True, False], tools),
@@ -166,6 +174,14 @@ def chat(model: str) -> Mapping:
         "web_search_options": _only([], "this server does not search"),
     }
     return _body(model, own, "messages", refused)
+
+
+def _compaction(context: int) -> Mapping:
+    properties = {
+        "at": {"type": "integer", "minimum": LEAST, "maximum": context - 1},
+        "keep_turns": {"type": "integer", "minimum": 1, "maximum": 2**31 - 1},
+    }
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _body(model: str, own: Mapping, required: str, refused: Mapping) -> Mapping:

@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from optx.engine.engine import Engine
 from optx.engine.request import Logprobs, Request
@@ -49,16 +49,10 @@ class Piece:
 class Ticket:
     """One job on its way through the engine. `next` gives its pieces."""
 
-    def __init__(self, job: Job):
-        self.job = job
-        self.arrived = time.perf_counter()
+    def __init__(self, job: Job, arrived: float):
+        self.job, self.arrived = job, arrived
         self.left = job.answers  # answers that have not ended
         self.events: asyncio.Queue[Piece | Fault] = asyncio.Queue()
-
-    @property
-    def age(self) -> float:
-        """Seconds since it came."""
-        return time.perf_counter() - self.arrived
 
     async def next(self) -> list[Piece]:
         """Pieces that have come, at least one; [] after the last. Raises the Fault that ended the job."""
@@ -135,11 +129,11 @@ class EngineLoop:
         while self._thread.is_alive():
             await asyncio.sleep(0.01)
 
-    def submit(self, job: Job) -> Ticket:
-        """Hands a job in. Raises Fault (503) when the loop has ended."""
+    def submit(self, job: Job, arrived: float) -> Ticket:
+        """Hands a job in, which came at `arrived` (perf_counter seconds). Raises Fault (503) when the loop has ended."""
         if self.dead:
             raise self._stopped()
-        ticket = Ticket(job)
+        ticket = Ticket(job, arrived)
         self._inbox.put(lambda: self._admit(ticket))
         return ticket
 
@@ -147,6 +141,14 @@ class EngineLoop:
         """Ends what is left of a job, and frees what it holds. Says nothing to the ticket."""
         if ticket.left:
             self._inbox.put(lambda: self._drop(ticket))
+
+    def forget(self, prompts: Sequence[list[int]], keep: list[int]) -> None:
+        """Gives the cached pages of prompts back that nobody will send again, but for those that `keep` begins with."""
+
+        def drop() -> None:
+            self._meter.compaction_pages += sum(self._engine.forget(prompt, keep) for prompt in prompts)
+
+        self._inbox.put(drop)
 
     def unhealthy(self) -> str | None:
         """Why requests are not being served now, None while they are."""

@@ -10,6 +10,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from optx.compaction import Event
 from optx.engine.engine import Stats
 from optx.engine.request import Request
 
@@ -19,6 +20,7 @@ BETWEEN += (0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
 WHOLE = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0)
 TOKENS = tuple(float(2**i) for i in range(18))
 FINISHES = ("stop", "length", "abort", "error")
+COMPACTIONS = ("made", "reused", "failed")  # a summary made for the request, made before, or not to be used
 
 
 class Histogram:
@@ -41,7 +43,8 @@ class Histogram:
 
 
 class Meter:
-    """What the server has done so far. Written by the engine's thread alone, but for `refused`."""
+    """What the server has done so far. Written by the engine's thread alone, but for `refused` and compactions, whose pages it
+    writes: the application does."""
 
     def __init__(self, model: str, version: str):
         self.model, self.version = model, version
@@ -50,6 +53,8 @@ class Meter:
         self.finishes = dict.fromkeys(FINISHES, 0)
         self.refused: dict[str, int] = {}  # responses with an error, by status
         self.prompt_tokens = self.generation_tokens = 0
+        self.compactions = dict.fromkeys(COMPACTIONS, 0)
+        self.compaction_before = self.compaction_after = self.compaction_pages = 0
         self.first = Histogram(
             "optx:time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST
         )
@@ -87,6 +92,13 @@ class Meter:
         if len(request.output) > 1 and request.first_token_at is not None:
             self.mean.add((now - request.first_token_at) / (len(request.output) - 1))
 
+    def compacted(self, event: Event) -> None:
+        """A conversation was compacted, or should have been."""
+        self.compactions["failed" if event.failed else "reused" if event.reused else "made"] += 1
+        if not event.failed:
+            self.compaction_before += event.tokens_before
+            self.compaction_after += event.tokens_after
+
     def text(self) -> bytes:
         """The exposition format of Prometheus, version 0.0.4."""
         return generate_latest(self._registry)
@@ -101,9 +113,17 @@ class Meter:
             ("optx:prompt_tokens", "Tokens of the prompts of requests that ended.", self.prompt_tokens),
             ("optx:generation_tokens", "Tokens generated.", self.generation_tokens),
             ("optx:engine_recoveries", "Times that a step failed and caches were made anew.", self.recoveries),
+            (
+                "optx:compaction_tokens_before",
+                "Prompt tokens of compacted conversations as sent.",
+                self.compaction_before,
+            ),
+            ("optx:compaction_tokens_after", "Prompt tokens of the same, compacted.", self.compaction_after),
+            ("optx:compaction_pages", "Cache pages that compactions gave back.", self.compaction_pages),
         ):
             yield CounterMetricFamily(name, help, value=value)
         yield _by_label("optx:requests", "Answers by how they ended.", "finish", self.finishes)
+        yield _by_label("optx:compactions", "Compactions by what became of their summary.", "summary", self.compactions)
         yield _by_label("optx:refused", "Responses with an error, by status.", "status", dict(self.refused))
         if self.stats is not None:
             yield from _of_engine(self.stats)

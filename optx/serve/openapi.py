@@ -57,8 +57,19 @@ def _responses() -> dict:
     or_null = {"type": ["string", "null"]}
     return {
         "Completion": _object(object={"enum": ["text_completion"]}, choices=_list(_object(text=WORD, **end)), **head),
-        "ChatCompletion": _object(
-            object={"enum": ["chat.completion"]}, choices=_list(_object(message=message, **end)), **head
+        "ChatCompletion": _with(
+            _object(object={"enum": ["chat.completion"]}, choices=_list(_object(message=message, **end)), **head),
+            compaction={"$ref": "#/components/schemas/Compaction"},
+        ),
+        "Compaction": _object(
+            messages_before=WHOLE,
+            messages_after=WHOLE,
+            tokens_before=WHOLE,
+            tokens_after=WHOLE,
+            summary=WORD,
+            summary_tokens=WHOLE,
+            reused={"type": "boolean"},
+            failed=or_null,
         ),
         "Model": model,
         "Models": _object(object={"enum": ["list"]}, data=_list(model)),
@@ -69,6 +80,10 @@ def _responses() -> dict:
 
 def _object(**properties: Mapping) -> Mapping:
     return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _with(schema: Mapping, **optional: Mapping) -> Mapping:
+    return {**schema, "properties": {**schema["properties"], **optional}}
 
 
 def _list(items: Mapping) -> Mapping:

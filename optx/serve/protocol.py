@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from typing import Literal, NoReturn
 
+from optx.compaction import Compactor, Talk
 from optx.engine.request import Sampling, token_ids
 from optx.errors import CheckpointError, RequestError
 from optx.generate import encode, encode_chat
@@ -35,6 +36,8 @@ class Job:
     stream: bool = False
     usage: Literal["no", "end", "every"] = "no"  # chunks of a stream that carry the usage
     ids: bool = False  # choices carry token ids
+    talk: Talk | None = None  # the conversation, where it is to be compacted before it is answered
+    compaction: Mapping | None = None  # what the answer tells of that
 
     @property
     def answers(self) -> int:
@@ -75,10 +78,20 @@ def _no_constant(name: str) -> NoReturn:
 class Protocol:
     """Reads bodies for one served model. Safe to call from several threads."""
 
-    def __init__(self, *, model: str, tokenizer: Tokenizer | None, vocab: int, context: int):
+    def __init__(
+        self,
+        *,
+        model: str,
+        tokenizer: Tokenizer | None,
+        vocab: int,
+        context: int,
+        compactor: Compactor | None = None,
+    ):
+        """compactor: of long conversations; None: they are refused."""
         self.model, self.tokenizer, self.vocab, self.context = model, tokenizer, vocab, context
+        self.compactor = compactor
         self.completion_schema = fields.completion(model, vocab)
-        self.chat_schema = fields.chat(model)
+        self.chat_schema = fields.chat(model, compactor is not None, context)
 
     def completion(self, data: bytes) -> Job:
         """Raises Fault (400, 404)."""
@@ -105,9 +118,36 @@ class Protocol:
         with _naming("messages"):
             if self.tokenizer is None or self.tokenizer.chat_template is None:
                 raise RequestError("this model has no chat template: use /v1/completions")
-            ids = self._fits(encode_chat(messages, self.tokenizer, **variables), "messages")
+            ids = encode_chat(messages, self.tokenizer, **variables)
+            talk = self._talk(body.get("compaction", True), messages, ids, variables)
+            ids = ids if talk is not None else self._fits(ids, "messages")
         given = [body[name] for name in ("max_completion_tokens", "max_tokens") if name in body]
-        return self._job("chat", body, (ids,), int((given or [self.context])[0]), logprobs, None)
+        job = self._job("chat", body, (ids,), int((given or [self.context])[0]), logprobs, None)
+        return dataclasses.replace(job, talk=talk)
+
+    def _talk(self, asked: bool | Mapping, messages, ids: list[int], variables: Mapping) -> Talk | None:
+        if self.compactor is None or asked is False:
+            return None
+        changes = {} if asked is True else {name: int(value) for name, value in asked.items() if value is not None}
+        return self.compactor.talk(messages, ids, variables, dataclasses.replace(self.compactor.how, **changes))
+
+    def summary(self, job: Job, text: str | None, tokens: int) -> Job | None:
+        """Takes the summary that was made last, if any; -> the job that makes the next one, None when all are made.
+
+        Raises Fault (400).
+        """
+        with _naming("messages"):
+            prompt = job.talk.next(text, tokens)
+        if prompt is None:
+            return None
+        sampling = Sampling(max_tokens=job.talk.how.most)
+        return Job(kind="chat", prompts=(prompt,), samplings=(sampling,), priority=job.priority)
+
+    def compacted(self, job: Job) -> Job:
+        """The job when its summaries are made. Raises Fault (400)."""
+        with _naming("messages"):
+            ids = self._fits(job.talk.ids, "messages")
+        return dataclasses.replace(job, prompts=(ids,), talk=None, compaction=dataclasses.asdict(job.talk.event))
 
     def _checked(self, data: bytes, schema: Mapping) -> dict:
         body = parse(data)

@@ -54,7 +54,11 @@ class Reply(abc.ABC):
             choice = {"index": i, **self.message("".join(self.texts[i])), "logprobs": self.logprobs(self.tokens[i], i)}
             ids = {"token_ids": self.ids[i]} if self.job.ids else {}
             choices.append(choice | {"finish_reason": self.finishes[i]} | ids)
-        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
+        return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage(), **self.compaction()}
+
+    def compaction(self) -> dict:
+        """What a client is told of a compaction: a field of the whole answer, or of a stream's first chunk."""
+        return {} if self.job.compaction is None else {"compaction": self.job.compaction}
 
     def usage(self) -> dict:
         given = sum(map(len, self.ids))
@@ -66,7 +70,8 @@ class Reply(abc.ABC):
         for i in range(self.job.answers):
             delta = self.first(self.echo(i))
             if delta is not None:
-                yield self.chunk(i, delta, [], (), None)
+                more = encode(self.compaction()) if i == 0 else b"{}"
+                yield self.chunk(i, delta, [], (), None, more)
 
     def chunks(self, pieces: Sequence[Piece]) -> Iterator[bytes]:
         for piece in pieces:
@@ -78,10 +83,26 @@ class Reply(abc.ABC):
             yield event({**self.head, "object": self.chunk_kind, "choices": [], "usage": self.usage()})
         yield DONE
 
-    def chunk(self, index: int, delta: dict, tokens: Sequence[Token], ids: Sequence[int], finish: str | None) -> bytes:
+    def chunk(
+        self,
+        index: int,
+        delta: dict,
+        tokens: Sequence[Token],
+        ids: Sequence[int],
+        finish: str | None,
+        more: bytes = b"{}",
+    ) -> bytes:
+        """more: an object whose fields the chunk has besides."""
         choice = {"index": index, **delta, "logprobs": self.logprobs(tokens, index) if tokens else None}
         choice |= {"finish_reason": finish} | ({"token_ids": list(ids)} if self.job.ids else {})
-        return self._begin + encode(choice) + b"]" + self._usage_of_chunk() + b"}\n\n"
+        return (
+            self._begin
+            + encode(choice)
+            + b"]"
+            + self._usage_of_chunk()
+            + (b"," + more[1:] if len(more) > 2 else b"}")
+            + b"\n\n"
+        )
 
     def _usage_of_chunk(self) -> bytes:
         if self.job.usage == "no":

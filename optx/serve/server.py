@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from optx.compaction import Compactor
 from optx.engine.engine import Engine
 from optx.errors import ServeError
 from optx.serve.app import Api, Limits, make_app
@@ -60,17 +61,18 @@ def serve(
     limits: Limits,
     listener: socket.socket,
     say: Callable[[str], None],
+    compactor: Compactor | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is under way and returns; a second signal ends the process at once.
 
-    engine: warmed up. vocab: of the model. listener: from `bind`. say: prints a line.
+    engine: warmed up. vocab: of the model. listener: from `bind`. say: prints a line. compactor: of long conversations.
     Raises: ServeError when the engine could not go on.
     """
     meter = Meter(model, version)
     loop = EngineLoop(engine, tokenizer, meter, step_limit=limits.step)
     gc.collect()
     gc.freeze()  # what stands now lives as long as the process: no pause of a collection looks at it again
-    protocol = Protocol(model=model, tokenizer=tokenizer, vocab=vocab, context=engine.context)
+    protocol = Protocol(model=model, tokenizer=tokenizer, vocab=vocab, context=engine.context, compactor=compactor)
     app, guard = make_app(Api(loop, protocol, meter, limits, int(time.time())))
     config = uvicorn.Config(
         app, lifespan="off", log_level="warning", access_log=False, server_header=False, date_header=False,
