@@ -92,8 +92,8 @@ class Maker:
         question, answer = self._question(words[0], numbers[0])
         room = length - len(self.start) - sum(map(len, needles)) - len(question)
         if room < 0:
-            told = f"a question of task {self.setting.task!r} takes {length - room} tokens"
-            raise RequestError(f"retrieval.length: got {length}; {told}; allowed: at least as many, or fewer --keys")
+            told = f"what a prompt of task {self.setting.task!r} holds besides filler took {length - room} tokens"
+            raise RequestError(f"retrieval.length: got {length}; {told}; allowed: more than that, or fewer --keys")
         filler, ends = self._filler(room, rng)
         near = min(ends, key=lambda end: abs(end - depth * room))
         places = [near, *(int(rng.choice(ends)) for _ in needles[1:])]
