@@ -18,6 +18,7 @@ from optx.nn.attention import Attention
 from optx.nn.core import Linear
 from optx.nn.mla import MLA
 from optx.nn.moe import GroupedLinear, Router
+from optx.passes.kivi import Kivi
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
 from optx.passes.rotate import Rotate, unrotatable
@@ -146,7 +147,7 @@ def _heads_do_not_divide(intent: Intent) -> list[Finding]:
     return found
 
 
-def _kv_formats(options: QuantizeKV, attn: Attention | MLA) -> dict[str, Format]:
+def _kv_formats(options: QuantizeKV | Kivi, attn: Attention | MLA) -> dict[str, Format]:
     try:
         return options.formats(attn)
     except FormatError:  # no format at all: the pass says what is wrong with its options
@@ -269,7 +270,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="heads_do_not_divide",
-        of=(QuantizeKV,),
+        of=(QuantizeKV, Kivi),
         found=_heads_do_not_divide,
         why="a head's numbers do not divide into the bytes of the format",
         fix="take int8 or fp8 for the cache",
@@ -278,7 +279,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="cache_packed_twice",
-        of=(QuantizeKV,),
+        of=(QuantizeKV, Kivi),
         found=_cache_packed_twice,
         why="the cache is stored in a format already, and a token is rounded once, when it is written",
         fix="give the site one rule, or set the format where the cache is built",
@@ -287,7 +288,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="no_token_cache",
-        of=(QuantizeKV, SlidingWindow),
+        of=(QuantizeKV, Kivi, SlidingWindow),
         found=_no_token_cache,
         why="every layer keeps a state of fixed size and no tokens, so there is nothing that grows with the context",
         fix="take the pass out of the recipe",
@@ -296,7 +297,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="latents_alone",
-        of=(SlidingWindow,),
+        of=(Kivi, SlidingWindow),
         found=_latents_alone,
         why="the pass rewrites keys and values by head, and this model caches one latent for all heads",
         fix="take the pass out of the recipe",

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from optx.errors import FormatError, PassError
-from optx.formats import Affine, PerChannel
+from optx.formats import Affine, Format, PerChannel
 from optx.ir import replace
 from optx.nn.attention import Attention
 from optx.passes.quantize_kv import stored
@@ -20,6 +20,10 @@ class Kivi(PassOptions):
     recent: int = 128  # newest tokens that stay exact; between that and `group` - 1 more do
     first: int = 0  # first tokens that stay exact
 
+    def formats(self, attn: Attention) -> dict[str, Format]:
+        """By name of the stream. Raises FormatError for options that are no format."""
+        return {"k": PerChannel(width=self.bits, group=self.group), "v": Affine(width=self.bits, group=self.group)}
+
 
 @register("kivi", axis=Axis.BITS, stage=Stage.CACHE, options=Kivi, exact=False)
 def kivi(site: Site, attn: Attention, opt: Kivi) -> Attention | Skipped:
@@ -34,8 +38,7 @@ def kivi(site: Site, attn: Attention, opt: Kivi) -> Attention | Skipped:
     cost a model with grouped heads retrieval: refused unless the recipe says `allow: [gqa_kivi2]`.
     """
     try:
-        formats = {"k": PerChannel(width=opt.bits, group=opt.group), "v": Affine(width=opt.bits, group=opt.group)}
-        cache = stored(site, attn, formats, recent=opt.recent, first=opt.first)
+        cache = stored(attn, opt.formats(attn), recent=opt.recent, first=opt.first)
     except (FormatError, PassError) as error:
         raise PassError(f"kivi at {site.path}: {error}") from None
     return cache if isinstance(cache, Skipped) else replace(attn, cache=cache)

@@ -59,7 +59,7 @@ class QuantizeKV(PassOptions):
         return {"latent": each if self.group else Parted(inner=each, cut=attn.rank)}
 
 
-def stored(site: Site, attn: Attention | MLA, formats: dict[str, Format], **exact: int) -> CacheSpec | Skipped:
+def stored(attn: Attention | MLA, formats: dict[str, Format], **exact: int) -> CacheSpec | Skipped:
     """The cache of a site with its streams in `formats`, and so many `recent` and `first` tokens exact as well.
 
     Raises: FormatError for what a format cannot hold, PassError for a cache that is packed already.
@@ -90,7 +90,7 @@ def quantize_kv(site: Site, attn: Attention | MLA, opt: QuantizeKV) -> Attention
     on calibration text, with s_k folded into q and s_v into what attention returns.
     """
     try:
-        cache = stored(site, attn, opt.formats(attn), recent=opt.recent, first=opt.first)
+        cache = stored(attn, opt.formats(attn), recent=opt.recent, first=opt.first)
         if isinstance(cache, Skipped):
             return cache
         if opt.scale == "token":
