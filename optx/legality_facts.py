@@ -13,10 +13,12 @@ from flax import nnx
 from optx import ir, pipeline
 from optx.cache import CacheSpec
 from optx.errors import FormatError
+from optx.formats import Format
 from optx.nn.attention import Attention
 from optx.nn.core import Linear
 from optx.nn.mla import MLA
 from optx.nn.moe import GroupedLinear, Router
+from optx.passes.kivi import Kivi
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
 from optx.passes.rotate import Rotate, unrotatable
@@ -119,7 +121,7 @@ def _packed_before_fold(intent: Intent) -> list[Finding]:
     return [_tensor(path, weight) for path, _, weight in _packed_weights(intent)] if early else []
 
 
-def _does_not_divide(options: QuantizeWeights | TrellisOptions | QuantizeKV, length: int) -> str | None:
+def _does_not_divide(options: QuantizeWeights | TrellisOptions, length: int) -> str | None:
     try:
         return options.storage().check(length)
     except FormatError:  # no format at all: the pass says what is wrong with its options
@@ -136,14 +138,25 @@ def _weights_do_not_divide(intent: Intent) -> list[Finding]:
 
 
 def _heads_do_not_divide(intent: Intent) -> list[Finding]:
-    own = [(path, attn.cache.streams, options) for path, attn, options in intent.sites if attn.cache.share is None]
-    reasons = [(path, stream, _does_not_divide(o, stream.shape[-1])) for path, streams, o in own for stream in streams]
-    return [Finding(path=path, got=f"{s.name}{list(s.shape)}: {reason}") for path, s, reason in reasons if reason]
+    found = []
+    for path, attn, options in intent.sites:
+        formats = _kv_formats(options, attn) if attn.cache.share is None else {}
+        for stream in attn.cache.streams:
+            if stream.name in formats and (reason := formats[stream.name].check(stream.shape[-1])):
+                found.append(Finding(path=path, got=f"{stream.name}{list(stream.shape)}: {reason}"))
+    return found
+
+
+def _kv_formats(options: QuantizeKV | Kivi, attn: Attention | MLA) -> dict[str, Format]:
+    try:
+        return options.formats(attn)
+    except FormatError:  # no format at all: the pass says what is wrong with its options
+        return {}
 
 
 def _cache_packed_twice(intent: Intent) -> list[Finding]:
     own = ((path, attn.cache) for path, attn, _ in intent.sites if attn.cache.share is None)
-    return [_cache(path, cache) for path, cache in own if cache.format is not None]
+    return [_cache(path, cache) for path, cache in own if cache.packed]
 
 
 def _no_token_cache(intent: Intent) -> list[Finding]:
@@ -203,13 +216,18 @@ def _keys_rotated_apart(intent: Intent) -> list[Finding]:
 
 def _low_bit_keys_under_bias(model: nnx.Module) -> list[Finding]:
     modules = [(path, module) for path, module in ir.walk(model) if key_bias(module)]
-    return [_cache(path, m.cache) for path, m in modules if getattr(m.cache.format, "width", LEAST_KEYS) < LEAST_KEYS]
+    return [_cache(path, m.cache) for path, m in modules if _width(m.cache.formats[0]) < LEAST_KEYS]
 
 
 def _two_bits_for_a_group(model: nnx.Module) -> list[Finding]:
     mixers = [(f"layers/{i}/mixer", layer.mixer) for i, layer in enumerate(model.layers)]
     shared = [(p, m) for p, m in mixers if isinstance(m, MLA) or isinstance(m, Attention) and m.heads > m.kv_heads]
-    return [_cache(path, mixer.cache) for path, mixer in shared if getattr(mixer.cache.format, "width", 8) <= 2]
+    return [_cache(path, mixer.cache) for path, mixer in shared if min(map(_width, mixer.cache.formats)) <= 2]
+
+
+def _width(format_: Format | None) -> int:
+    """Bits of its codes where those are integers; else 8."""
+    return getattr(format_, "width", 8)
 
 
 def _low_bit_router(model: nnx.Module) -> list[Finding]:
@@ -252,7 +270,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="heads_do_not_divide",
-        of=(QuantizeKV,),
+        of=(QuantizeKV, Kivi),
         found=_heads_do_not_divide,
         why="a head's numbers do not divide into the bytes of the format",
         fix="take int8 or fp8 for the cache",
@@ -261,7 +279,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="cache_packed_twice",
-        of=(QuantizeKV,),
+        of=(QuantizeKV, Kivi),
         found=_cache_packed_twice,
         why="the cache is stored in a format already, and a token is rounded once, when it is written",
         fix="give the site one rule, or set the format where the cache is built",
@@ -270,7 +288,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="no_token_cache",
-        of=(QuantizeKV, SlidingWindow),
+        of=(QuantizeKV, Kivi, SlidingWindow),
         found=_no_token_cache,
         why="every layer keeps a state of fixed size and no tokens, so there is nothing that grows with the context",
         fix="take the pass out of the recipe",
@@ -279,7 +297,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="latents_alone",
-        of=(QuantizeKV, SlidingWindow),
+        of=(Kivi, SlidingWindow),
         found=_latents_alone,
         why="the pass rewrites keys and values by head, and this model caches one latent for all heads",
         fix="take the pass out of the recipe",

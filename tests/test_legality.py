@@ -13,6 +13,7 @@ from optx.errors import LegalityError
 from optx.formats import Int
 from optx.nn import MLA, Attention, Mamba2, Rope
 from optx.nn.moe import Experts, MoE, Router
+from optx.passes.kivi import Kivi
 from optx.passes.quantize_activations import QuantizeActivations
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
@@ -161,7 +162,7 @@ CASES = [
     ("no_token_cache", mamba, kv(), "layers/0/mixer"),
     ("no_token_cache", mamba, window(), "layers/0/mixer"),
     ("no_token_cache", families.hybrid, window(), None),
-    ("latents_alone", latents, kv(), "layers/0/mixer"),
+    ("latents_alone", latents, Recipe(cache=[Kivi(group=4)]), "layers/0/mixer"),
     ("latents_alone", latents, window(), "layers/0/mixer"),
     ("latents_alone", families.hybrid, window(), None),  # beside keys and values by head
     ("latents_alone", latents, weights(format="int8"), None),

@@ -141,7 +141,7 @@ BAD = {
     ),
     "value far from any": (
         "cache: [{pass: quantize_kv, format: zzz}]",
-        "recipe.cache[0].format: got 'zzz'; allowed: fp8_e4m3, fp8_e5m2, int4, int8",
+        "recipe.cache[0].format: got 'zzz'; allowed: fp8_e4m3, fp8_e5m2, int2, int3, int4, int8",
     ),
     "missing value": (
         "weights: [{pass: quantize_weights}]",

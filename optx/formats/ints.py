@@ -80,7 +80,7 @@ class Int(Format):
         return Parts(data=self._pack(codes), scale=scale, zero=zero)
 
     def decode(self, parts, length, dtype):
-        codes = self._unpack(parts.data, length)
+        codes = self.codes(parts.data, length)
         groups = self.grouped(length)
         lead = codes.shape[:-1]
         codes = codes.reshape(*lead, groups, length // groups)
@@ -98,7 +98,7 @@ class Int(Format):
             return jnp.concatenate([pack_bits(codes & 3, 2), pack_bits(codes >> 2, 1)], axis=-1)
         return pack_bits(codes, self.width)
 
-    def _unpack(self, data, length):
+    def codes(self, data, length):
         """Packed bytes -> int16 codes, centred on zero when symmetric."""
         if self.width == 8:
             return data.astype(jnp.int16)

@@ -1,12 +1,15 @@
 """quantize_kv: what layers remember in fewer bits, close to what it was."""
 
+import calibrated
 import families
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import optx
-from optx import ir, pipeline
-from optx.errors import PassError
-from optx.formats import Float8, Int
+from optx import ir, pipeline, tensor
+from optx.errors import FormatError, PassError, RecipeError
+from optx.formats import Float8, Float8Static, Int
 from optx.passes.fuse_projections import FuseProjections
 from optx.passes.quantize_kv import QuantizeKV
 from optx.recipe import Recipe
@@ -127,3 +130,76 @@ def test_fused_attention_is_a_site_too():
     fused = optx.plan(families.abstract("llama"), Recipe(lower=[FuseProjections()])).tree
     planned = optx.plan(fused, Recipe(cache=[QuantizeKV()]))
     assert planned.records[0].sites == 2 and planned.tree.layers[0].mixer.cache.format == Int(width=8)
+
+
+@pytest.mark.parametrize("scale", ["head", "tensor"])
+def test_calibrated_scales_are_stored_once(scale):
+    """fp8 of k / s_k and v / s_v, with s the largest number on calibration text over 448, and no scale in the pool."""
+    model, tokens = families.concrete("qwen3"), families.prompt(24)
+    recipe = Recipe(cache=[QuantizeKV(format="fp8_e4m3", scale=scale)], lower=[FuseProjections()])
+    text = calibrated.windows(model)
+    tree, _ = calibrated.through(model, recipe, text)
+    mixer = tree.layers[0].mixer
+    assert str(mixer.cache) == "paged fp8_e4m3_static" and mixer.cache.unit_bytes == 2 * 2 * 16
+    largest = 0
+    for window in text:
+        x = model.layers[0].norm(model.embed(window[0]))
+        _, k, v = model.layers[0].mixer.project(x)
+        k = model.layers[0].mixer.rope(model.layers[0].mixer.k_norm(k), jnp.arange(len(x)))
+        largest = np.maximum(largest, [np.abs(y).max((0, 2)) for y in (k, v)])
+    largest = np.max(largest, axis=1, keepdims=True) * np.ones((1, 2)) if scale == "tensor" else largest
+    for held, want in zip((mixer.k_scale, mixer.v_scale), largest, strict=True):
+        np.testing.assert_allclose(held.get_value(), want / 448, rtol=1e-5)
+    whole = families.forward(tree, tokens)
+    assert families.relative(families.incremental(tree, tokens, (7, 1)), whole) < 1e-4
+    assert 1e-3 < families.relative(whole, families.oracle(model, tokens)) < 0.1
+
+
+def test_numbers_beyond_what_calibration_saw_are_clipped():
+    stored = tensor.quantize(jnp.array([[1.0, 500.0, -1e6, 448.0]]), Float8Static(), axis=-1)
+    assert stored.scale is None
+    np.testing.assert_array_equal(stored.dequantize(), [[1, 448, -448, 448]])
+
+
+def test_calibrated_scales_need_text_and_a_cache_of_their_own():
+    rule = QuantizeKV(format="fp8_e4m3", scale="head")
+    with pytest.raises(RecipeError, match=r"cache.0.: quantize_kv reads its inputs .* on calibration text"):
+        optx.compile(families.concrete("llama"), Recipe(cache=[rule]))
+    model = families.concrete("llama")
+    mixer = model.layers[1].mixer
+    ir.put(model, "layers/1/mixer", ir.replace(mixer, k=None, v=None, cache=mixer.cache.replace(share=0)))
+    with pytest.raises(FormatError, match="layers/1: cache shared with layer 0, which is stored in fp8_e4m3_static"):
+        optx.plan(model, Recipe(cache=[rule]))
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"format": "int8", "scale": "head"}, "scale: head is for fp8_e4m3 and fp8_e5m2"),
+        ({"format": "fp8_e4m3", "scale": "tensor", "group": 8}, "scale: tensor is for fp8_e4m3 and fp8_e5m2"),
+        ({"format": "int8", "recent": -1}, "cache recent -1; allowed: 0 to"),
+    ],
+)
+def test_options_that_contradict(options, told):
+    with pytest.raises(PassError, match=f"quantize_kv at layers/./mixer: {told}"):
+        pipeline.run(families.abstract("llama"), Recipe(cache=[QuantizeKV(**options)]))
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"values": "int4"}, "a latent is key and value"),
+        ({"format": "fp8_e4m3", "scale": "head"}, "a latent is key and value"),
+    ],
+)
+def test_what_latents_cannot_have(options, told):
+    with pytest.raises(PassError, match=f"quantize_kv at layers/3/mixer: {told}"):
+        pipeline.run(families.hybrid(), Recipe(cache=[QuantizeKV(match="layers/3/mixer", **options)]))
+
+
+def test_groups_and_widths_along_a_head():
+    """int3 and int2 in groups of a head's numbers; K and V apart."""
+    rule = QuantizeKV(format="int3", values="int2", group=8, symmetric=False)
+    spec = optx.plan(families.abstract("qwen3"), Recipe(cache=[rule], allow=["gqa_kivi2"])).tree.layers[0].mixer.cache
+    assert str(spec) == "paged k int3_g8_asym, v int2_g8_asym"
+    assert spec.unit_bytes == 2 * (6 + 2 * 3) + 2 * (4 + 2 * 3)
