@@ -6,6 +6,7 @@ import re
 from optx.errors import FormatError, did_you_mean
 from optx.formats.base import Format, Parts
 from optx.formats.blocks import GGML, WRITTEN
+from optx.formats.codebook import Codebook, CodebookQJL, parse_codebook
 from optx.formats.float4 import Float4
 from optx.formats.float8 import Float8, Float8Block
 from optx.formats.ints import Int
@@ -16,6 +17,8 @@ from optx.ggml import BLOCKS
 __all__ = [
     "GGML",
     "NAMES",
+    "Codebook",
+    "CodebookQJL",
     "Float4",
     "Float8",
     "Float8Block",
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 NAMES = WRITTEN
+CODEBOOKS = (*(str(Codebook(width=b)) for b in (1, 2, 3, 4)), *(str(CodebookQJL(width=b)) for b in (2, 3, 4)))
 _TEXT = re.compile(
     r"(?:int(?P<width>\d+)|fp8_(?P<kind>e4m3|e5m2|block)|(?P<fp4>mx|nv)fp4)(?:_g(?P<group>\d+))?(?P<asym>_asym)?"
 )
@@ -44,11 +48,11 @@ def parse(text: str) -> Format:
     block = text.removeprefix("gguf_").upper()
     if block in BLOCKS and text not in NAMES:
         return GGML(block=block)
-    if own := parse_lossless(text) or parse_trellis(text):
+    if own := parse_lossless(text) or parse_trellis(text) or parse_codebook(text):
         return own
     match = _TEXT.fullmatch(text)
     if match is None or (match["asym"] and not match["width"]):
-        known = (*NAMES, str(Lossless()), str(Trellis()), *(str(GGML(block=name)) for name in BLOCKS))
+        known = (*NAMES, str(Lossless()), str(Trellis()), *CODEBOOKS, *(str(GGML(block=name)) for name in BLOCKS))
         raise FormatError(f"format {text!r} is not known{did_you_mean(text, known)}")
     group = int(match["group"]) if match["group"] else None
     if match["kind"] == "block":

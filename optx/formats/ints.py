@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from optx.errors import FormatError
-from optx.formats.base import Format, Parts, pack_bits, scale_of, spread, unpack_bits
+from optx.formats.base import Format, Parts, pack_codes, scale_of, spread, unpack_codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Int(Format):
         return Parts(data=self._pack(codes), scale=scale, zero=zero)
 
     def decode(self, parts, length, dtype):
-        codes = self._unpack(parts.data, length)
+        codes = self._unpack(parts.data)
         groups = self.grouped(length)
         lead = codes.shape[:-1]
         codes = codes.reshape(*lead, groups, length // groups)
@@ -93,19 +93,11 @@ class Int(Format):
         """Unsigned codes [..., D] -> packed bytes; symmetric int8 is stored signed."""
         if self.width == 8:
             return (codes - 128).astype(jnp.int8) if self.symmetric else codes.astype(jnp.uint8)
-        codes = codes.astype(jnp.uint8)
-        if self.width == 3:
-            return jnp.concatenate([pack_bits(codes & 3, 2), pack_bits(codes >> 2, 1)], axis=-1)
-        return pack_bits(codes, self.width)
+        return pack_codes(codes.astype(jnp.uint8), self.width)
 
-    def _unpack(self, data, length):
+    def _unpack(self, data):
         """Packed bytes -> int16 codes, centred on zero when symmetric."""
         if self.width == 8:
             return data.astype(jnp.int16)
-        if self.width == 3:
-            cut = length // 4
-            codes = unpack_bits(data[..., :cut], 2) | (unpack_bits(data[..., cut:], 1) << 2)
-        else:
-            codes = unpack_bits(data, self.width)
-        codes = codes.astype(jnp.int16)
+        codes = unpack_codes(data, self.width).astype(jnp.int16)
         return codes - 2 ** (self.width - 1) if self.symmetric else codes
