@@ -11,7 +11,7 @@ from optx.cache import CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
 from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
 from optx.pallas import dispatch
-from optx.pallas.attention.reference import Mask
+from optx.pallas.attention.reference import Mask, with_bias
 from optx.pallas.dispatch import OpChoice, OpSite
 from optx.pallas.rotate_append.reference import rotate, separate
 
@@ -105,6 +105,7 @@ class Attention(nnx.Module):
         self.q_norm: RMSNorm | None = norm() if norm else None
         self.k_norm: RMSNorm | None = norm() if norm and own else None
         self.sinks = param((heads,), dtype, ("heads",), rngs, nnx.initializers.zeros) if sinks else None
+        self.key_bias: nnx.Variable | None = None  # [K H], which keys are cached without and get where they are read
         self.cache = paged_spec(kv_heads, head_dim, dtype=dtype, window=window).replace(share=share)
         self.choices: tuple[OpChoice, ...] = ()
 
@@ -129,10 +130,12 @@ class Attention(nnx.Module):
             q, pool = rotate(q, self.q_norm, self.rope, ragged.positions), self.cache.as_stored({"k": k, "v": v})
         kwargs = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
         kwargs |= {} if self.sinks is None else {"sink_logits": self.sinks.get_value()}
+        k, bias = pool["k"], self.bias_of_keys()
         if cached:
-            out = attend_cached(self.choices, q, pool["k"], pool["v"], ragged, view, **kwargs)
+            out = attend_cached(self.choices, q, k, pool["v"], ragged, view, **kwargs, **bias)
         else:
-            args = (ragged.pad(q), ragged.pad(pool["k"]), ragged.pad(pool["v"]))
+            k = with_bias(k[None], ragged.positions[None, None], **bias)[0] if bias else k
+            args = (ragged.pad(q), ragged.pad(k), ragged.pad(pool["v"]))
             out, _, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
             out = ragged.unpad(out)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
@@ -150,6 +153,12 @@ class Attention(nnx.Module):
         """`project`, or all heads side by side [T, N + 2K, H] where one matmul makes them, and None for k and v."""
         return self.project(x)
 
+    def bias_of_keys(self) -> dict[str, Any]:
+        """What ops over the cache are told of the bias that its keys lack."""
+        if self.key_bias is None:
+            return {}
+        return {"key_bias": self.key_bias.get_value().reshape(self.kv_heads, self.head_dim), "rope": self.rope}
+
     def op_sites(self) -> tuple[OpSite, ...]:
         facts = {
             "heads": self.heads,
@@ -161,6 +170,7 @@ class Attention(nnx.Module):
             "mask": self.mask,
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
+            "key_bias": self.key_bias is not None,
         }
         flash, *over_cache = attention_sites(facts)
         if self.cache.share is not None:
@@ -173,7 +183,8 @@ class FusedAttention(Fused, Attention):
     """Attention with q, k and v in one weight [D, (N + 2K) H], or [D, 2 (N + K) H] with gates."""
 
     KEPT = (
-        "heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "gate", "o", "q_norm", "k_norm", "sinks", "cache",
+        "heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "gate", "o", "q_norm", "k_norm", "sinks", "key_bias",
+        "cache",
     )  # fmt: skip
 
     def __init__(self, attn: Attention, qkv: Linear):
