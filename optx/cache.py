@@ -31,6 +31,7 @@ class Stream:
     name: str
     shape: tuple[int, ...]
     dtype: str | None = None  # None: the spec's dtype
+    format: Format | None = None  # None: the spec's format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +52,34 @@ class CacheSpec:
             raise FormatError(f"cache window {self.window}; allowed: at least 1 and below 2^31 tokens, or null for all")
         if not 0 <= self.sinks < 2**31:
             raise FormatError(f"cache sinks {self.sinks}; allowed: at least 0 and below 2^31 tokens")
-        if self.kind == "state" and (self.window or self.format):
+        if self.kind == "state" and (self.window or self.packed):
             raise FormatError("a state cache has neither window nor format: its size does not grow with the context")
-        for stream in self.streams if self.format else ():
-            reason = self.format.check(stream.shape[-1])
+        for stream, format_ in zip(self.streams, self.formats, strict=True):
+            reason = format_ and format_.check(stream.shape[-1])
             if reason:
                 raise FormatError(f"cache stream {stream.name}{list(stream.shape)}: {reason}")
+
+    def format_of(self, stream: Stream) -> Format | None:
+        """How a stream is stored; None: dense, in its dtype."""
+        return stream.format or self.format
+
+    @property
+    def formats(self) -> tuple[Format | None, ...]:
+        """`format_of` each stream, in their order."""
+        return tuple(self.format_of(stream) for stream in self.streams)
+
+    @property
+    def packed(self) -> bool:
+        """Whether any stream has a format."""
+        return any(self.formats)
+
+    @property
+    def storage(self) -> str:
+        """What streams are stored in, as text: `int8`, or `k int8, v int4` where they differ."""
+        kinds = [str(format_ or self.dtype) for format_ in self.formats]
+        if len(set(kinds)) == 1:
+            return kinds[0]
+        return ", ".join(f"{stream.name} {kind}" for stream, kind in zip(self.streams, kinds, strict=True))
 
     @property
     def holds_tokens(self) -> bool:
@@ -89,7 +112,7 @@ class CacheSpec:
         return dataclasses.replace(self, **changes)
 
     def __str__(self):
-        parts = [self.kind, str(self.format or self.dtype)]
+        parts = [self.kind, self.storage]
         parts += [f"window {self.window}"] if self.window else []
         parts += [f"sinks {self.sinks}"] if self.sinks else []
         parts += [f"shared with layer {self.share}"] if self.share is not None else []
@@ -100,9 +123,8 @@ class CacheSpec:
         *heads, size = stream.shape
         shape = (*lead, *heads, *page, size)
         dense = jax.ShapeDtypeStruct(shape, stream.dtype or self.dtype)
-        if self.format is None:
-            return dense
-        return tensor.quantize(dense, self.format, axis=-1)
+        format_ = self.format_of(stream)
+        return dense if format_ is None else tensor.quantize(dense, format_, axis=-1)
 
     def abstract(self, layout: "Layout") -> Pool:
         """The pool's arrays as shapes: [pages + 1, K, P, H] a stream of tokens, [slots + 1, ...] a state.
@@ -120,16 +142,20 @@ class CacheSpec:
 
     def append(self, pool: Pool, new: dict[str, jax.Array], writes: jax.Array) -> Pool:
         """Stores `new` [T, ...] by stream at flat slots `writes` int32[T] = page * P + offset; past the last page: dropped."""
-        if self.holds_tokens and self.format is not None:
-            packed = {name: tensor.quantize(x, self.format, axis=-1) for name, x in new.items()}
-            new = {name: dataclasses.replace(x, dtype=pool[name].dtype) for name, x in packed.items()}
+        new = {name: self._pack(name, x, pool[name].dtype) for name, x in new.items()}
         return jax.tree.map(lambda p, x: _store(p, x, writes, self.holds_tokens), pool, new)
+
+    def _pack(self, name: str, x: jax.Array, dtype) -> Tensor:
+        """`x` of the stream called `name` as it is stored; dtype: what it is read back in where it has a format."""
+        format_ = self._format_named(name)
+        return x if format_ is None else dataclasses.replace(tensor.quantize(x, format_, axis=-1), dtype=dtype)
+
+    def _format_named(self, name: str) -> Format | None:
+        return next(self.format_of(stream) for stream in self.streams if stream.name == name)
 
     def as_stored(self, new: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """`new` [T, ...] by stream as attention reads it back from the cache: rounded where the spec has a format."""
-        if not self.holds_tokens or self.format is None:
-            return new
-        return {name: tensor.quantize(x, self.format, axis=-1).dequantize() for name, x in new.items()}
+        return {name: tensor.dense(self._pack(name, x, x.dtype)) for name, x in new.items()}
 
     def move(self, pool: Pool, src: jax.Array, dst: jax.Array) -> Pool:
         """Copies entries `src` int32[M] over `dst`: flat token slots, or state rows. Fork, compaction, snapshots."""

@@ -139,7 +139,7 @@ def _mixer_cost(path, mixer, plan: CachePlan, layer: int, step) -> OpCost:
     facts = {site.op: site.args for site in mixer.op_sites()}
     index = facts.get("indexed_attention")
     written = batch * _unit_bytes(spec) * (tokens if spec.holds_tokens else 1)
-    common = {"path": path, "format": str(spec.format or spec.dtype), "written": written}
+    common = {"path": path, "format": spec.storage, "written": written}
     if not spec.holds_tokens:
         flops = batch * tokens * sum(RECURRENCES[op](args) for op, args in facts.items() if op in RECURRENCES)
         return OpCost(**common, op="state", dtype="fp32", cache=batch * _unit_bytes(owner), flops=flops)

@@ -13,6 +13,7 @@ from flax import nnx
 from optx import ir, pipeline
 from optx.cache import CacheSpec
 from optx.errors import FormatError
+from optx.formats import Format
 from optx.nn.attention import Attention
 from optx.nn.core import Linear
 from optx.nn.mla import MLA
@@ -143,7 +144,7 @@ def _heads_do_not_divide(intent: Intent) -> list[Finding]:
 
 def _cache_packed_twice(intent: Intent) -> list[Finding]:
     own = ((path, attn.cache) for path, attn, _ in intent.sites if attn.cache.share is None)
-    return [_cache(path, cache) for path, cache in own if cache.format is not None]
+    return [_cache(path, cache) for path, cache in own if cache.packed]
 
 
 def _no_token_cache(intent: Intent) -> list[Finding]:
@@ -203,13 +204,18 @@ def _keys_rotated_apart(intent: Intent) -> list[Finding]:
 
 def _low_bit_keys_under_bias(model: nnx.Module) -> list[Finding]:
     modules = [(path, module) for path, module in ir.walk(model) if key_bias(module)]
-    return [_cache(path, m.cache) for path, m in modules if getattr(m.cache.format, "width", LEAST_KEYS) < LEAST_KEYS]
+    return [_cache(path, m.cache) for path, m in modules if _width(m.cache.formats[0]) < LEAST_KEYS]
 
 
 def _two_bits_for_a_group(model: nnx.Module) -> list[Finding]:
     mixers = [(f"layers/{i}/mixer", layer.mixer) for i, layer in enumerate(model.layers)]
     shared = [(p, m) for p, m in mixers if isinstance(m, MLA) or isinstance(m, Attention) and m.heads > m.kv_heads]
-    return [_cache(path, mixer.cache) for path, mixer in shared if getattr(mixer.cache.format, "width", 8) <= 2]
+    return [_cache(path, mixer.cache) for path, mixer in shared if min(map(_width, mixer.cache.formats)) <= 2]
+
+
+def _width(format_: Format | None) -> int:
+    """Bits of its codes where those are integers; else 8."""
+    return getattr(format_, "width", 8)
 
 
 def _low_bit_router(model: nnx.Module) -> list[Finding]:

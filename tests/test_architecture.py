@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "bisect": {"checkpoint", "errors", "ir", "lower", "pipeline", "quality", "recipe", "registry"},
     "legality": {"errors", "legality_facts", "legality_scales", "pipeline", "registry", "recipe"},
     "legality_scales": {"ir", "legality_facts", "passes", "tensor"},
-    "legality_facts": {"cache", "errors", "ir", "nn", "passes", "pipeline", "registry", "tensor"},
+    "legality_facts": {"cache", "errors", "formats", "ir", "nn", "passes", "pipeline", "registry", "tensor"},
     "lower": {"cache", "errors", "ir", "pallas", "target", "tensor"},
     "cost": {"cache", "ir", "target", "tensor"},
     "cost_mesh": {"cache", "errors", "ir", "tensor"},

@@ -211,9 +211,9 @@ def _weight_only(tree: nnx.Module) -> nnx.Module:
 def _check_caches(tree: nnx.Module, where: str) -> None:
     for path, part in ir.walk(tree):
         for value in vars(part).values():
-            if isinstance(value, CacheSpec) and value.format is not None:
+            if isinstance(value, CacheSpec) and value.packed:
                 raise CheckpointError(
-                    f"{where}: {path} keeps its cache in {value.format} with a scale a token, where kv_cache_scheme has one a "
+                    f"{where}: {path} keeps its cache in {value.storage} with a scale a token, where kv_cache_scheme has one a "
                     "tensor; compile without the recipe's cache stage and choose the cache where the model is served"
                 )
 

@@ -29,8 +29,8 @@ def quantize_kv(site: Site, attn: Attention, opt: QuantizeKV) -> Attention | Ski
     """
     if attn.cache.share is not None:
         return Skipped(f"reads the cache of layer {attn.cache.share}")
-    if attn.cache.format is not None:
-        raise PassError(f"quantize_kv at {site.path}: the cache is stored as {attn.cache.format} already")
+    if attn.cache.packed:
+        raise PassError(f"quantize_kv at {site.path}: the cache is stored as {attn.cache.storage} already")
     try:
         return replace(attn, cache=attn.cache.replace(format=opt.storage()))
     except FormatError as error:

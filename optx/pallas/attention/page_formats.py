@@ -1,5 +1,6 @@
 """What the Hopper kernels over pages call the formats of a cache that they read."""
 
+from optx.cache import CacheSpec
 from optx.formats import Float8, Format, Int
 
 
@@ -12,3 +13,10 @@ def page_kind(format_: Format | None) -> str | None:
     if isinstance(format_, Int) and format_.width in (8, 4):
         return f"int{format_.width}"
     return "fp8" if isinstance(format_, Float8) and format_.kind == "e4m3" else None
+
+
+def cache_reason(cache: CacheSpec) -> str | None:
+    """Why no kernel over pages takes caches like this one, whatever its format, or None."""
+    if any(stream.format is not None for stream in cache.streams):
+        return f"streams in formats of their own ({cache.storage}); allowed: one format for all streams"
+    return None

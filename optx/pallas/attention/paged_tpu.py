@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
+from optx.pallas.attention.page_formats import cache_reason
 from optx.pallas.attention.reference import Mask
 from optx.pallas.tpu_common import LANES, VMEM, arch_reason, codes, float16_bits, number, offset_of
 from optx.tensor import Tensor, is_qtensor, leaf_bytes
@@ -88,6 +89,8 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
         return "adds no bias to keys"
     if cache.dtype not in ("float32", "bfloat16"):
         return f"pages of {cache.dtype}; allowed: float32, bfloat16"
+    if reason := cache_reason(cache):
+        return reason
     if cache.format is not None and (reason := format_reason(cache.format)):
         return reason
     if cache.format is not None and (args.get("value_dim") or 0) % 2:

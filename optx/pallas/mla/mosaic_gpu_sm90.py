@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.cache import Ragged
 from optx.errors import LoweringError
+from optx.pallas.attention.page_formats import cache_reason
 from optx.pallas.attention.reference import Mask
 from optx.tensor import is_qtensor
 
@@ -845,6 +846,8 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
     cache = args["cache"]
     if cache is None or cache.kind != "latent":
         return f"reads MLA latents, not {'no' if cache is None else f'a {cache.kind}'} cache"
+    if reason := cache_reason(cache):
+        return reason
     if cache.format is not None:
         return f"reads latents without a format, not {cache.format}"
     if cache.dtype not in ("bfloat16", "float16"):

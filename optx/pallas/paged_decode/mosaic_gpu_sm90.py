@@ -27,7 +27,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from optx.errors import LoweringError
-from optx.pallas.attention.page_formats import page_kind
+from optx.pallas.attention.page_formats import cache_reason, page_kind
 from optx.pallas.attention.reference import Mask, gather_pages
 from optx.tensor import is_qtensor
 
@@ -159,6 +159,8 @@ def supports(args, target) -> str | None:
         return f"head_dim {args['head_dim']}; allowed: 64, 128, 256"
     if args["heads"] // args["kv_heads"] > GROUPS:
         return f"{args['heads'] // args['kv_heads']} query heads a kv head; at most {GROUPS}"
+    if reason := cache_reason(cache):
+        return reason
     if page_kind(cache.format) is None:
         return f"pages of {cache.format}; allowed: dense, int8, int4, fp8 e4m3, one scale a token and head"
     if cache.dtype not in (("bfloat16", "float16") if cache.format is None else ("bfloat16",)):

@@ -26,7 +26,7 @@ from jax import lax
 
 from optx.cache import Ragged
 from optx.errors import LoweringError
-from optx.pallas.attention.page_formats import page_kind
+from optx.pallas.attention.page_formats import cache_reason, page_kind
 from optx.pallas.attention.reference import Mask
 from optx.tensor import is_qtensor
 
@@ -204,6 +204,8 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
     cache = args["cache"]
     if cache is None or cache.kind != "paged":
         return f"takes paged caches, not {cache.kind if cache is not None else 'none'}"
+    if reason := cache_reason(cache):
+        return reason
     if page_kind(cache.format) is None:
         return f"pages of {cache.format}; takes dense, int8, int4, fp8_e4m3 with one scale a token and head"
     if cache.dtype not in (("bfloat16", "float16") if cache.format is None else ("bfloat16",)):

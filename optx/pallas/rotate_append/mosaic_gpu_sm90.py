@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.cache import CacheSpec
 from optx.errors import LoweringError
-from optx.pallas.attention.page_formats import page_kind
+from optx.pallas.attention.page_formats import cache_reason, page_kind
 from optx.pallas.threads_sm90 import SCALAR, Threads, across
 from optx.tensor import is_qtensor
 
@@ -96,6 +96,8 @@ def _reason(cache: CacheSpec, head_dim: int, rope, *norms) -> str | None:
     if rope is not None and (rope.dim > head_dim or rope.dim % (2 if rope.interleaved else 4)):
         how = "interleaved" if rope.interleaved else "by halves"
         return f"{rope.dim} numbers rotated {how}; allowed: at most {head_dim}, a multiple of 4 by halves"
+    if reason := cache_reason(cache):
+        return reason
     if page_kind(cache.format) is None:
         return f"pages of {cache.format}; allowed: dense, int8, int4, fp8 e4m3, one scale a token and head"
     if cache.format is not None and cache.format.scale_dtype not in SCALES:
