@@ -182,8 +182,8 @@ def test_the_estimate_of_qjl_has_no_bias(rng):
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_why_qjl_is_off(width):
     """At equal bits its variance is (pi / 2) D(b - 1) against D(b), and variance is what a softmax passes on. Measured at 2, 3, 4
-    bits: error of a logit 0.69, 0.37, 0.19 and with QJL 1.61, 0.88, 0.47; KL 0.23, 0.063, 0.018 and with QJL 1.25, 0.37, 0.11. The
-    bias that it takes away is 6%, 1.5%, 0.5% of a logit."""
+    bits: error of a logit 0.69, 0.37, 0.19 and with QJL 1.61, 0.88, 0.47; KL 0.23, 0.063, 0.018 and with QJL 1.25, 0.37, 0.11.
+    The bias that it takes away is 6%, 1.5%, 0.5% of a logit."""
     slope, error, kl = losses(Codebook(width=width))
     slope_qjl, error_qjl, kl_qjl = losses(CodebookQJL(width=width))
     assert abs(slope_qjl) < 0.03

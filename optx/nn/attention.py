@@ -130,7 +130,7 @@ class Attention(nnx.Module):
             q, pool = rotate(q, self.q_norm, self.rope, ragged.positions), self.cache.as_stored({"k": k, "v": v})
         kwargs = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
         kwargs |= {} if self.sinks is None else {"sink_logits": self.sinks.get_value()}
-        k, bias = pool["k"], self.bias_of_keys()
+        k, bias = pool["k"], self._bias_of_keys()
         if cached:
             out = attend_cached(self.choices, q, k, pool["v"], ragged, view, **kwargs, **bias)
         else:
@@ -149,11 +149,19 @@ class Attention(nnx.Module):
             return q, None, None
         return q, *(part(x).reshape(-1, self.kv_heads, self.head_dim) for part in (self.k, self.v))
 
+    def turned(self, x, positions):
+        """x [T, D] at positions int32[T] -> q [T, N, H], k and v [T, K, H] as attention takes them, of a layer with its own."""
+        q, k, v = self.project(x)
+        q = q if self.gate is None else jnp.split(q, 2, axis=-1)[0]
+        q, k = rotate(q, self.q_norm, self.rope, positions), rotate(k, self.k_norm, self.rope, positions)
+        bias = self._bias_of_keys()
+        return q, with_bias(k[None], positions[None, None], **bias)[0] if bias else k, v
+
     def heads_of(self, x):
         """`project`, or all heads side by side [T, N + 2K, H] where one matmul makes them, and None for k and v."""
         return self.project(x)
 
-    def bias_of_keys(self) -> dict[str, Any]:
+    def _bias_of_keys(self) -> dict[str, Any]:
         """What ops over the cache are told of the bias that its keys lack."""
         if self.key_bias is None:
             return {}

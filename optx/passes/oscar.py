@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,6 @@ from optx.hadamard import Rotation
 from optx.ir import replace
 from optx.nn.attention import Attention
 from optx.nn.rotated import CalibratedHeads
-from optx.pallas.attention.reference import with_bias
-from optx.pallas.rotate_append.reference import rotate
 from optx.passes.rotated_kv import RotatedKV, check, rotated_kv
 from optx.registry import Axis, Noted, SeenBlock, Site, Skipped, Stage, register
 
@@ -105,7 +102,9 @@ def covariances(site: Site, attn: Attention, first: int) -> tuple[np.ndarray, np
     weighted, weights = (sum(np.asarray(each, np.float64) for each in part) for part in zip(*sums, strict=True))
     found = gram.mean(0), (weighted / np.maximum(weights, np.finfo(float).tiny)[:, None, None]).mean(0)
     if not all(np.isfinite(c).all() for c in found):
-        raise PassError(f"oscar at {site.path}: NaN or Inf in its queries, keys or values; look at the weights before it")
+        raise PassError(
+            f"oscar at {site.path}: NaN or Inf in its queries, keys or values; look at the weights before it"
+        )
     return found
 
 
@@ -116,21 +115,17 @@ def _sums_of(graph, first: int):
 
     def parts(state, x, at):
         attn = nnx.merge(graph, state)
-        q, k, v = attn.project(x)
-        q = q if attn.gate is None else jnp.split(q, 2, axis=-1)[0]
-        q, k = rotate(q, attn.q_norm, attn.rope, at), rotate(k, attn.k_norm, attn.rope, at)
-        if bias := attn.bias_of_keys():
-            k = with_bias(k[None], at[None, None], **bias)[0]
+        q, k, v = (part.astype(jnp.float32) for part in attn.turned(x, at))
         q = q.reshape(len(x), attn.kv_heads, -1, attn.head_dim)
         seen = (at >= first)[:, None]
-        return (part.astype(jnp.float32) for part in (q * seen[..., None, None], k, v)), seen
+        return q * seen[..., None, None], k, v, seen
 
     def queries(state, x, at):
-        (q, _, _), _ = parts(state, x, at)
+        q, *_ = parts(state, x, at)
         return outer("tkgh,tkgi->khi", q, q)
 
     def values(state, gram, x, at):
-        (_, k, v), seen = parts(state, x, at)
+        _, k, v, seen = parts(state, x, at)
         w = seen * jnp.maximum(outer("tkh,khi,tki->tk", k, gram, k), 0)
         return outer("tk,tkh,tki->khi", w, v, v), w.sum(0)
 

@@ -16,6 +16,9 @@ from optx.registry import Noted, PassOptions, Site
 class RotatedKV(PassOptions):
     """Options of such a pass."""
 
+    first: int = 0  # tokens of a sequence that stay exact
+    recent: int = 0  # newest tokens that stay exact
+
     def storage(self) -> Format:
         """Of keys."""
         raise NotImplementedError
@@ -32,8 +35,8 @@ def check(site: Site, attn: Attention, name: str) -> None:
         )
     if attn.rope is not None and attn.rope.rotation is not None:
         raise PassError(f"{name} at {site.path}: queries and keys are rotated already")
-    if attn.cache.format is not None:
-        raise PassError(f"{name} at {site.path}: the cache is stored as {attn.cache.format} already")
+    if attn.cache.packed:
+        raise PassError(f"{name} at {site.path}: the cache is stored as {attn.cache.storage} already")
 
 
 def rotated_kv(
@@ -53,4 +56,8 @@ def rotated_kv(
 
 
 def stored(spec: CacheSpec, opt: RotatedKV) -> CacheSpec:
-    return spec.replace(format=opt.storage())
+    """The spec with the options' formats and exact tokens."""
+    keys, values = opt.storage(), opt.value_storage()
+    own = {"v": None if values == keys else values}
+    streams = tuple(dataclasses.replace(stream, format=own.get(stream.name)) for stream in spec.streams)
+    return spec.replace(format=keys, streams=streams)

@@ -14,8 +14,8 @@ class SplitKeyBias(PassOptions):
 
 @register("split_key_bias", axis=Axis.BITS, stage=Stage.FOLD, options=SplitKeyBias, exact=True)
 def split_key_bias(site: Site, attn: Attention, opt: SplitKeyBias) -> Attention | Skipped:
-    """k_t = R_t (W x + b) = R_t W x + R_t b, R_t the rotary embedding at position t: R_t W x is cached, R_t b is added to it where it
-    is read. Exact, and no byte more: b is a weight, positions are cached.
+    """k_t = R_t (W x + b) = R_t W x + R_t b, R_t the rotary embedding at position t: R_t W x is cached, and R_t b is added to it
+    where it is read. Exact, and no byte more: b is a weight, positions are cached.
 
     A bias of large norm is a constant under the scale of every key: Qwen2.5-7B with keys of 3 bits goes from perplexity 7.52 to
     9,410 (llama.cpp issue 21385), as its k bias has norm 605 in the first layer. Without it what is rounded is the signal. The

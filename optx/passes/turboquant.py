@@ -32,9 +32,9 @@ def turboquant(site: Site, attn: Attention, opt: TurboQuant) -> Attention | Note
     """k' = codebook(k H) and q' = q H after their positions, v' = codebook(v H) and H^T o, H a Hadamard rotation of a head with
     random signs: a head's numbers are then close to normal, whatever channels stick out, and have one codebook.
 
-    Zandieh et al. 2025, arXiv:2504.19874, with two changes that vLLM's measurements led to: lengths are exact (norm correction) and
-    the QJL residual is off. b + 16 / H bits a number. H costs H log H operations of each head of q and k; that of values is folded
-    into v and o. A full rotation of outliers needs all of them in one head: channels of k that a bias makes (Qwen2) go to
+    Zandieh et al. 2025, arXiv:2504.19874, with two changes that others measured to be needed (vLLM): lengths are exact and the
+    QJL residual is off. b + 16 / H bits a number. H costs H log H operations of each head of q and k; that of values is
+    folded into v and o. A rotation spreads outliers, it does not remove them: the bias of keys, where there is one, goes to
     split_key_bias first.
     """
     check(site, attn, "turboquant")

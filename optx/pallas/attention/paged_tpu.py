@@ -75,7 +75,7 @@ def _power_below(n: int) -> int:
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
-    """None, or why the kernel declines: reads `cache`, `heads`, `kv_heads` and, where given, `page_size`, `want_scores`, `key_bias`."""
+    """None, or why the kernel declines: reads `cache`, `heads`, `kv_heads`; given: `page_size`, `want_scores`, `key_bias`."""
     if reason := arch_reason(target):
         return reason
     cache = args["cache"]
