@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optx
-from optx import ir
+from optx import ir, legality_facts
 from optx.errors import LegalityError, PassError
 from optx.nn import Rope
 from optx.pallas.attention import paged_tpu
@@ -22,7 +22,7 @@ from optx.passes.split_key_bias import SplitKeyBias
 from optx.recipe import Recipe
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
-BIASED = ("gpt_oss", "qwen2")  # families whose keys have a bias and no norm
+BIASED = ("bamba", "gpt_oss", "granitemoehybrid", "llama", "qwen2", "smollm3")  # families whose keys have a bias and no norm
 LOW = QuantizeKV(format="int4", symmetric=False)
 
 
@@ -42,14 +42,14 @@ def split(model, *fold, **stages):
 
 @pytest.mark.parametrize("family", BIASED)
 def test_exact_on_every_family_with_a_key_bias(family):
-    """In one piece and over pages: positions 0 to 23, windows and sinks of the family."""
+    """In one piece and over pages, positions 0 to 23, with windows and sinks of the family."""
     model = ir.init_weights(optx.load_config(GOLDENS / family / "config.json", dtype="float32").tree, seed=1)
     tree = split(model)
     tokens = np.random.default_rng(0).integers(0, model.embed.table.get_value().shape[0], 24)
     want = families.forward(model, tokens)
     assert families.relative(families.forward(tree, tokens), want) < 1e-4
-    assert families.relative(families.incremental(tree, tokens, sizes=(7, 1)), want) < 1e-4
-    assert all(layer.mixer.k.bias is None and layer.mixer.key_bias is not None for layer in tree.layers)
+    assert families.relative(families.incremental(tree, tokens, sizes=(12,)), want) < 1e-4
+    assert not any(legality_facts.key_bias(layer.mixer) for layer in tree.layers)
 
 
 def test_families_are_those_that_have_one():
@@ -88,20 +88,20 @@ def test_before_expected():
 
 
 def test_low_bit_keys_under_a_bias_of_norm_600():
-    """What the pass is for: int4 keys lose everything to the bias, and without it they are as good as those of a model that has
-    none (0.4 at these head sizes). Measured: 1.2 with the bias in the cache, 0.3 without."""
+    """What the pass is for: int4 keys lose everything to the bias, and without it lose what those of a model without a bias do.
+    Relative error of the logits, measured: 0.206 with the bias in the cache, 0.019 without; 0.021 where there is none."""
     model, tokens = biased(600.0), families.prompt(32)
     want = families.oracle(model, tokens)
 
     def error(*fold):
         recipe = Recipe(fold=fold, cache=[LOW], allow=[] if fold else ["k_bias_low_bit_kv"])
-        return families.relative(families.incremental(optx.compile(model, recipe).tree, tokens), want)
+        return families.relative(families.forward(optx.compile(model, recipe).tree, tokens), want)
 
     broken, whole = error(), error(SplitKeyBias())
     small = biased(0.0)
     none = optx.compile(small, Recipe(cache=[LOW], allow=["k_bias_low_bit_kv"])).tree
-    without = families.relative(families.incremental(none, tokens), families.oracle(small, tokens))
-    assert broken > 2 * whole
+    without = families.relative(families.forward(none, tokens), families.oracle(small, tokens))
+    assert broken > 5 * whole
     assert whole < 1.3 * without
 
 
