@@ -257,7 +257,7 @@ class Compiled:
             target=self.plan.target.name,
             records=self.plan.records,
             weight_bytes=ir.weight_bytes(self.tree),
-            cache_bytes=self.program.plan.bytes(1, 1),
+            cache_bytes=self.program.plan.unit_bytes,
             file_bytes=source.origin.bytes,
             kernels=self.explain(),
         )

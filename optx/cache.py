@@ -5,10 +5,12 @@ pages `[pages, K, P, H]`, heads first: the tokens of one head in one page are on
 table, in the order in which tokens were appended. Every cached token has its position apart from its slot, so a listing
 may have gaps in positions (windows, eviction) and masks still hold. State caches (`state`) hold one entry a row.
 
-Layers whose specs keep the same tokens form a group with one page table and one array of positions.
+Layers whose specs keep the same tokens form a group with one page table and one array of positions. A layer that keeps its
+newest and first tokens exact beside packed ones belongs to two groups (`CacheSpec.parts`; near.py).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,10 +20,13 @@ import jax.numpy as jnp
 
 from optx import tensor
 from optx.errors import FormatError
-from optx.formats import Format
+from optx.formats import Float8Static, Format
+from optx.pools import load, store
+from optx.ragged import Ragged as Ragged
 from optx.tensor import Tensor
 
 Pool = dict[str, Tensor]
+NEAR = "near_"  # begins the names of streams that hold exact copies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class CacheSpec:
     format: Format | None = None  # None: stored in dtype; else packed along the last axis: a scale a token and head
     window: int | None = None  # newest tokens that a query sees; None: all
     sinks: int = 0  # with a window: first positions that stay visible and stored
+    recent: int = 0  # with a format: newest tokens that are also kept in dtype, and read there
+    first: int = 0  # with a format: first positions, likewise
     rotated: bool = True  # keys are stored after RoPE
     share: int | None = None  # index of the layer whose cache this layer reads; None: its own
 
@@ -52,12 +59,23 @@ class CacheSpec:
             raise FormatError(f"cache window {self.window}; allowed: at least 1 and below 2^31 tokens, or null for all")
         if not 0 <= self.sinks < 2**31:
             raise FormatError(f"cache sinks {self.sinks}; allowed: at least 0 and below 2^31 tokens")
+        self._check_exact()
         if self.kind == "state" and (self.window or self.packed):
             raise FormatError("a state cache has neither window nor format: its size does not grow with the context")
         for stream, format_ in zip(self.streams, self.formats, strict=True):
             reason = format_ and format_.check(stream.shape[-1])
             if reason:
                 raise FormatError(f"cache stream {stream.name}{list(stream.shape)}: {reason}")
+
+    def _check_exact(self) -> None:
+        for name, tokens in (("recent", self.recent), ("first", self.first)):
+            if not 0 <= tokens < 2**31 or (tokens and not self.packed):
+                raise FormatError(f"cache {name} {tokens}; allowed: 0 to 2^31 - 1 tokens, 0 where nothing is packed")
+        if self.near is not None and self.window is not None and self.near.window >= self.window:
+            raise FormatError(
+                f"cache window {self.window}: all that it sees are the {self.near.window} newest tokens, which are kept exact; "
+                "leave out the format, or keep fewer exact"
+            )
 
     def format_of(self, stream: Stream) -> Format | None:
         """How a stream is stored; None: dense, in its dtype."""
@@ -91,14 +109,46 @@ class CacheSpec:
         return ("tokens", self.window, self.sinks) if self.holds_tokens else ("state",)
 
     @property
+    def table_keys(self) -> tuple[tuple, ...]:
+        """Those of its parts; none of a state."""
+        return tuple(part.table_key for part in self.parts) if self.holds_tokens else ()
+
+    @property
     def share_granularity(self) -> Literal["token", "checkpoint"]:
         """How finely a prefix can be shared: any token (copying one page at most), or only at stored checkpoints."""
         return "token" if self.holds_tokens else "checkpoint"
 
     @property
+    def block(self) -> int:
+        """Tokens that are packed together: 1, or more where scales span tokens."""
+        return max((format_.block_rows for format_ in self.formats if format_), default=1)
+
+    @functools.cached_property
+    def near(self) -> "CacheSpec | None":
+        """What is kept in dtype beside the packed tokens: the cache of a sliding window with sinks, whose streams are called
+        `near_<name>`; None where nothing is. A block of tokens stays there until it is packed."""
+        first = self.first if self.window is None else min(self.first, self.sinks)
+        if self.recent == first == 0 and self.block == 1:
+            return None
+        streams = tuple(dataclasses.replace(s, name=NEAR + s.name, format=None) for s in self.streams)
+        window = max(self.recent, 1) + self.block - 1
+        return self.replace(streams=streams, format=None, window=window, sinks=first, recent=0, first=0)
+
+    @property
+    def parts(self) -> tuple["CacheSpec", ...]:
+        """One a token group that the layer belongs to: all tokens, and those kept exact."""
+        return (self,) if self.near is None else (self, self.near)
+
+    @property
     def unit_bytes(self) -> float:
-        """Stored bytes a token (token caches) or a row (state caches), metadata included; 0 when shared."""
-        return 0 if self.share is not None else sum(tensor.nbytes(self._abstract(s, ())) for s in self.streams)
+        """Stored bytes a token (token caches) or a row (state caches), metadata included; 0 when shared. What is kept exact
+        does not grow with the context and is counted in `bytes`."""
+        if self.share is not None:
+            return 0
+        rows = self.block
+        return (
+            sum(tensor.nbytes(self._abstract(s, (), (rows,) if self.holds_tokens else ())) for s in self.streams) / rows
+        )
 
     def tokens(self, context: int) -> int:
         """Tokens of a context of `context` that a row keeps and that one decode step reads."""
@@ -106,7 +156,9 @@ class CacheSpec:
 
     def bytes(self, batch: int, context: int) -> float:
         """Bytes held for `batch` rows at `context` tokens; what one decode step reads."""
-        return batch * self.unit_bytes * (self.tokens(context) if self.holds_tokens else 1)
+        if not self.holds_tokens:
+            return batch * self.unit_bytes
+        return batch * sum(part.unit_bytes * part.tokens(context) for part in self.parts)
 
     def replace(self, **changes) -> "CacheSpec":
         return dataclasses.replace(self, **changes)
@@ -115,6 +167,8 @@ class CacheSpec:
         parts = [self.kind, self.storage]
         parts += [f"window {self.window}"] if self.window else []
         parts += [f"sinks {self.sinks}"] if self.sinks else []
+        parts += [f"recent {self.recent}"] if self.recent else []
+        parts += [f"first {self.first}"] if self.first else []
         parts += [f"shared with layer {self.share}"] if self.share is not None else []
         return " ".join(parts)
 
@@ -127,12 +181,18 @@ class CacheSpec:
         return dense if format_ is None else tensor.quantize(dense, format_, axis=-1)
 
     def abstract(self, layout: "Layout") -> Pool:
-        """The pool's arrays as shapes: [pages + 1, K, P, H] a stream of tokens, [slots + 1, ...] a state.
+        """The pool's arrays as shapes: [pages + 1, K, P, H] a stream of tokens, [slots + 1, ...] a state; without those of
+        `near`.
 
-        The last page (row) takes the writes of padding and is never read.
+        The last page (row) takes the writes of padding and is never read. Raises FormatError for pages that end in a block.
         """
         if self.share is not None:
             return {}
+        if layout.page_size % self.block:
+            raise FormatError(
+                f"cache {self}: pages of {layout.page_size} tokens do not divide into groups of {self.block}, which share their "
+                f"scales; take a page size that is a multiple of {self.block}, or a smaller group"
+            )
         if self.holds_tokens:
             return {s.name: self._abstract(s, (layout.pages + 1,), (layout.page_size,)) for s in self.streams}
         return {s.name: self._abstract(s, (layout.slots + 1,)) for s in self.streams}
@@ -143,7 +203,7 @@ class CacheSpec:
     def append(self, pool: Pool, new: dict[str, jax.Array], writes: jax.Array) -> Pool:
         """Stores `new` [T, ...] by stream at flat slots `writes` int32[T] = page * P + offset; past the last page: dropped."""
         new = {name: self._pack(name, x, pool[name].dtype) for name, x in new.items()}
-        return jax.tree.map(lambda p, x: _store(p, x, writes, self.holds_tokens), pool, new)
+        return jax.tree.map(lambda p, x: store(p, x, writes, self.holds_tokens), pool, new)
 
     def _pack(self, name: str, x: jax.Array, dtype) -> Tensor:
         """`x` of the stream called `name` as it is stored; dtype: what it is read back in where it has a format."""
@@ -159,54 +219,21 @@ class CacheSpec:
 
     def move(self, pool: Pool, src: jax.Array, dst: jax.Array) -> Pool:
         """Copies entries `src` int32[M] over `dst`: flat token slots, or state rows. Fork, compaction, snapshots."""
-        return jax.tree.map(lambda p: _store(p, _load(p, src, self.holds_tokens), dst, self.holds_tokens), pool)
+        copied = {}
+        for name in (stream.name for stream in self.streams):
+            places = (_places(pool[name], at) for at in (src, dst))
+            move = lambda p, src, dst: store(p, load(p, src, self.holds_tokens), dst, self.holds_tokens)  # noqa: E731
+            copied[name] = jax.tree.map(move, pool[name], *places)
+        return copied
 
 
-def _coordinates(pool, index, tokens: bool) -> tuple:
-    """Where entries lie: (row,) of a state pool; (page, slice of heads, offset) of a token pool, whose tokens are the last
-    but one axis ([pages + 1, K, P, H]; positions, [pages + 1, P], have nothing after them)."""
-    if not tokens:
-        return (index,)
-    axis = max(pool.ndim - 2, 1)
-    page, offset = index // pool.shape[axis], index % pool.shape[axis]
-    return (page, *[slice(None)] * (axis - 1), offset)
-
-
-def _load(pool, index, tokens: bool):
-    return pool.at[_coordinates(pool, index, tokens)].get(mode="clip")
-
-
-def store_tokens(pool: jax.Array, new: jax.Array, writes: jax.Array) -> jax.Array:
-    """`new` [T, ...] into a token pool, [pages + 1, K, P, H] or [pages + 1, P], at flat slots `writes` int32[T]."""
-    return _store(pool, new, writes, True)
-
-
-FEW = 16  # entries up to which they are stored one by one on CPU
-
-
-def _store(pool, new, index, tokens: bool):
-    """Entries `new` [M, ...] into the pool, in place when it is donated."""
-    new, where = new.astype(pool.dtype), _coordinates(pool, index, tokens)
-    scatter = lambda pool: pool.at[where].set(new, mode="drop")  # noqa: E731
-    if new.shape[0] > FEW:
-        return scatter(pool)
-
-    def slices(pool):
-        """XLA on CPU copies the whole pool when a scatter, or a reshape of the pool, is also read in the same program;
-        slices at full rank it does not."""
-        for i in range(new.shape[0]):
-            start = [0 if isinstance(at, slice) else at[i] for at in where]
-            start += [0] * (pool.ndim - len(start))
-            pool = jax.lax.dynamic_update_slice(pool, entry(new[i]), start)
-        return pool
-
-    def entry(x):
-        return x.reshape(
-            [1 if not isinstance(at, slice) else pool.shape[d] for d, at in enumerate(where)]
-            + list(pool.shape[len(where) :])
-        )
-
-    return jax.lax.platform_dependent(pool, cpu=slices, default=scatter)
+def _places(stored: Tensor, index: jax.Array) -> Tensor:
+    """`index` of tokens for every array of a stored stream: where tokens share scales, a scale's is that of its block."""
+    rows = stored.format.block_rows if tensor.is_qtensor(stored) else 1
+    if rows == 1:
+        return jax.tree.map(lambda _: index, stored)
+    whole = jax.tree.map(lambda _: index // rows, stored)
+    return dataclasses.replace(whole, data=index)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,16 +258,21 @@ class CachePlan:
         for i, spec in enumerate(self.specs):
             if spec is not None and spec.share is not None:
                 owner = self.specs[spec.share] if 0 <= spec.share < i else None
-                if owner is None or owner.share is not None or owner.table_key != spec.table_key:
+                if owner is None or owner.share is not None or owner.table_keys != spec.table_keys:
                     raise FormatError(
                         f"layers/{i}: cache shared with layer {spec.share}; it must be an earlier layer "
-                        "with a cache of its own and the same window"
+                        "with a cache of its own, the same window, and the same tokens kept exact"
+                    )
+                if any(isinstance(format_, Float8Static) for format_ in owner.formats):
+                    raise FormatError(
+                        f"layers/{i}: cache shared with layer {spec.share}, which is stored in {owner.storage}: its calibrated "
+                        "scales are that layer's alone; give it a format whose scales are stored with the tokens"
                     )
 
     @property
     def keys(self) -> tuple[tuple, ...]:
         """Table keys of the token groups, in order of first use."""
-        return tuple(dict.fromkeys(s.table_key for s in self.specs if s is not None and s.holds_tokens))
+        return tuple(dict.fromkeys(key for s in self.specs if s is not None for key in s.table_keys))
 
     def group(self, layer: int) -> int | None:
         """Index of the layer's token group; None for state caches and layers without cache."""
@@ -250,11 +282,20 @@ class CachePlan:
     @property
     def groups(self) -> tuple[CacheSpec, ...]:
         """One spec of each token group (window and sinks are what a group has in common)."""
-        return tuple(next(s for s in self.specs if s is not None and s.table_key == key) for key in self.keys)
+        return tuple(self.members(group)[0] for group in range(len(self.keys)))
+
+    def members(self, group: int) -> list[CacheSpec]:
+        """Of all layers in a token group the part of their spec that is in it."""
+        return [part for s in self.specs if s is not None for part in s.parts if part.table_key == self.keys[group]]
 
     def owner(self, layer: int) -> int:
         spec = self.specs[layer]
         return layer if spec is None or spec.share is None else spec.share
+
+    @property
+    def unit_bytes(self) -> float:
+        """Bytes that one more token (and a row, of states) takes for good."""
+        return sum(s.unit_bytes for s in self.specs if s is not None)
 
     def bytes(self, batch: int, context: int) -> float:
         return sum(s.bytes(batch, context) for s in self.specs if s is not None)
@@ -262,10 +303,16 @@ class CachePlan:
     def abstract(self, layout: Layout | Sequence[Layout]) -> "Caches":
         """All pools as shapes. layout: one for all token groups, or one a group (states take the first)."""
         layouts = [layout] * max(len(self.keys), 1) if isinstance(layout, Layout) else list(layout)
+        by_key = dict(zip(self.keys, layouts, strict=False))
+
+        def pools(spec: CacheSpec | None) -> Pool:
+            found = {}
+            for part in spec.parts if spec is not None else ():
+                found |= part.abstract(by_key.get(part.table_key, layouts[0]))
+            return found
+
         return Caches(
-            layers=tuple(
-                {} if s is None else s.abstract(layouts[self.group(i) or 0]) for i, s in enumerate(self.specs)
-            ),
+            layers=tuple(pools(spec) for spec in self.specs),
             positions=tuple(
                 jax.ShapeDtypeStruct((x.pages + 1, x.page_size), jnp.int32) for x in layouts[: len(self.keys)]
             ),
@@ -276,12 +323,13 @@ class CachePlan:
 
     def move_tokens(self, caches: "Caches", group: int, src: jax.Array, dst: jax.Array) -> "Caches":
         """Copies tokens between flat slots in every pool of a group, their positions too."""
-        layers = [
-            spec.move(pool, src, dst) if self.group(i) == group else pool
-            for i, (spec, pool) in enumerate(zip(self.specs, caches.layers, strict=True))
-        ]
+        layers = list(caches.layers)
+        for i, spec in enumerate(self.specs):
+            for part in spec.parts if spec is not None and spec.share is None else ():
+                if part.table_key == self.keys[group]:
+                    layers[i] = layers[i] | part.move(layers[i], src, dst)
         positions = list(caches.positions)
-        positions[group] = _store(positions[group], _load(positions[group], src, True), dst, True)
+        positions[group] = store(positions[group], load(positions[group], src, True), dst, True)
         return Caches(layers=tuple(layers), positions=tuple(positions))
 
     def move_states(self, caches: "Caches", src: jax.Array, dst: jax.Array) -> "Caches":
@@ -304,62 +352,6 @@ class Caches:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ragged:
-    """How T tokens belong to B rows. Tokens of a row are adjacent; padding tokens have row B and position 0."""
-
-    rows: jax.Array  # int32[T]
-    starts: jax.Array  # int32[B], first token of each row
-    counts: jax.Array  # int32[B], tokens of each row, 0 for an idle row
-    positions: jax.Array  # int32[T]
-    longest: int = dataclasses.field(metadata={"static": True})  # bound on counts
-    rectangular: bool = dataclasses.field(default=False, metadata={"static": True})  # T = B * longest, row-major
-
-    @property
-    def batch(self) -> int:
-        return self.starts.shape[0]
-
-    def pad(self, x: jax.Array) -> jax.Array:
-        """[T, ...] -> [B, Q, ...] with Q = longest; entries past a row's count are other tokens' values."""
-        if self.rectangular:
-            return x.reshape(self.batch, self.longest, *x.shape[1:])
-        index = jnp.clip(self.starts[:, None] + jnp.arange(self.longest), 0, x.shape[0] - 1)
-        return x[index]
-
-    def unpad(self, x: jax.Array) -> jax.Array:
-        """[B, Q, ...] -> [T, ...]."""
-        if self.rectangular:
-            return x.reshape(self.batch * self.longest, *x.shape[2:])
-        row = jnp.minimum(self.rows, self.batch - 1)
-        offset = jnp.clip(jnp.arange(self.rows.shape[0]) - self.starts[row], 0, self.longest - 1)
-        return x[row, offset]
-
-    def without(self, rows: jax.Array) -> "Ragged":
-        """The same tokens, those of rows bool[B] being padding."""
-        gone = rows[jnp.minimum(self.rows, self.batch - 1)]
-        counts = jnp.where(rows, 0, self.counts)
-        return dataclasses.replace(self, rows=jnp.where(gone, self.batch, self.rows), counts=counts)
-
-    @property
-    def valid(self) -> jax.Array:
-        """bool[B, Q]: which padded entries are tokens."""
-        return jnp.arange(self.longest) < self.counts[:, None]
-
-    @classmethod
-    def dense(cls, batch: int, length: int, counts: jax.Array | None = None) -> "Ragged":
-        """`batch` rows of `length` tokens each from position 0, of which the first `counts` are real."""
-        total = jnp.arange(batch * length, dtype=jnp.int32)
-        return cls(
-            rows=total // length,
-            starts=jnp.arange(batch, dtype=jnp.int32) * length,
-            counts=jnp.full((batch,), length, jnp.int32) if counts is None else counts,
-            positions=total % length,
-            longest=length,
-            rectangular=True,
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Address:
     """Where the tokens of a ragged batch lie in the pools, by token group, and rows in the state pools."""
 
@@ -369,6 +361,7 @@ class Address:
     slots: jax.Array  # int32[B]: row of the state pools; number of slots for idle rows
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class View:
     """One layer's side of the caches during a step."""
@@ -379,21 +372,24 @@ class View:
     table: jax.Array | None = None
     lengths: jax.Array | None = None
     writes: jax.Array | None = None
+    near: "View | None" = None  # of what the layer keeps exact
 
 
 def view(plan: CachePlan, caches: Caches, address: Address, layer: int) -> View:
-    group = plan.group(layer)
-    pool = caches.layers[plan.owner(layer)]
-    if group is None:
-        return View(pool=pool, slots=address.slots)
-    return View(
-        pool=pool,
-        slots=address.slots,
-        positions=caches.positions[group],
-        table=address.tables[group],
-        lengths=address.lengths[group],
-        writes=address.writes[group],
-    )
+    spec, pool = plan.specs[layer], caches.layers[plan.owner(layer)]
+    found = None
+    for key in reversed(spec.table_keys if spec is not None else ()):
+        group = plan.keys.index(key)
+        found = View(
+            pool=pool,
+            slots=address.slots,
+            positions=caches.positions[group],
+            table=address.tables[group],
+            lengths=address.lengths[group],
+            writes=address.writes[group],
+            near=found,
+        )
+    return found or View(pool=pool, slots=address.slots)
 
 
 def pages_for(tokens: int, page_size: int) -> int:

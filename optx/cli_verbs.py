@@ -44,7 +44,7 @@ def _facts(source: Source) -> dict:
         "recipe": source.recipe.name if source.recipe else None,
         "parameters": ir.weight_count(source.tree),
         "weight_bytes": ir.weight_bytes(source.tree),
-        "kv_bytes_per_token": source.tree.cache_plan().bytes(1, 1),
+        "kv_bytes_per_token": source.tree.cache_plan().unit_bytes,
     }
 
 

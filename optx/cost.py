@@ -138,7 +138,7 @@ def _mixer_cost(path, mixer, plan: CachePlan, layer: int, step) -> OpCost:
     spec, owner = plan.specs[layer], plan.specs[plan.owner(layer)]
     facts = {site.op: site.args for site in mixer.op_sites()}
     index = facts.get("indexed_attention")
-    written = batch * _unit_bytes(spec) * (tokens if spec.holds_tokens else 1)
+    written = batch * sum(map(_unit_bytes, spec.parts)) * (tokens if spec.holds_tokens else 1)
     common = {"path": path, "format": spec.storage, "written": written}
     if not spec.holds_tokens:
         flops = batch * tokens * sum(RECURRENCES[op](args) for op, args in facts.items() if op in RECURRENCES)
@@ -177,6 +177,10 @@ def pairs(tokens: int, context: int, seen: int | None = None) -> int:
 def row_read(spec: CacheSpec, context: int, tokens: int = 1, index: Mapping[str, Any] | None = None) -> float:
     """Bytes of one row's cache that a step reads: what its mask lets any of the `tokens` newest tokens see; with an index that
     leaves some out, its stream for all of those and the others for the tokens chosen."""
+    return sum(_part_read(part, context, tokens, index) for part in spec.parts)
+
+
+def _part_read(spec: CacheSpec, context: int, tokens: int, index: Mapping[str, Any] | None) -> float:
     kept = context if spec.window is None else min(context, spec.window + spec.sinks + tokens - 1)
     if index is None:
         return _unit_bytes(spec) * kept
@@ -193,7 +197,7 @@ def _unit_bytes(spec: CacheSpec) -> float:
 
 def held(spec: CacheSpec, rows: int, context: int) -> float:
     """Bytes of a layer's cache for `rows` rows of `context` tokens: `CacheSpec.bytes`."""
-    return rows * _unit_bytes(spec) * (spec.tokens(context) if spec.holds_tokens else 1)
+    return rows * sum(_unit_bytes(part) * (part.tokens(context) if part.holds_tokens else 1) for part in spec.parts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -122,7 +122,7 @@ def _packed_before_fold(intent: Intent) -> list[Finding]:
     return [_tensor(path, weight) for path, _, weight in _packed_weights(intent)] if early else []
 
 
-def _does_not_divide(options: QuantizeWeights | TrellisOptions | QuantizeKV, length: int) -> str | None:
+def _does_not_divide(options: QuantizeWeights | TrellisOptions, length: int) -> str | None:
     try:
         return options.storage().check(length)
     except FormatError:  # no format at all: the pass says what is wrong with its options
@@ -139,9 +139,20 @@ def _weights_do_not_divide(intent: Intent) -> list[Finding]:
 
 
 def _heads_do_not_divide(intent: Intent) -> list[Finding]:
-    own = [(path, attn.cache.streams, options) for path, attn, options in intent.sites if attn.cache.share is None]
-    reasons = [(path, stream, _does_not_divide(o, stream.shape[-1])) for path, streams, o in own for stream in streams]
-    return [Finding(path=path, got=f"{s.name}{list(s.shape)}: {reason}") for path, s, reason in reasons if reason]
+    found = []
+    for path, attn, options in intent.sites:
+        formats = _kv_formats(options, attn) if attn.cache.share is None else {}
+        for stream in attn.cache.streams:
+            if stream.name in formats and (reason := formats[stream.name].check(stream.shape[-1])):
+                found.append(Finding(path=path, got=f"{stream.name}{list(stream.shape)}: {reason}"))
+    return found
+
+
+def _kv_formats(options: QuantizeKV, attn: Attention | MLA) -> dict[str, Format]:
+    try:
+        return options.formats(attn)
+    except FormatError:  # no format at all: the pass says what is wrong with its options
+        return {}
 
 
 def _cache_packed_twice(intent: Intent) -> list[Finding]:
@@ -279,7 +290,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="latents_alone",
-        of=(QuantizeKV, SlidingWindow, RotatedKV),
+        of=(SlidingWindow, RotatedKV),
         found=_latents_alone,
         why="the pass rewrites keys and values by head, and this model caches one latent for all heads",
         fix="take the pass out of the recipe",

@@ -159,7 +159,7 @@ def run(
             sites=len(tally.paths),
             skipped=tally.skipped,
             weight_bytes=(ir.weight_bytes(before), ir.weight_bytes(after)),
-            cache_bytes=(before.cache_plan().bytes(1, 1), after.cache_plan().bytes(1, 1)),
+            cache_bytes=(before.cache_plan().unit_bytes, after.cache_plan().unit_bytes),
             diff=ir.diff(before, after),
             seconds=time.perf_counter() - start,
         )

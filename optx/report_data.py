@@ -66,7 +66,7 @@ class Subject:
             target=self.target.name,
             records=self.records,
             weight_bytes=ir.weight_bytes(self.trees[-1]),
-            cache_bytes=self.trees[-1].cache_plan().bytes(1, 1),
+            cache_bytes=self.trees[-1].cache_plan().unit_bytes,
             file_bytes=self.file_bytes,
             kernels=lower.explain(self.chosen),
         )

@@ -110,7 +110,7 @@ def _group_costs(tree, group: Group, target, batch, context, base, bits) -> tupl
 
 def _size(tree, group: Group) -> float:
     """Bytes of the sites' weights and of one token's cache."""
-    return sum(ir.weight_bytes(ir.get(tree, path)) for path in group.sites) + tree.cache_plan().bytes(1, 1)
+    return sum(ir.weight_bytes(ir.get(tree, path)) for path in group.sites) + tree.cache_plan().unit_bytes
 
 
 def _figures(tree, target: Target, batch: int, context: int) -> np.ndarray:

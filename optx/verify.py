@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 import jax
@@ -90,7 +91,8 @@ def _logits(forward: _Forward, tokens: jax.ShapeDtypeStruct):
 def caches_fixpoint(before: nnx.Module, after: nnx.Module) -> str | None:
     """A step returns caches of the structure, shapes and dtypes that it was given."""
     plan: CachePlan = after.cache_plan()
-    caches = plan.abstract(LAYOUT)
+    whole = math.lcm(LAYOUT.page_size, *(spec.block for spec in plan.specs if spec is not None))
+    caches = plan.abstract(dataclasses.replace(LAYOUT, page_size=whole))
     groups = len(plan.keys)
     ragged = dataclasses.replace(jax.eval_shape(lambda: Ragged.dense(ROWS, LENGTH)), rectangular=True)
     shape = jax.ShapeDtypeStruct

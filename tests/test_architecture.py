@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"optx": "optx", "models": "optx.models", "configs": "optx.configs"}
 
 # Rooms (a module or a folder of optx) and the rooms that each may import besides itself. A new room needs a line.
-LEAVES = {"errors", "formats", "tensor", "cache"}
+LEAVES = {"errors", "formats", "tensor", "pools", "cache", "near"}
 SEARCH = {"search_space", "search_cost", "search_meter", "search_solve"}
 ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     # What tensors and caches are.
@@ -23,7 +23,10 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "hadamard": set(),
     "formats": {"errors", "ggml", "hadamard"},
     "tensor": {"errors", "formats"},
-    "cache": {"errors", "formats", "tensor"},
+    "pools": set(),
+    "ragged": set(),
+    "cache": {"errors", "formats", "pools", "ragged", "tensor"},
+    "near": {"cache", "formats", "pools", "tensor"},
     # Ops, parts and models.
     "pallas": LEAVES | {"target"},
     "nn": LEAVES | {"hadamard", "pallas"},
@@ -91,7 +94,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "chat_template": {"errors"},
     "tokenizer": {"errors", "detokenize", "chat_template", "checkpoint"},
     # Running.
-    "engine": {"errors", "cache"},
+    "engine": {"errors", "cache", "pools"},
     "generate": {"errors", "engine", "tokenizer"},
     "grammar": {"errors", "tokenizer"},
     "evaluate": {"errors"},

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from optx.cache import Address, CachePlan, Caches, Ragged, store_tokens, view
+from optx.cache import Address, CachePlan, Caches, Ragged, View, view
 from optx.engine.sampling import KNOBS, Way, choose
 from optx.engine.speculation import Speculation
 from optx.errors import RequestError
+from optx.pools import store_tokens
 
 HIDDEN_KEY = jnp.iinfo(jnp.int32).max  # position of an entry that no query sees
 
@@ -89,13 +90,19 @@ class OwnModule:
         stored = [store_tokens(p, ragged.positions, w) for p, w in zip(caches.positions, address.writes, strict=True)]
         caches = dataclasses.replace(caches, positions=tuple(stored))
         own = view(self.plan, caches, address, 0)
-        own = dataclasses.replace(own, positions=jnp.where(own.positions == 0, HIDDEN_KEY, own.positions))
+        own = _without_first(own)
         before = jnp.where((ragged.positions > 0)[:, None], before, 0)
         hidden, pool = self.model.draft(before, self.model.embed(tokens), ragged, own)
         return hidden, dataclasses.replace(caches, layers=(pool,))
 
     def head(self, hidden):
         return self.model.head(hidden)
+
+
+def _without_first(own: View) -> View:
+    """The same, with the first token's entry hidden from queries."""
+    positions = jnp.where(own.positions == 0, HIDDEN_KEY, own.positions)
+    return dataclasses.replace(own, positions=positions, near=own.near and _without_first(own.near))
 
 
 @dataclasses.dataclass(frozen=True)

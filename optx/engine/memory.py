@@ -38,8 +38,7 @@ def pages_by_group(plan: CachePlan, widths: Sequence[int], options: EngineOption
 
 def _page_bytes(plan: CachePlan, group: int, page_size: int) -> float:
     """Of all the layers of a group, positions among them."""
-    layers = [spec for layer, spec in enumerate(plan.specs) if plan.group(layer) == group]
-    return page_size * (4 + sum(spec.unit_bytes for spec in layers))
+    return page_size * (4 + sum(spec.unit_bytes for spec in plan.members(group)))
 
 
 def _budget(memory: float | None) -> float | None:

@@ -4,28 +4,34 @@ import dataclasses
 import re
 
 from optx.errors import FormatError, did_you_mean
+from optx.formats.affine import Affine, PerChannel
 from optx.formats.base import Format, Parts
 from optx.formats.blocks import GGML, WRITTEN
 from optx.formats.codebook import Codebook, CodebookQJL, parse_codebook
 from optx.formats.float4 import Float4
-from optx.formats.float8 import Float8, Float8Block
+from optx.formats.float8 import Float8, Float8Block, Float8Static
 from optx.formats.ints import Int
 from optx.formats.lossless import Lossless, parse_lossless
+from optx.formats.parted import Parted
 from optx.formats.trellis import Trellis, parse_trellis
 from optx.ggml import BLOCKS
 
 __all__ = [
     "GGML",
     "NAMES",
+    "Affine",
     "Codebook",
     "CodebookQJL",
     "Float4",
     "Float8",
     "Float8Block",
+    "Float8Static",
     "Format",
     "Int",
     "Lossless",
+    "Parted",
     "Parts",
+    "PerChannel",
     "Trellis",
     "parse",
     "writable",

@@ -71,6 +71,43 @@ class Float8(Format):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Float8Static(Format):
+    """fp8 without a scale of its own: q = x in e4m3 or e5m2, clipped to its largest number. Whoever stores x divides by a scale
+    that is known before (calibrated) and multiplies what it reads by it."""
+
+    kind: str = "e4m3"
+
+    def __post_init__(self):
+        Float8(kind=self.kind)
+
+    def __str__(self):
+        return f"fp8_{self.kind}_static"
+
+    @property
+    def dtype(self):
+        return Float8(kind=self.kind).dtype
+
+    @property
+    def top(self) -> float:
+        return float(jnp.finfo(self.dtype).max)
+
+    def check(self, length):
+        return None
+
+    def packed(self, length):
+        return length
+
+    def grouped(self, length):
+        return None
+
+    def encode(self, x):
+        return Parts(data=jnp.clip(x.astype(jnp.float32), -self.top, self.top).astype(self.dtype))
+
+    def decode(self, parts, length, dtype):
+        return parts.data.astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Float8Block(Format):
     """e4m3 with one float32 scale a square block: q = x / s, s = absmax / 448 over `group` rows by `group` numbers of each.
 

@@ -84,7 +84,7 @@ class Int(Format):
         return Parts(data=self._pack(codes), scale=scale, zero=zero)
 
     def decode(self, parts, length, dtype):
-        codes = self._unpack(parts.data)
+        codes = self.codes(parts.data, length)
         groups = self.grouped(length)
         lead = codes.shape[:-1]
         codes = codes.reshape(*lead, groups, length // groups)
@@ -99,7 +99,7 @@ class Int(Format):
             return (codes - 128).astype(jnp.int8) if self.symmetric else codes.astype(jnp.uint8)
         return pack_codes(codes.astype(jnp.uint8), self.width)
 
-    def _unpack(self, data):
+    def codes(self, data, length):
         """Packed bytes -> int16 codes, centred on zero when symmetric."""
         if self.width == 8:
             return data.astype(jnp.int16)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optx.cache import CacheSpec, Ragged, Stream, View
+from optx import near
+from optx.cache import NEAR, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
 from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
 from optx.pallas import dispatch
-from optx.pallas.attention.reference import Mask, with_bias
+from optx.pallas.attention.reference import Mask, merge, with_bias
 from optx.pallas.dispatch import OpChoice, OpSite
 from optx.pallas.rotate_append.reference import rotate, separate
 
@@ -25,20 +26,39 @@ def paged_spec(kv_heads, head_dim, *, dtype, window=None) -> CacheSpec:
     return CacheSpec(kind="paged", streams=streams, dtype=dtype, window=window)
 
 
-def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwargs) -> jax.Array:
-    """Attention of q [T, N, H] over cached tokens -> [T, N, Hv]; few tokens a row take the op that is made for them, also
-    beside chunks of prompts: one op's kernel reads pages at the speed of memory, the other's multiplies."""
+def mask_of(spec: CacheSpec) -> Mask:
+    """What queries see of the tokens in `spec`'s own pages: without those that they read exactly (near.py)."""
+    if spec.near is None:
+        return Mask(window=spec.window, sinks=spec.sinks)
+    apart = {"lag": spec.recent, "skip": spec.near.sinks, "block": spec.block}
+    return Mask(window=spec.window, sinks=spec.sinks, **apart)
+
+
+def over_parts(spec: CacheSpec, attend, sink_logits=None) -> jax.Array:
+    """Attention over all that a layer keeps: attend(prefix of the names of streams, its mask, whether it is exact, **kwargs) ->
+    (out, lse) for packed tokens and for exact ones, merged. sink_logits [N] take part once."""
+    sinks = {} if sink_logits is None else {"sink_logits": sink_logits}
+    body = attend("", mask=mask_of(spec), **sinks)
+    if spec.near is None:
+        return body[0]
+    exact = Mask(window=spec.recent, sinks=spec.near.sinks, block=spec.block)
+    return merge((body, attend(NEAR, mask=exact)))[0]
+
+
+def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwargs) -> tuple[jax.Array, jax.Array]:
+    """Attention of q [T, N, H] over cached tokens -> (out [T, N, Hv], lse [T, N]); few tokens a row take the op that is made for
+    them, also beside chunks of prompts: one op's kernel reads pages at the speed of memory, the other's multiplies."""
     kwargs |= {"positions": view.positions, "table": view.table, "lengths": view.lengths}
 
     def decode(q, asked, **more):
-        return dispatch.call("paged_decode", choices, q, k_pool, v_pool, q_positions=asked, **kwargs | more)[0]
+        return dispatch.call("paged_decode", choices, q, k_pool, v_pool, q_positions=asked, **kwargs | more)[:2]
 
     if ragged.rectangular and ragged.longest <= DECODE:
         asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
-        return ragged.unpad(decode(ragged.pad(q), asked))
+        return jax.tree.map(ragged.unpad, decode(ragged.pad(q), asked))
 
     def chunks(ragged):
-        return dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs)[0]
+        return dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs)[:2]
 
     if ragged.rectangular:
         return chunks(ragged)
@@ -47,7 +67,11 @@ def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwar
     asked = jnp.where(single, ragged.positions[first], -1)
     few = decode(q[first][:, None], asked[:, None], lengths=jnp.where(single, view.lengths, 0))
     row = jnp.minimum(ragged.rows, ragged.batch - 1)
-    return jnp.where(single[row][:, None, None], few[row, 0], chunks(ragged.without(single)))
+
+    def joined(few, many):
+        return jnp.where(jnp.expand_dims(single[row], tuple(range(1, many.ndim))), few[row, 0], many)
+
+    return jax.tree.map(joined, tuple(few), tuple(chunks(ragged.without(single))))
 
 
 def attention_sites(facts: Mapping[str, Any], expanded: Mapping[str, Any] | None = None) -> tuple[OpSite, ...]:
@@ -106,40 +130,67 @@ class Attention(nnx.Module):
         self.k_norm: RMSNorm | None = norm() if norm and own else None
         self.sinks = param((heads,), dtype, ("heads",), rngs, nnx.initializers.zeros) if sinks else None
         self.key_bias: nnx.Variable | None = None  # [K H], which keys are cached without and get where they are read
+        # Of caches that store no scales (`Float8Static`): float32[K], what stored keys and values were divided by.
+        self.k_scale: nnx.Param | None = None
+        self.v_scale: nnx.Param | None = None
         self.cache = paged_spec(kv_heads, head_dim, dtype=dtype, window=window).replace(share=share)
         self.choices: tuple[OpChoice, ...] = ()
 
     @property
     def mask(self) -> Mask:
-        return Mask(window=self.cache.window, sinks=self.cache.sinks)
+        return mask_of(self.cache)
 
     def __call__(self, x: jax.Array, ragged: Ragged, view: View | None):
         """x [T, D] -> (y [T, D], the layer's pool or, without caches, the keys and values that later layers share)."""
         q, k, v = self.heads_of(x)
         q, gate = (q, None) if self.gate is None else jnp.split(q, 2, axis=-1)
         cached = view is not None and view.writes is not None
+        q_norm, k_norm = self._norms()
+        if self.v_scale is not None:
+            q, k, v = separate(q, k, v, self.cache)
+            v = v / self.v_scale.get_value().astype(v.dtype)[:, None]
         if self.cache.share is not None:
-            q, pool = rotate(q, self.q_norm, self.rope, ragged.positions), view.pool
+            q, pool = rotate(q, q_norm, self.rope, ragged.positions), view.pool
         elif cached:
             kwargs = {"positions": ragged.positions, "writes": view.writes, "spec": self.cache}
-            kwargs |= {"rope": self.rope, "q_norm": self.q_norm, "k_norm": self.k_norm}
+            kwargs |= {"rope": self.rope, "q_norm": q_norm, "k_norm": k_norm}
+            kwargs |= {} if self.cache.near is None else {"view": view, "ragged": ragged}
             q, pool = dispatch.call("rotate_append", self.choices, q, k, v, view.pool, **kwargs)
         else:
             q, k, v = separate(q, k, v, self.cache)
-            k = rotate(k, self.k_norm, self.rope, ragged.positions)
-            q, pool = rotate(q, self.q_norm, self.rope, ragged.positions), self.cache.as_stored({"k": k, "v": v})
-        kwargs = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
-        kwargs |= {} if self.sinks is None else {"sink_logits": self.sinks.get_value()}
-        k, bias = pool["k"], self._bias_of_keys()
-        if cached:
-            out = attend_cached(self.choices, q, k, pool["v"], ragged, view, **kwargs, **bias)
-        else:
+            k, q = (rotate(y, norm, self.rope, ragged.positions) for y, norm in ((k, k_norm), (q, q_norm)))
+            pool = near.as_stored(self.cache, {"k": k, "v": v}, ragged)
+
+        bias = self._bias_of_keys()
+
+        def attend(prefix, **kwargs):
+            kwargs |= {"scale": self.scale, "softcap": self.softcap}
+            k, v = pool[prefix + "k"], pool[prefix + "v"]
+            if cached:
+                return attend_cached(self.choices, q, k, v, ragged, view.near if prefix else view, **kwargs, **bias)
             k = with_bias(k[None], ragged.positions[None, None], **bias)[0] if bias else k
-            args = (ragged.pad(q), ragged.pad(k), ragged.pad(pool["v"]))
-            out, _, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
-            out = ragged.unpad(out)
+            args = (ragged.pad(x) for x in (q, k, v))
+            out, lse, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
+            return ragged.unpad(out), ragged.unpad(lse)
+
+        out = over_parts(self.cache, attend, None if self.sinks is None else self.sinks.get_value())
+        out = out if self.v_scale is None else out * self._by_head(self.v_scale, out.dtype)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(x.shape[0], -1)), pool
+
+    def _norms(self):
+        """What queries and keys go through before their rotation, with which a scale of stored keys commutes."""
+        if self.k_scale is None:
+            return self.q_norm, self.k_norm
+        scale = self.k_scale.get_value()
+        return (
+            lambda q: _normed(self.q_norm, q) * self._by_head(self.k_scale, q.dtype),
+            lambda k: _normed(self.k_norm, k) / scale.astype(k.dtype)[:, None],
+        )
+
+    def _by_head(self, scale: nnx.Param, dtype) -> jax.Array:
+        """A scale a kv head for its query heads, [N, 1]."""
+        return jnp.repeat(scale.get_value().astype(dtype), self.heads // self.kv_heads)[:, None]
 
     def project(self, x):
         """x [T, D] -> q [T, N, H] ([T, N, 2H] with gates), k and v [T, K, H], or None for both where another layer's cache
@@ -157,6 +208,11 @@ class Attention(nnx.Module):
         bias = self._bias_of_keys()
         return q, with_bias(k[None], positions[None, None], **bias)[0] if bias else k, v
 
+    def keys_and_values(self, x, ragged: Ragged):
+        """k and v [T, K, H] of tokens x [T, D] as a cache without a format keeps them."""
+        _, k, v = self.project(x)
+        return rotate(k, self.k_norm, self.rope, ragged.positions), v
+
     def heads_of(self, x):
         """`project`, or all heads side by side [T, N + 2K, H] where one matmul makes them, and None for k and v."""
         return self.project(x)
@@ -165,7 +221,9 @@ class Attention(nnx.Module):
         """What ops over the cache are told of the bias that its keys lack."""
         if self.key_bias is None:
             return {}
-        return {"key_bias": self.key_bias.get_value().reshape(self.kv_heads, self.head_dim), "rope": self.rope}
+        bias = self.key_bias.get_value().reshape(self.kv_heads, self.head_dim)
+        bias = bias if self.k_scale is None else bias / self.k_scale.get_value()[:, None]
+        return {"key_bias": bias, "rope": self.rope}
 
     def op_sites(self) -> tuple[OpSite, ...]:
         facts = {
@@ -187,12 +245,16 @@ class Attention(nnx.Module):
         return (flash, OpSite(op="rotate_append", args={**facts, **parts}), *over_cache)
 
 
+def _normed(norm, x):
+    return x if norm is None else norm(x)
+
+
 class FusedAttention(Fused, Attention):
     """Attention with q, k and v in one weight [D, (N + 2K) H], or [D, 2 (N + K) H] with gates."""
 
     KEPT = (
         "heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "gate", "o", "q_norm", "k_norm", "sinks", "key_bias",
-        "cache",
+        "cache", "k_scale", "v_scale",
     )  # fmt: skip
 
     def __init__(self, attn: Attention, qkv: Linear):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optx.cache import Address, CachePlan, Caches, Ragged, View, store_tokens, view
+from optx.cache import Address, CachePlan, Caches, Ragged, View, view
 from optx.nn.core import Embed, Linear, RMSNorm
 from optx.pallas import dispatch
 from optx.pallas.dispatch import OpChoice, OpSite
+from optx.pools import store_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

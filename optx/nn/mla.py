@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optx import near
 from optx.cache import CacheSpec, Ragged, Stream, View
-from optx.nn.attention import attend_cached, attention_sites
+from optx.nn.attention import attend_cached, attention_sites, mask_of, over_parts
 from optx.nn.core import Inner, Linear, RMSNorm, Rope
 from optx.nn.indexer import Indexer
 from optx.pallas import dispatch
@@ -51,7 +52,7 @@ class MLA(nnx.Module):
 
     @property
     def mask(self) -> Mask:
-        return Mask(window=self.cache.window, sinks=self.cache.sinks)
+        return mask_of(self.cache)
 
     def __call__(self, x: jax.Array, ragged: Ragged, view: View | None):
         """x [T, D] -> (y [T, D], the layer's pool)."""
@@ -64,20 +65,30 @@ class MLA(nnx.Module):
         up = dense(self.kv_b.weight.get_value()).astype(x.dtype).reshape(self.rank, self.heads, -1)
         up_k, up_v = up[..., : self.nope_dim], up[..., self.nope_dim :]
         if view is None or view.writes is None:
-            pool, stored = {}, self.cache.as_stored(new)
+            pool, stored = {}, near.as_stored(self.cache, new, ragged)
             if not self._chooses(ragged.longest):
-                out = self._expanded(q_nope, q_rope, stored["latent"][:, 0], up_k, up_v, ragged)
+                out = self._expanded(q_nope, q_rope, stored, up_k, up_v, ragged)
                 return self.o(out.reshape(x.shape[0], -1)), pool
             view = _as_pages(stored, ragged)
             pages = view.pool
-        else:
+        elif self.cache.near is None:
             pages = pool = self.cache.append(view.pool, new, view.writes)
+        else:
+            pages = pool = near.append(self.cache, new, view, ragged)
         q = jnp.concatenate([jnp.einsum("tnh,rnh->tnr", q_nope, up_k), q_rope], axis=-1)
-        kwargs = {"mask": self.mask, "scale": self.scale, "value_dim": self.rank}
+        kwargs = {"scale": self.scale, "value_dim": self.rank}
         if self._chooses(view.table.shape[-1] * view.positions.shape[-1]):
+            kwargs |= {"mask": self.mask}
             out = self._indexed(q, *self.indexer.queries(x, low, ragged.positions), pages, ragged, view, **kwargs)
         else:
-            out = attend_cached(self.choices, q, pages["latent"], None, ragged, view, **kwargs)
+
+            def attend(prefix, mask):
+                where = view.near if prefix else view
+                return attend_cached(
+                    self.choices, q, pages[prefix + "latent"], None, ragged, where, mask=mask, **kwargs
+                )
+
+            out = over_parts(self.cache, attend)
         out = jnp.einsum("tnr,rnh->tnh", out, up_v)
         return self.o(out.reshape(x.shape[0], -1)), pool
 
@@ -91,17 +102,19 @@ class MLA(nnx.Module):
         """Whether an indexer leaves out some of `room` listed tokens."""
         return self.indexer is not None and room > self.indexer.top_k
 
-    def _expanded(self, q_nope, q_rope, latent, up_k, up_v, ragged):
-        latent, k_rope = latent[:, : self.rank], latent[:, self.rank :]
-        shared = jnp.broadcast_to(k_rope[:, None], (k_rope.shape[0], self.heads, k_rope.shape[1]))
+    def _expanded(self, q_nope, q_rope, stored, up_k, up_v, ragged):
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        k = jnp.concatenate([jnp.einsum("tr,rnh->tnh", latent, up_k), shared], axis=-1)
-        v = jnp.einsum("tr,rnh->tnh", latent, up_v)
-        args = (ragged.pad(q), ragged.pad(k), ragged.pad(v))
-        out, _, _ = dispatch.call(
-            "flash_attention", self.choices, *args, mask=self.mask, scale=self.scale, valid=ragged.valid
-        )
-        return ragged.unpad(out)
+
+        def attend(prefix, mask):
+            latent, k_rope = jnp.split(stored[prefix + "latent"][:, 0], [self.rank], axis=-1)
+            shared = jnp.broadcast_to(k_rope[:, None], (k_rope.shape[0], self.heads, k_rope.shape[1]))
+            k = jnp.concatenate([jnp.einsum("tr,rnh->tnh", latent, up_k), shared], axis=-1)
+            v = jnp.einsum("tr,rnh->tnh", latent, up_v)
+            args, kwargs = (ragged.pad(q), ragged.pad(k), ragged.pad(v)), {"mask": mask, "valid": ragged.valid}
+            out, lse, _ = dispatch.call("flash_attention", self.choices, *args, scale=self.scale, **kwargs)
+            return ragged.unpad(out), ragged.unpad(lse)
+
+        return over_parts(self.cache, attend)
 
     def _indexed(self, q, index_q, weights, pages, ragged, view, **kwargs):
         asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)

@@ -5,6 +5,7 @@ from optx.passes import (
     awq,
     fuse_projections,
     gptq,
+    kivi,
     lossless,
     oscar,
     quantize_activations,
@@ -34,6 +35,7 @@ ORDER = (
     quantize_activations,  # weights: bits of what meets them
     lossless,  # weights: the same numbers in fewer bits
     quantize_kv,  # cache: bits
+    kivi,  # cache: bits, keys by channel
     fuse_projections,  # lower: layout
 )
 

@@ -8,7 +8,7 @@ from optx.hadamard import Rotation
 from optx.nn.attention import Attention
 from optx.nn.rotated import RotatedHeads
 from optx.passes.rotated_kv import RotatedKV, check, rotated_kv
-from optx.registry import Axis, Noted, Site, Stage, register
+from optx.registry import Axis, Noted, Site, Skipped, Stage, register
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class TurboQuant(RotatedKV):
 
 
 @register("turboquant", axis=Axis.BITS, stage=Stage.FOLD, options=TurboQuant, exact=False)
-def turboquant(site: Site, attn: Attention, opt: TurboQuant) -> Attention | Noted:
+def turboquant(site: Site, attn: Attention, opt: TurboQuant) -> Attention | Noted | Skipped:
     """k' = codebook(k H) and q' = q H after their positions, v' = codebook(v H) and H^T o, H a Hadamard rotation of a head with
     random signs: a head's numbers are then close to normal, whatever channels stick out, and have one codebook.
 

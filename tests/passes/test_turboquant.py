@@ -180,7 +180,9 @@ def test_a_shared_cache_is_its_owners_and_both_turn_alike():
 
 def test_gated_values_are_not_rotated():
     model = ir.abstract(ir.init_weights(shapes("qwen3_next")))
-    with pytest.raises(LegalityError, match="codebook_of_gated_values.*values: int|values: int.*codebook_of_gated_values"):
+    with pytest.raises(
+        LegalityError, match="codebook_of_gated_values.*values: int|values: int.*codebook_of_gated_values"
+    ):
         optx.plan(model, Recipe(fold=[TurboQuant()]))
     gated = next(i for i, layer in enumerate(model.layers) if isinstance(layer.mixer, Attention))
     tree = optx.plan(model, Recipe(fold=[TurboQuant(values="int")])).tree

@@ -28,17 +28,30 @@ class Mask:
     causal: bool = True  # only positions <= p
     window: int | None = None  # only positions > p - window; None: all
     sinks: int = 0  # with a window: positions < sinks are seen as well
+    lag: int | None = None  # only positions < p + 1 - lag: the newest `lag` are another call's; None: no such border
+    skip: int = 0  # only positions >= skip: the first ones are another call's
+    block: int = 1  # the border of `lag`, without one that of the window, moves down to a multiple of this
 
     def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
         """Positions int32[..., Q, 1] and int32[..., 1, S] -> bool[..., Q, S]."""
         seen = key <= query if self.causal else jnp.ones(jnp.broadcast_shapes(query.shape, key.shape), bool)
+        seen = seen if self.lag is None else seen & (key < self._down(query + 1 - self.lag))
+        seen = seen & (key >= self.skip) if self.skip else seen
         if self.window is None:
             return seen
-        return seen & ((key > query - self.window) | (key < self.sinks))
+        return seen & ((key >= self._oldest(query)) | (key < self.sinks))
+
+    def _down(self, position):
+        return position if self.block == 1 else position // self.block * self.block
+
+    def _oldest(self, query):
+        """First position of the query's window."""
+        first = query + 1 - self.window
+        return self._down(first) if self.lag is None else first
 
     def reach(self, start: int, stop: int, length: int) -> tuple[int, int]:
         """Keys [first, last) outside which queries start .. stop - 1 of a sequence see nothing."""
-        first = max(0, start - self.window + 1) if self.window and not self.sinks else 0
+        first = max(0, self._oldest(start)) if self.window and not self.sinks else 0
         return min(first, length - 1), min(stop, length) if self.causal else length
 
 
@@ -121,19 +134,30 @@ def flash_attention(
     return out[:, :length], lse[:, :length], None
 
 
+def merge(parts):
+    """One softmax over keys that several calls have seen apart: lse = log sum exp lse_i, out = sum_i exp(lse_i - lse) out_i.
+
+    parts: (out [..., Hv], lse float32[...]) each -> (out, lse). FlashAttention-2, arXiv:2307.08691, section 3.1.
+    """
+    outs, lses = zip(*parts, strict=True)
+    lse = functools.reduce(jnp.logaddexp, lses)
+    base = jnp.where(jnp.isfinite(lse), lse, 0)  # a query that sees nothing: out = 0
+    out = sum(jnp.exp(each - base)[..., None] * out.astype(jnp.float32) for out, each in zip(outs, lses, strict=True))
+    return out.astype(outs[0].dtype), lse
+
+
 def gather_pages(pool: Tensor, table: jax.Array) -> jax.Array:
     """Pool [pages, K, P, H] (packed or not) listed by table int32[G, B, pages] -> dense [B, S, K, H], S = pages * P."""
     groups, b, pages = table.shape
 
     def gather(part):
+        """[B, pages, K, ...]: tokens stay behind their heads, where formats whose scales span tokens want them."""
         if groups == 1:
-            listed = part.at[table[0]].get(mode="promise_in_bounds")  # [B, pages, K, P, H]
-            listed = jnp.moveaxis(listed, 2, 3)
-        else:
-            listed = jax.vmap(lambda head, at: jnp.take(head, at, axis=0, mode="clip"), (1, 0), 3)(part, table)
-        return listed.reshape(b, pages * part.shape[2], part.shape[1], *part.shape[3:])
+            return part.at[table[0]].get(mode="promise_in_bounds")
+        return jax.vmap(lambda head, at: jnp.take(head, at, axis=0, mode="clip"), (1, 0), 2)(part, table)
 
-    return dense(jax.tree.map(gather, pool))
+    listed = jnp.moveaxis(dense(jax.tree.map(gather, pool)), 2, 3)
+    return listed.reshape(b, pages * listed.shape[2], *listed.shape[3:])
 
 
 def with_bias(k, at, *, key_bias, rope):

@@ -2,10 +2,25 @@
 
 import jax.numpy as jnp
 
-from optx.cache import CacheSpec
+from optx import near
+from optx.cache import CacheSpec, Ragged, View
 
 
-def rotate_append(q, k, v, pool, *, positions, writes, spec: CacheSpec, rope=None, q_norm=None, k_norm=None):
+def rotate_append(
+    q,
+    k,
+    v,
+    pool,
+    *,
+    positions,
+    writes,
+    spec: CacheSpec,
+    rope=None,
+    q_norm=None,
+    k_norm=None,
+    view: View | None = None,
+    ragged: Ragged | None = None,
+):
     """Queries and keys normalised and rotated; keys and values stored, in the spec's format, at their slots.
 
     q = rope(q_norm(q)), k = rope(k_norm(k)); pool[writes] = format(k), format(v)
@@ -13,11 +28,15 @@ def rotate_append(q, k, v, pool, *, positions, writes, spec: CacheSpec, rope=Non
     q [T, N, H], k and v [T, K, H], or all heads side by side in q [T, N + 2K, H] and None for k and v; pool {"k", "v"} of
     [pages + 1, K, P, H], dense or QTensor; positions int32[T]; writes int32[T], flat slots page * P + offset: what they say
     past page `pages` - 1 is stored nowhere that is read. rope: (x [T, N, H], positions) -> x, arXiv:2104.09864; norms:
-    x -> x over the last axis, arXiv:1910.07467; None: not applied. -> (q [T, N, H], pool).
+    x -> x over the last axis, arXiv:1910.07467; None: not applied. view, ragged: where the spec keeps tokens exact as well
+    (near.py), the layer's tables and whose the tokens are. -> (q [T, N, H], pool).
     """
     q, k, v = separate(q, k, v, spec)
     q, k = (rotate(x, norm, rope, positions) for x, norm in ((q, q_norm), (k, k_norm)))
-    return q, spec.append(pool, {"k": k, "v": v}, writes)
+    new = {"k": k, "v": v}
+    if spec.near is None:
+        return q, spec.append(pool, new, writes)
+    return q, near.append(spec, new, view, ragged)
 
 
 def separate(q, k, v, spec: CacheSpec):

@@ -1,0 +1,51 @@
+"""Reading and writing entries of cache pools: flat token slots page * P + offset, or rows of states."""
+
+import jax
+
+
+def _coordinates(pool, index, tokens: bool) -> tuple:
+    """Where entries lie: (row,) of a state pool; (page, slice of heads, offset) of a token pool, whose tokens are the last
+    but one axis ([pages + 1, K, P, H]; positions, [pages + 1, P], have nothing after them)."""
+    if not tokens:
+        return (index,)
+    axis = max(pool.ndim - 2, 1)
+    page, offset = index // pool.shape[axis], index % pool.shape[axis]
+    return (page, *[slice(None)] * (axis - 1), offset)
+
+
+def load(pool, index, tokens: bool):
+    """Entries `index` int32[M] of the pool: flat token slots, or rows. [M, ...]"""
+    return pool.at[_coordinates(pool, index, tokens)].get(mode="clip")
+
+
+def store_tokens(pool: jax.Array, new: jax.Array, writes: jax.Array) -> jax.Array:
+    """`new` [T, ...] into a token pool, [pages + 1, K, P, H] or [pages + 1, P], at flat slots `writes` int32[T]."""
+    return store(pool, new, writes, True)
+
+
+FEW = 16  # entries up to which they are stored one by one on CPU
+
+
+def store(pool, new, index, tokens: bool):
+    """Entries `new` [M, ...] into the pool, in place when it is donated."""
+    new, where = new.astype(pool.dtype), _coordinates(pool, index, tokens)
+    scatter = lambda pool: pool.at[where].set(new, mode="drop")  # noqa: E731
+    if new.shape[0] > FEW:
+        return scatter(pool)
+
+    def slices(pool):
+        """XLA on CPU copies the whole pool when a scatter, or a reshape of the pool, is also read in the same program;
+        slices at full rank it does not."""
+        for i in range(new.shape[0]):
+            start = [0 if isinstance(at, slice) else at[i] for at in where]
+            start += [0] * (pool.ndim - len(start))
+            pool = jax.lax.dynamic_update_slice(pool, entry(new[i]), start)
+        return pool
+
+    def entry(x):
+        return x.reshape(
+            [1 if not isinstance(at, slice) else pool.shape[d] for d, at in enumerate(where)]
+            + list(pool.shape[len(where) :])
+        )
+
+    return jax.lax.platform_dependent(pool, cpu=slices, default=scatter)
