@@ -23,10 +23,8 @@ def _heads_rotated_twice(intent: Intent) -> list[Finding]:
 
 
 def _codebook_of_gated_values(intent: Intent) -> list[Finding]:
-    gated = [(path, options) for path, attn, options in intent.sites if attn.gate is not None]
-    return [
-        Finding(path=path, got=f"{options.value_storage()}") for path, options in gated if options.values == "codebook"
-    ]
+    gated = [(path, attn.gate) for path, attn, o in intent.sites if attn.gate is not None and o.values == "codebook"]
+    return [Finding(path=path, got=f"values: codebook, under a {gate} gate") for path, gate in gated]
 
 
 def _split_keys_read_by_others(intent: Intent) -> list[Finding]:

@@ -34,11 +34,10 @@ class Oscar(RotatedKV):
     def needs(self):
         return frozenset({"inputs"})
 
-    def storage(self) -> Format:
-        return Int(width=self.bits, group=self.group, symmetric=False, clip=self.key_clip)
-
-    def value_storage(self) -> Format:
-        return Int(width=self.bits, group=self.group, symmetric=False, clip=self.value_clip)
+    def formats(self, attn: Attention) -> dict[str, Format]:
+        clips = {"k": self.key_clip, "v": self.value_clip}
+        common = {"width": self.bits, "group": self.group, "symmetric": False}
+        return {name: Int(**common, clip=clip) for name, clip in clips.items()}
 
 
 @register("oscar", axis=Axis.BITS, stage=Stage.FOLD, options=Oscar, exact=False)

@@ -19,11 +19,8 @@ class RotatedKV(PassOptions):
     first: int = 0  # tokens of a sequence that stay exact
     recent: int = 0  # newest tokens that stay exact
 
-    def storage(self) -> Format:
-        """Of keys."""
-        raise NotImplementedError
-
-    def value_storage(self) -> Format:
+    def formats(self, attn: Attention) -> dict[str, Format]:
+        """Of the streams k and v. Raises FormatError for options that are no format."""
         raise NotImplementedError
 
 
@@ -45,8 +42,7 @@ def rotated_kv(
     A layer that reads the cache of another turns its queries and its o alike.
     """
     try:
-        formats = {"k": opt.storage(), "v": opt.value_storage()}
-        cache = stored(site, attn, formats, first=opt.first, recent=opt.recent)
+        cache = stored(site, attn, opt.formats(attn), first=opt.first, recent=opt.recent)
     except (FormatError, PassError) as error:
         raise PassError(f"{site.path}: {error}") from None
     if isinstance(cache, Skipped) and attn.cache.share is None:

@@ -19,12 +19,13 @@ class TurboQuant(RotatedKV):
     qjl: bool = False  # the last bit of a key's number is of a sketch of what the others leave; measured to lose
     seed: int = 0  # of the rotation's signs
 
-    def storage(self) -> Format:
-        return (CodebookQJL if self.qjl else Codebook)(width=self.bits)
-
-    def value_storage(self) -> Format:
+    def formats(self, attn: Attention) -> dict[str, Format]:
         width = self.bits if self.value_bits is None else self.value_bits
-        return Codebook(width=width) if self.values == "codebook" else Int(width=width, symmetric=False)
+        keys = (CodebookQJL if self.qjl else Codebook)(width=self.bits)
+        return {
+            "k": keys,
+            "v": Codebook(width=width) if self.values == "codebook" else Int(width=width, symmetric=False),
+        }
 
 
 @register("turboquant", axis=Axis.BITS, stage=Stage.FOLD, options=TurboQuant, exact=False)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import calibrated
 import families
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -99,17 +98,20 @@ def test_decoding_sees_what_the_whole_forward_sees(options):
 
 
 def wide(seed: int = 0, outliers: float = 12.0):
-    """One layer with heads of 128 numbers, as an 8B's, five of whose key channels are much larger than the rest."""
+    """One layer with heads of 128 numbers, as an 8B's. Three pairs of key channels are larger than the rest by `outliers`, those of
+    queries smaller, which changes no logit: turns by positions stay inside a pair."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
     model = families.concrete("llama", seed, num_hidden_layers=1, **shape)
-    k = model.layers[0].mixer.k
-    k.weight.set_value(k.weight.get_value().at[:, jnp.asarray([3, 40, 67, 90, 127])].mul(outliers))
+    pairs = np.asarray([3, 67, 20, 84, 50, 114])
+    for part, at, by in ((model.layers[0].mixer.k, pairs, outliers), (model.layers[0].mixer.q, pairs, 1 / outliers)):
+        heads = part.weight.get_value().reshape(128, -1, 128)
+        part.weight.set_value(heads.at[..., at].mul(by).reshape(128, -1))
     return model
 
 
 def test_outlier_channels_cost_less_than_with_integers_of_as_many_bits():
-    """Head size 128, relative error of the logits. Measured: 4 bits 0.061 against 0.182 of int4 with zero points, 3 bits 0.115
-    against 0.359; bits of metadata are fewer too."""
+    """Head size 128, relative error of the logits. Measured: 4 bits 0.293 against 0.569 of integers with zero points, 3 bits 0.488
+    against 0.827; and with fewer bytes."""
     model, tokens = wide(), families.prompt(48)
     want = families.forward(model, tokens)
 
@@ -121,12 +123,12 @@ def test_outlier_channels_cost_less_than_with_integers_of_as_many_bits():
         plain = ir.shallow(model)
         spec = plain.layers[0].mixer.cache.replace(format=Int(width=bits, symmetric=False))
         plain.layers[0].mixer = ir.replace(plain.layers[0].mixer, cache=spec)
-        assert error(own) < 0.6 * error(plain)
+        assert error(own) < 0.65 * error(plain)
         assert own.layers[0].mixer.cache.unit_bytes < spec.unit_bytes
 
 
 def test_qjl_costs_more_than_the_bit_it_takes():
-    """At 4 bits of keys, 4 of values: the logits of a whole layer, too."""
+    """The logits of a whole layer, keys of 4 bits. Measured: 0.160, with QJL 0.263."""
     model, tokens = wide(outliers=1), families.prompt(48)
     want = families.forward(model, tokens)
     errors = []
@@ -142,7 +144,7 @@ def test_qjl_costs_more_than_the_bit_it_takes():
         ({}, Codebook(width=4), Codebook(width=4)),
         ({"bits": 3, "qjl": True}, CodebookQJL(width=3), Codebook(width=3)),
         ({"bits": 3, **MIXED}, Codebook(width=3), Int(width=4, symmetric=False)),
-        ({"value_bits": 2}, Codebook(width=4), Codebook(width=2)),
+        ({"value_bits": 3}, Codebook(width=4), Codebook(width=3)),
     ],
     ids=str,
 )
