@@ -98,8 +98,8 @@ def test_decoding_sees_what_the_whole_forward_sees(options):
 
 
 def wide(seed: int = 0, outliers: float = 12.0):
-    """One layer with heads of 128 numbers, as an 8B's. Three pairs of key channels are larger than the rest by `outliers`, those of
-    queries smaller, which changes no logit: turns by positions stay inside a pair."""
+    """One layer with heads of 128 numbers, as an 8B's. Three pairs of key channels are larger than the rest by `outliers`, and
+    those of queries smaller, which changes no logit: turns by positions stay inside a pair."""
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
     model = families.concrete("llama", seed, num_hidden_layers=1, **shape)
     pairs = np.asarray([3, 67, 20, 84, 50, 114])
@@ -110,8 +110,8 @@ def wide(seed: int = 0, outliers: float = 12.0):
 
 
 def test_outlier_channels_cost_less_than_with_integers_of_as_many_bits():
-    """Head size 128, relative error of the logits. Measured: 4 bits 0.293 against 0.569 of integers with zero points, 3 bits 0.488
-    against 0.827; and with fewer bytes."""
+    """Head size 128, relative error of the logits. Measured: 4 bits 0.293 against 0.569 of integers with zero points, 3 bits
+    0.488 against 0.827; and with fewer bytes."""
     model, tokens = wide(), families.prompt(48)
     want = families.forward(model, tokens)
 
