@@ -133,6 +133,15 @@ def test_with_rotated_heads_and_one_projection():
     assert families.relative(families.forward(tree, tokens), want) < 1e-5
 
 
+def test_exact_tokens_beside_packed_ones_get_the_bias_too():
+    model, tokens = biased(), families.prompt(16)
+    near = QuantizeKV(format="int8", recent=4, first=2)
+    tree = split(model, cache=[near])
+    want = families.oracle(model, tokens)
+    assert families.relative(families.forward(tree, tokens), want) < 0.02
+    assert families.relative(families.incremental(tree, tokens, sizes=(8,)), want) < 0.02
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_positions_by_head(groups, rng):
     """Heads that keep different tokens have positions of their own: int32[K, B, S]."""
