@@ -198,5 +198,17 @@ def test_grown_by_norm_correction_no_logit_loses_its_order(width):
     assert -DISTORTION[width] < slope < 0.01
 
 
+def test_integers_whose_codes_span_less_than_the_range(rng):
+    """`clip` of integers: the scale is that share of the plain one, and the name says it."""
+    x = jnp.asarray(rng.normal(size=(4, 64)), jnp.float32)
+    whole, clipped = (parse(name) for name in ("int2_g32_asym", "int2_g32_asym_clip0.92"))
+    assert str(clipped) == "int2_g32_asym_clip0.92" and clipped == dataclasses.replace(whole, clip=0.92)
+    np.testing.assert_allclose(clipped.grid(x)[0], 0.92 * np.asarray(whole.grid(x)[0], np.float32), rtol=2e-3)
+    with pytest.raises(FormatError, match="clip 1.5"):
+        dataclasses.replace(whole, clip=1.5)
+    with pytest.raises(FormatError):
+        parse("mxfp4_clip0.9")
+
+
 def test_the_format_is_a_value():
     assert hash(Codebook(width=3)) == hash(dataclasses.replace(Codebook(width=4), width=3))
