@@ -11,6 +11,7 @@ from flax import nnx
 
 from optx.errors import LegalityError, did_you_mean
 from optx.legality_facts import STEP_FACTS, TREE_FACTS, Fact, Finding, Intent, key_bias
+from optx.legality_heads import HEAD_FACTS
 from optx.legality_scales import SCALE_FACTS
 from optx.pipeline import Instrument, Rules
 from optx.recipe import Recipe
@@ -24,7 +25,7 @@ STACK = Fact(
     fix="keep the one that costs less, which `optx eval --against` tells",
     source="arithmetic: both leave out the tokens that attention hardly reads, and a token that is gone is not skipped again",
 )
-OF_STEPS = (*STEP_FACTS, *SCALE_FACTS)
+OF_STEPS = (*STEP_FACTS, *SCALE_FACTS, *HEAD_FACTS)
 FACTS: tuple[Fact, ...] = (*OF_STEPS, *TREE_FACTS)
 
 

@@ -7,6 +7,7 @@ from optx.errors import FormatError, did_you_mean
 from optx.formats.affine import Affine, PerChannel
 from optx.formats.base import Format, Parts
 from optx.formats.blocks import GGML, WRITTEN
+from optx.formats.codebook import Codebook, CodebookQJL, parse_codebook
 from optx.formats.float4 import Float4
 from optx.formats.float8 import Float8, Float8Block, Float8Static
 from optx.formats.ints import Int
@@ -19,6 +20,8 @@ __all__ = [
     "GGML",
     "NAMES",
     "Affine",
+    "Codebook",
+    "CodebookQJL",
     "Float4",
     "Float8",
     "Float8Block",
@@ -35,8 +38,10 @@ __all__ = [
 ]
 
 NAMES = WRITTEN
+CODEBOOKS = (*(str(Codebook(width=b)) for b in (1, 2, 3, 4)), *(str(CodebookQJL(width=b)) for b in (2, 3, 4)))
 _TEXT = re.compile(
     r"(?:int(?P<width>\d+)|fp8_(?P<kind>e4m3|e5m2|block)|(?P<fp4>mx|nv)fp4)(?:_g(?P<group>\d+))?(?P<asym>_asym)?"
+    r"(?:_clip(?P<clip>0\.\d+))?"
 )
 
 
@@ -50,11 +55,11 @@ def parse(text: str) -> Format:
     block = text.removeprefix("gguf_").upper()
     if block in BLOCKS and text not in NAMES:
         return GGML(block=block)
-    if own := parse_lossless(text) or parse_trellis(text):
+    if own := parse_lossless(text) or parse_trellis(text) or parse_codebook(text):
         return own
     match = _TEXT.fullmatch(text)
-    if match is None or (match["asym"] and not match["width"]):
-        known = (*NAMES, str(Lossless()), str(Trellis()), *(str(GGML(block=name)) for name in BLOCKS))
+    if match is None or ((match["asym"] or match["clip"]) and not match["width"]):
+        known = (*NAMES, str(Lossless()), str(Trellis()), *CODEBOOKS, *(str(GGML(block=name)) for name in BLOCKS))
         raise FormatError(f"format {text!r} is not known{did_you_mean(text, known)}")
     group = int(match["group"]) if match["group"] else None
     if match["kind"] == "block":
@@ -63,7 +68,7 @@ def parse(text: str) -> Format:
         return Float8(kind=match["kind"], group=group)
     if match["fp4"]:
         return Float4(kind=match["fp4"], group=group)
-    return Int(width=int(match["width"]), group=group, symmetric=not match["asym"])
+    return Int(width=int(match["width"]), group=group, symmetric=not match["asym"], clip=float(match["clip"] or 1))
 
 
 def writable(name: str, *, symmetric: bool = True, **fields) -> Format:

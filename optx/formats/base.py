@@ -124,6 +124,22 @@ def unpack_bits(data, width):
     return codes.reshape(*data.shape[:-1], -1)
 
 
+def pack_codes(codes: jax.Array, width: int) -> jax.Array:
+    """uint8 codes of 1 to 4 bits [..., D] -> bytes [..., D * width / 8]; 3 bits are a plane of the two low ones, then one of the
+    high ones."""
+    if width == 3:
+        return jnp.concatenate([pack_bits(codes & 3, 2), pack_bits(codes >> 2, 1)], axis=-1)
+    return pack_bits(codes, width)
+
+
+def unpack_codes(data: jax.Array, width: int) -> jax.Array:
+    """Inverse of `pack_codes`."""
+    if width != 3:
+        return unpack_bits(data, width)
+    cut = data.shape[-1] // 3 * 2
+    return unpack_bits(data[..., :cut], 2) | (unpack_bits(data[..., cut:], 1) << 2)
+
+
 def spread(groups: jax.Array, length: int) -> jax.Array:
     """[..., G] -> [..., D], each group's number D / G times."""
     wide = jnp.broadcast_to(groups[..., None], (*groups.shape, length // groups.shape[-1]))

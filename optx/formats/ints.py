@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from optx.errors import FormatError
-from optx.formats.base import Format, Parts, pack_bits, scale_of, spread, unpack_bits
+from optx.formats.base import Format, Parts, pack_codes, scale_of, spread, unpack_codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,14 @@ class Int(Format):
     width: int
     group: int | None = None
     symmetric: bool = True
+    clip: float = 1.0  # share of a group's range that the codes span; what lies outside gets the last code
     scale_dtype: str = "float16"  # codes are computed with the rounded scale, so its rounding adds no bias
 
     def __post_init__(self):
         if self.width not in (2, 3, 4, 8):
             raise FormatError(f"int format: width {self.width}; allowed: 2, 3, 4, 8")
+        if not 0 < self.clip <= 1:
+            raise FormatError(f"int format: clip {self.clip:g}; allowed: above 0, at most 1")
         if self.group is not None and self.group < 1:
             raise FormatError(f"int format: group {self.group}; a positive number of elements, or null for a channel")
 
@@ -36,7 +39,8 @@ class Int(Format):
         return not self.symmetric
 
     def __str__(self):
-        return f"int{self.width}" + (f"_g{self.group}" if self.group else "") + ("" if self.symmetric else "_asym")
+        group, zero = f"_g{self.group}" if self.group else "", "" if self.symmetric else "_asym"
+        return f"int{self.width}{group}{zero}" + ("" if self.clip == 1 else f"_clip{self.clip:g}")
 
     def check(self, length):
         need = {8: 1, 4: 2, 3: 8, 2: 4}[self.width]
@@ -57,7 +61,7 @@ class Int(Format):
     def grid(self, x, shrink=1.0):
         *lead, length = x.shape
         groups = self.grouped(length)
-        x = x.astype(jnp.float32).reshape(*lead, groups, length // groups) * shrink
+        x = x.astype(jnp.float32).reshape(*lead, groups, length // groups) * (shrink * self.clip)
         if self.symmetric:
             return scale_of(2 * jnp.max(jnp.abs(x), axis=-1), self.levels, self.scale_dtype), None
         low = jnp.minimum(jnp.min(x, axis=-1), 0)
@@ -93,19 +97,11 @@ class Int(Format):
         """Unsigned codes [..., D] -> packed bytes; symmetric int8 is stored signed."""
         if self.width == 8:
             return (codes - 128).astype(jnp.int8) if self.symmetric else codes.astype(jnp.uint8)
-        codes = codes.astype(jnp.uint8)
-        if self.width == 3:
-            return jnp.concatenate([pack_bits(codes & 3, 2), pack_bits(codes >> 2, 1)], axis=-1)
-        return pack_bits(codes, self.width)
+        return pack_codes(codes.astype(jnp.uint8), self.width)
 
     def codes(self, data, length):
         """Packed bytes -> int16 codes, centred on zero when symmetric."""
         if self.width == 8:
             return data.astype(jnp.int16)
-        if self.width == 3:
-            cut = length // 4
-            codes = unpack_bits(data[..., :cut], 2) | (unpack_bits(data[..., cut:], 1) << 2)
-        else:
-            codes = unpack_bits(data, self.width)
-        codes = codes.astype(jnp.int16)
+        codes = unpack_codes(data, self.width).astype(jnp.int16)
         return codes - 2 ** (self.width - 1) if self.symmetric else codes

@@ -12,7 +12,7 @@ from optx.cache import NEAR, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
 from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
 from optx.pallas import dispatch
-from optx.pallas.attention.reference import Mask, merge
+from optx.pallas.attention.reference import Mask, merge, with_bias
 from optx.pallas.dispatch import OpChoice, OpSite
 from optx.pallas.rotate_append.reference import rotate, separate
 
@@ -129,6 +129,7 @@ class Attention(nnx.Module):
         self.q_norm: RMSNorm | None = norm() if norm else None
         self.k_norm: RMSNorm | None = norm() if norm and own else None
         self.sinks = param((heads,), dtype, ("heads",), rngs, nnx.initializers.zeros) if sinks else None
+        self.key_bias: nnx.Variable | None = None  # [K H], which keys are cached without and get where they are read
         # Of caches that store no scales (`Float8Static`): float32[K], what stored keys and values were divided by.
         self.k_scale: nnx.Param | None = None
         self.v_scale: nnx.Param | None = None
@@ -160,11 +161,14 @@ class Attention(nnx.Module):
             k, q = (rotate(y, norm, self.rope, ragged.positions) for y, norm in ((k, k_norm), (q, q_norm)))
             pool = near.as_stored(self.cache, {"k": k, "v": v}, ragged)
 
+        bias = self._bias_of_keys()
+
         def attend(prefix, **kwargs):
             kwargs |= {"scale": self.scale, "softcap": self.softcap}
             k, v = pool[prefix + "k"], pool[prefix + "v"]
             if cached:
-                return attend_cached(self.choices, q, k, v, ragged, view.near if prefix else view, **kwargs)
+                return attend_cached(self.choices, q, k, v, ragged, view.near if prefix else view, **kwargs, **bias)
+            k = with_bias(k[None], ragged.positions[None, None], **bias)[0] if bias else k
             args = (ragged.pad(x) for x in (q, k, v))
             out, lse, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
             return ragged.unpad(out), ragged.unpad(lse)
@@ -196,6 +200,14 @@ class Attention(nnx.Module):
             return q, None, None
         return q, *(part(x).reshape(-1, self.kv_heads, self.head_dim) for part in (self.k, self.v))
 
+    def turned(self, x, positions):
+        """x [T, D] at positions int32[T] -> q [T, N, H], k and v [T, K, H] as attention takes them, of a layer with its own."""
+        q, k, v = self.project(x)
+        q = q if self.gate is None else jnp.split(q, 2, axis=-1)[0]
+        q, k = rotate(q, self.q_norm, self.rope, positions), rotate(k, self.k_norm, self.rope, positions)
+        bias = self._bias_of_keys()
+        return q, with_bias(k[None], positions[None, None], **bias)[0] if bias else k, v
+
     def keys_and_values(self, x, ragged: Ragged):
         """k and v [T, K, H] of tokens x [T, D] as a cache without a format keeps them."""
         _, k, v = self.project(x)
@@ -204,6 +216,14 @@ class Attention(nnx.Module):
     def heads_of(self, x):
         """`project`, or all heads side by side [T, N + 2K, H] where one matmul makes them, and None for k and v."""
         return self.project(x)
+
+    def _bias_of_keys(self) -> dict[str, Any]:
+        """What ops over the cache are told of the bias that its keys lack."""
+        if self.key_bias is None:
+            return {}
+        bias = self.key_bias.get_value().reshape(self.kv_heads, self.head_dim)
+        bias = bias if self.k_scale is None else bias / self.k_scale.get_value()[:, None]
+        return {"key_bias": bias, "rope": self.rope}
 
     def op_sites(self) -> tuple[OpSite, ...]:
         facts = {
@@ -216,6 +236,7 @@ class Attention(nnx.Module):
             "mask": self.mask,
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
+            "key_bias": self.key_bias is not None,
         }
         flash, *over_cache = attention_sites(facts)
         if self.cache.share is not None:
@@ -232,8 +253,8 @@ class FusedAttention(Fused, Attention):
     """Attention with q, k and v in one weight [D, (N + 2K) H], or [D, 2 (N + K) H] with gates."""
 
     KEPT = (
-        "heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "gate", "o", "q_norm", "k_norm", "sinks", "cache",
-        "k_scale", "v_scale",
+        "heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "gate", "o", "q_norm", "k_norm", "sinks", "key_bias",
+        "cache", "k_scale", "v_scale",
     )  # fmt: skip
 
     def __init__(self, attn: Attention, qkv: Linear):

@@ -8,7 +8,7 @@ from flax import nnx
 
 from optx.cache import Ragged, View
 from optx.hadamard import Rotation
-from optx.nn.core import Linear, Rope
+from optx.nn.core import Linear, Rope, param
 from optx.nn.decoder import Block
 from optx.nn.moe import GroupedLinear
 
@@ -88,6 +88,27 @@ class RotatedHeads:
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         return self.rotation(x if self.rope is None else self.rope(x, positions))
+
+    def __str__(self):
+        return f"{self.rope}, {self.rotation}"
+
+
+class CalibratedHeads(nnx.Module):
+    """As RotatedHeads, with an orthogonal matrix that comes from data: rope(x), and then x R of each head, R float32[H, H]."""
+
+    def __init__(self, rope: Rope | None, head_dim: int):
+        self.rope = rope
+        self.matrix = param((head_dim, head_dim), "float32", (None, None), None)
+
+    @property
+    def rotation(self) -> str:
+        """What heads go through after their turns, for facts and for kernels that decline it."""
+        return f"a calibrated rotation of {self.matrix.get_value().shape[0]}"
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        x = x if self.rope is None else self.rope(x, positions)
+        y = jnp.matmul(x.astype(jnp.float32), self.matrix.get_value(), precision="highest")
+        return y.astype(x.dtype)
 
     def __str__(self):
         return f"{self.rope}, {self.rotation}"

@@ -7,6 +7,7 @@ from optx.passes import (
     gptq,
     kivi,
     lossless,
+    oscar,
     quantize_activations,
     quantize_kv,
     quantize_weights,
@@ -14,14 +15,19 @@ from optx.passes import (
     rotate_online,
     sliding_window,
     smoothquant,
+    split_key_bias,
     trellis,
+    turboquant,
 )
 
 ORDER = (
     sliding_window,  # attention: reads
+    split_key_bias,  # fold: bits of keys, exact
     rotate,  # fold: outliers spread, offline
     smoothquant,  # fold: outliers moved into weights, calibrated
     rotate_online,  # fold: outliers spread, while the model runs
+    turboquant,  # fold: bits of keys and values, rotated
+    oscar,  # fold: bits of keys and values, rotated, calibrated
     awq,  # weights: bits, calibrated, a block at a time
     gptq,  # weights: bits, calibrated
     trellis,  # weights: two bits, calibrated

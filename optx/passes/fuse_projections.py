@@ -36,10 +36,10 @@ def fuse_projections(site: Site, part: Attention | GatedMLP, opt: FuseProjection
 
 
 def join(*parts: Linear) -> Linear | Skipped:
-    """One Linear with the outputs of all, in order; Skipped when their weights are stored differently."""
+    """One Linear with the outputs of all, in order, zeros where one alone has no bias; Skipped when their weights are stored
+    differently."""
     weights = [p.weight.get_value() for p in parts]
-    biases = [p.bias for p in parts if p.bias is not None]
-    if len({jax.tree.structure(w) for w in weights}) > 1 or len(biases) not in (0, len(parts)):
+    if len({jax.tree.structure(w) for w in weights}) > 1:
         return Skipped("stored differently: " + ", ".join(tensor_text(w) for w in weights))
     if len({p.activations for p in parts}) > 1:
         return Skipped("inputs rounded differently: " + ", ".join(str(p.activations) for p in parts))
@@ -48,6 +48,8 @@ def join(*parts: Linear) -> Linear | Skipped:
         return Skipped(f"outputs do not fill their blocks of {each}: " + ", ".join(tensor_text(w) for w in weights))
     outputs = 0 if is_qtensor(weights[0]) else 1  # packed weights keep their outputs first
     changes = {"weight": lift(lambda ws: jax.tree.map(lambda *w: jnp.concatenate(w, axis=outputs), *ws), weights)}
-    if biases:
-        changes["bias"] = lift(jnp.concatenate, [b.get_value() for b in biases])
+    if biased := [p.bias for p in parts if p.bias is not None]:
+        zeros = [jnp.zeros(p.weight.get_value().shape[1], biased[0].get_value().dtype) for p in parts]
+        biases = [zero if p.bias is None else p.bias.get_value() for p, zero in zip(parts, zeros, strict=True)]
+        changes["bias"] = nnx.Param(lift(jnp.concatenate, biases), axes=biased[0].get_metadata().get("axes"))
     return replace(parts[0], **changes)

@@ -97,6 +97,8 @@ PORTS: Mapping[type[nnx.Module], Ports] = {
     Experts: Ports(reads=("gate_up", "up"), writes=("down",)),
     LatentExperts: Ports(reads=("enter",), writes=("leave",)),
 }
+GATED = "values are not rotated: a gate multiplies each number of a head"
+Turn = Callable[[np.ndarray], np.ndarray]  # x -> x R of the last axis, float64
 WEIGHTED = (Linear, GroupedLinear, Router, Indexer)
 
 
@@ -244,24 +246,32 @@ def _of_values(opt: Rotate, part: nnx.Module, d: int, where: str) -> Rotation | 
 
 def _attention_values(attn: Attention, opt: Rotate, where: str) -> dict[str, nnx.Module] | str:
     if attn.gate is not None:
-        return "values are not rotated: a gate multiplies each number of a head"
-    rotation = _of_values(opt, attn, attn.head_dim, where)
-    changes = {"o": _read_by_head(attn.o, attn.head_dim, rotation, f"{where}/o")}
+        return GATED
+    return turned_values(attn, _turn(_of_values(opt, attn, attn.head_dim, where)), where)
+
+
+def turned_values(attn: Attention, turn: Turn, where: str) -> dict[str, nnx.Module]:
+    """v and o of an attention without gates, each head's values v being v R, and R^T in o."""
+    changes = {"o": _read_by_head(attn.o, attn.head_dim, turn, f"{where}/o")}
     if attn.v is not None:
-        changes["v"] = _written(attn.v, lambda w: _by_head(w, attn.head_dim, rotation), f"{where}/v")
+        changes["v"] = _written(attn.v, lambda w: _by_head(w, attn.head_dim, turn), f"{where}/v")
     return changes
 
 
+def _turn(rotation: Rotation | Given | None) -> Turn:
+    return lambda w: rotation.fold(w, -1)
+
+
 def _latent_values(mla: MLA, opt: Rotate, where: str) -> dict[str, nnx.Module]:
-    rotation = _of_values(opt, mla, mla.value_dim, where)
+    turn = _turn(_of_values(opt, mla, mla.value_dim, where))
 
     def values(w):
         heads = w.reshape(mla.rank, mla.heads, -1)
         keys, values = heads[..., : mla.nope_dim], heads[..., mla.nope_dim :]
-        return np.concatenate([keys, rotation.fold(values, -1)], axis=-1).reshape(w.shape)
+        return np.concatenate([keys, turn(values)], axis=-1).reshape(w.shape)
 
     return {
-        "o": _read_by_head(mla.o, mla.value_dim, rotation, f"{where}/o"),
+        "o": _read_by_head(mla.o, mla.value_dim, turn, f"{where}/o"),
         "kv_b": _written(mla.kv_b, values, f"{where}/kv_b"),
     }
 
@@ -269,10 +279,10 @@ def _latent_values(mla: MLA, opt: Rotate, where: str) -> dict[str, nnx.Module]:
 VALUES: Mapping[type[nnx.Module], Callable] = {Attention: _attention_values, MLA: _latent_values}
 
 
-def _read_by_head(linear: Linear, head_dim: int, rotation: Rotation, where: str) -> Linear:
-    return ir.replace(linear, weight=folded(linear.weight, lambda w: _by_head(w.T, head_dim, rotation).T, where))
+def _read_by_head(linear: Linear, head_dim: int, turn: Turn, where: str) -> Linear:
+    return ir.replace(linear, weight=folded(linear.weight, lambda w: _by_head(w.T, head_dim, turn).T, where))
 
 
-def _by_head(w: np.ndarray, head_dim: int, rotation: Rotation) -> np.ndarray:
-    """w [..., N H] with the rotation applied to each head's numbers."""
-    return rotation.fold(w.reshape(*w.shape[:-1], -1, head_dim), -1).reshape(w.shape)
+def _by_head(w: np.ndarray, head_dim: int, turn: Turn) -> np.ndarray:
+    """w [..., N H] with each head's numbers turned."""
+    return turn(w.reshape(*w.shape[:-1], -1, head_dim)).reshape(w.shape)

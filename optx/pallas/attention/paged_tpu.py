@@ -75,7 +75,7 @@ def _power_below(n: int) -> int:
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
-    """None, or why the kernel declines: reads `cache`, `heads`, `kv_heads` and, where given, `page_size`, `want_scores`."""
+    """None, or why the kernel declines: reads `cache`, `heads`, `kv_heads`; given: `page_size`, `want_scores`, `key_bias`."""
     if reason := arch_reason(target):
         return reason
     cache = args["cache"]
@@ -85,6 +85,8 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
         return f"{args['heads']} query heads over {args['kv_heads']} kv heads; allowed: a multiple"
     if args.get("want_scores"):
         return "returns no scores"
+    if args.get("key_bias"):
+        return "adds no bias to keys"
     if cache.dtype not in ("float32", "bfloat16"):
         return f"pages of {cache.dtype}; allowed: float32, bfloat16"
     if reason := cache_reason(cache):

@@ -160,6 +160,21 @@ def gather_pages(pool: Tensor, table: jax.Array) -> jax.Array:
     return listed.reshape(b, pages * listed.shape[2], *listed.shape[3:])
 
 
+def with_bias(k, at, *, key_bias, rope):
+    """k [B, S, K, H] that was stored without its bias [K, H], at positions int32[G, B, S] (G = 1, or K) -> k + rope(bias).
+
+    rope(W x + b) = rope(W x) + rope(b): rope is linear; None: positions turn nothing.
+    """
+
+    def turned(at, bias):
+        """int32[B, S], [K / G, H] -> [B, S, K / G, H]."""
+        wide = jnp.broadcast_to(bias.astype(jnp.float32), (at.size, *bias.shape))
+        return (wide if rope is None else rope(wide, at.reshape(-1))).reshape(*at.shape, *bias.shape)
+
+    bias = jax.vmap(turned, out_axes=2)(at, key_bias.reshape(len(at), -1, key_bias.shape[-1]))
+    return (k.astype(jnp.float32) + bias.reshape(k.shape)).astype(k.dtype)
+
+
 def paged_attention(
     q,
     k_pool,
@@ -176,19 +191,22 @@ def paged_attention(
     logit_scale=None,
     value_dim=None,
     want_scores=False,
+    key_bias=None,
+    rope=None,
 ):
     """Attention of up to Q new tokens a row over its cached tokens, their own included (`paged_decode` where Q <= 8).
 
     q [B, Q, N, H]; pools [pages, K, P, H], dense or packed; v_pool None: values are the first `value_dim` numbers of
     the keys (MLA latents); logit_scale [pages, K, P]; positions int32[pages, P], ascending along a row's listing; table
     int32[G, B, pages]; lengths int32[G, B] cached slots; q_positions int32[B, Q], -1 where there is no query: a row's
-    queries are its newest slots.
+    queries are its newest slots; key_bias [K, H], rope: of keys that are stored without their bias (`with_bias`).
     -> (out [B, Q, N, Hv], lse, scores float32[B, S, K] by slot or None).
     """
     k = gather_pages(k_pool, table).astype(q.dtype)
     v = k[..., :value_dim] if v_pool is None else gather_pages(v_pool, table).astype(q.dtype)
     groups, b, pages = table.shape
     at = jnp.take(positions, table, axis=0, mode="clip").reshape(groups, b, -1)
+    k = k if key_bias is None else with_bias(k, at, key_bias=key_bias, rope=rope)
     stored = jnp.arange(at.shape[-1]) < lengths[..., None]
     asked = q_positions[None, :, :, None]
     seen = mask(asked, at[:, :, None, :]) & (asked >= 0) & stored[:, :, None, :]

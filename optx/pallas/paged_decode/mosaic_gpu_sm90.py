@@ -168,7 +168,7 @@ def supports(args, target) -> str | None:
     page = args.get("page_size")
     if page is not None and page not in PAGES:
         return f"page size {page}; allowed: 16, 32, 64, 128"
-    return None
+    return "adds no bias to keys" if args.get("key_bias") else None
 
 
 def paged_decode(

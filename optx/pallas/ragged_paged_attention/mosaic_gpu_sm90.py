@@ -197,7 +197,7 @@ def tiles(head_dim: int, format: str = "dense") -> Tiles:
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
     """None, or why this kernel does not take the call site.
 
-    Reads cache, head_dim, heads, kv_heads; where given page_size, value_dim, want_scores.
+    Reads cache, head_dim, heads, kv_heads; where given page_size, value_dim, want_scores, key_bias.
     """
     if (getattr(target, "platform", None), getattr(target, "arch", None)) != ("gpu", "sm90"):
         return "needs a Hopper GPU (sm90)"
@@ -220,6 +220,8 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
     page = args.get("page_size")
     if page is not None and page not in PAGE_SIZES:
         return f"takes pages of {', '.join(map(str, PAGE_SIZES))} tokens, not {page}"
+    if args.get("key_bias"):
+        return "adds no bias to keys"
     return "does not return scores" if args.get("want_scores") else None
 
 

@@ -102,6 +102,8 @@ def _reason(cache: CacheSpec, head_dim: int, rope, *norms) -> str | None:
         return f"pages of {cache.format}; allowed: dense, int8, int4, fp8 e4m3, one scale a token and head"
     if cache.format is not None and cache.format.scale_dtype not in SCALES:
         return f"scales of {cache.format.scale_dtype}; allowed: {', '.join(SCALES)}"
+    if getattr(cache.format, "clip", 1) != 1:
+        return f"{cache.format}; allowed: codes over the whole range"
     if cache.format is None and cache.dtype not in HALVES:
         return f"pages of {cache.dtype}; allowed: {', '.join(HALVES)}"
     for norm in norms:

@@ -1,0 +1,131 @@
+"""OSCAR: keys and values rotated by what attention reads of them, on calibration text, and stored in two bits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from optx import ir
+from optx.errors import PassError
+from optx.formats import Format, Int
+from optx.hadamard import Rotation
+from optx.ir import replace
+from optx.nn.attention import Attention
+from optx.nn.rotated import CalibratedHeads
+from optx.passes.rotated_kv import RotatedKV, check, rotated_kv
+from optx.registry import Axis, Noted, SeenBlock, Site, Skipped, Stage, register
+
+LEAST = 16  # tokens for each number of a head, below which a covariance means little
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Oscar(RotatedKV):
+    bits: int = 2  # of keys and values: 2, 3, 4 or 8
+    group: int | None = None  # numbers of a head that share a scale; None: all of them
+    key_clip: float = 0.96  # share of a group's range that codes span, for keys
+    value_clip: float = 0.92  # the same for values
+    first: int = 64  # tokens of a sequence that stay exact; calibration leaves them out
+    recent: int = 256  # newest tokens that stay exact
+
+    @property
+    def needs(self):
+        return frozenset({"inputs"})
+
+    def formats(self, attn: Attention) -> dict[str, Format]:
+        clips = {"k": self.key_clip, "v": self.value_clip}
+        common = {"width": self.bits, "group": self.group, "symmetric": False}
+        return {name: Int(**common, clip=clip) for name, clip in clips.items()}
+
+
+@register("oscar", axis=Axis.BITS, stage=Stage.FOLD, options=Oscar, exact=False)
+def oscar(site: Site, attn: Attention, opt: Oscar) -> Attention | Noted | Skipped:
+    """k' = k R_K and q' = q R_K after their positions, v' = v R_V and R_V^T o, with R = U H P: U the eigenvectors of
+
+    C_K = mean over kv heads of E[q q^T],   C_V = mean of E[w v v^T] / E[w],   w_t = k_t^T E[q q^T] k_t,
+
+    H a Hadamard matrix and P the bit reversal of the eigenvalues' order, so that each group has its share of large ones. One R a
+    layer; integers with a zero point whose codes span `clip` of a group's range; the first and the newest tokens exact.
+
+    OSCAR (FutureMLS-Lab/OSCAR, rotation/compute_kv_rotation.py). Queries are those that read a kv head; the inputs are what the
+    layer sees with the layers before it compressed.
+    """
+    check(site, attn, "oscar")
+    if attn.cache.share is not None:
+        return Skipped(f"reads the cache of layer {attn.cache.share}")
+    rope = CalibratedHeads(attn.rope, attn.head_dim)
+    if ir.is_abstract(attn):
+        return rotated_kv(site, attn, opt, rope, lambda w: w)
+    if not isinstance(site.seen, SeenBlock) or not site.seen.inputs:
+        raise PassError(f"oscar at {site.path}: no statistics of its inputs; compile with calibration text")
+    keys, values = (rotation(c) for c in covariances(site, attn, opt.first))
+    rope = replace(rope, matrix=jnp.asarray(keys, jnp.float32))
+    return rotated_kv(site, attn, opt, rope, lambda w: w @ values)
+
+
+def rotation(covariance: np.ndarray) -> np.ndarray:
+    """float64[H, H]: U H P."""
+    sizes, vectors = np.linalg.eigh(covariance)
+    d = len(sizes)
+    order = np.empty(d, int)
+    order[bit_reversed(d)] = np.argsort(-sizes)
+    return Rotation(d=d).fold(vectors, -1)[:, order]
+
+
+def bit_reversed(d: int) -> list[int]:
+    """0 .. d - 1 by their bits read backwards."""
+    bits = (d - 1).bit_length()
+    return sorted(range(d), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
+
+
+def covariances(site: Site, attn: Attention, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """C_K and C_V, float64[H, H], over tokens behind the `first` of each window.
+
+    Raises: PassError for too few tokens, and for numbers that are none.
+    """
+    inputs = [(x, ragged.positions) for x, ragged, _ in site.seen.inputs]
+    tokens = sum(int(jnp.sum(at >= first)) for _, at in inputs)
+    if tokens < (need := LEAST * attn.head_dim):
+        raise PassError(
+            f"oscar at {site.path}: {tokens:,} tokens of calibration text behind the first {first} of a window, for covariances "
+            f"of {attn.head_dim} numbers; at least {need:,} are needed: give a longer text, or more in recipe.calibration "
+            "(windows, context)"
+        )
+    graph, state = nnx.split(attn)
+    queries, values = _sums_of(graph, first)
+    gram = sum(np.asarray(queries(state, *each), np.float64) for each in inputs)
+    gram /= tokens * (attn.heads // attn.kv_heads)
+    sums = [values(state, jnp.asarray(gram, jnp.float32), *each) for each in inputs]
+    weighted, weights = (sum(np.asarray(each, np.float64) for each in part) for part in zip(*sums, strict=True))
+    found = gram.mean(0), (weighted / np.maximum(weights, np.finfo(float).tiny)[:, None, None]).mean(0)
+    if not all(np.isfinite(c).all() for c in found):
+        raise PassError(
+            f"oscar at {site.path}: NaN or Inf in its queries, keys or values; look at the weights before it"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _sums_of(graph, first: int):
+    """(state, x, positions) -> sum of q q^T by kv head [K, H, H]; (state, E[q q^T], x, positions) -> sum of w v v^T, of w."""
+    outer = functools.partial(jnp.einsum, precision="highest")
+
+    def parts(state, x, at):
+        attn = nnx.merge(graph, state)
+        q, k, v = (part.astype(jnp.float32) for part in attn.turned(x, at))
+        q = q.reshape(len(x), attn.kv_heads, -1, attn.head_dim)
+        seen = (at >= first)[:, None]
+        return q * seen[..., None, None], k, v, seen
+
+    def queries(state, x, at):
+        q, *_ = parts(state, x, at)
+        return outer("tkgh,tkgi->khi", q, q)
+
+    def values(state, gram, x, at):
+        _, k, v, seen = parts(state, x, at)
+        w = seen * jnp.maximum(outer("tkh,khi,tki->tk", k, gram, k), 0)
+        return outer("tk,tkh,tki->khi", w, v, v), w.sum(0)
+
+    return jax.jit(queries), jax.jit(values)
