@@ -18,10 +18,12 @@ import jax.numpy as jnp
 
 from optx import tensor
 from optx.errors import FormatError
+from optx.eviction.policy import Policy
 from optx.formats import Format
 from optx.tensor import Tensor
 
 Pool = dict[str, Tensor]
+RECORDED = "recorded"  # what a policy of eviction records by kv head and slot, in the pool beside the streams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,12 @@ class CacheSpec:
     sinks: int = 0  # with a window: first positions that stay visible and stored
     rotated: bool = True  # keys are stored after RoPE
     share: int | None = None  # index of the layer whose cache this layer reads; None: its own
+    evict: Policy | None = None  # which tokens a row keeps; None: all, or those in the window
 
     def __post_init__(self):
+        if self.evict is not None and (self.kind != "paged" or self.window is not None):
+            what = f"a window of {self.window} tokens" if self.window else f"a {self.kind} cache"
+            raise FormatError(f"{what} with eviction ({self.evict}); allowed: paged keys and values without a window")
         if self.window is not None and not 1 <= self.window < 2**31:
             raise FormatError(f"cache window {self.window}; allowed: at least 1 and below 2^31 tokens, or null for all")
         if not 0 <= self.sinks < 2**31:
@@ -65,7 +71,7 @@ class CacheSpec:
     @property
     def table_key(self) -> tuple:
         """Layers with equal keys keep the same tokens and share a page table."""
-        return ("tokens", self.window, self.sinks) if self.holds_tokens else ("state",)
+        return ("tokens", self.window, self.sinks, self.evict) if self.holds_tokens else ("state",)
 
     @property
     def share_granularity(self) -> Literal["token", "checkpoint"]:
@@ -75,10 +81,15 @@ class CacheSpec:
     @property
     def unit_bytes(self) -> float:
         """Stored bytes a token (token caches) or a row (state caches), metadata included; 0 when shared."""
-        return 0 if self.share is not None else sum(tensor.nbytes(self._abstract(s, ())) for s in self.streams)
+        if self.share is not None:
+            return 0
+        recorded = [tensor.nbytes(x) for x in self._recorded(()).values()]
+        return sum(tensor.nbytes(self._abstract(s, ())) for s in self.streams) + sum(recorded)
 
     def tokens(self, context: int) -> int:
         """Tokens of a context of `context` that a row keeps and that one decode step reads."""
+        if self.evict is not None:
+            return self.evict.held(context)
         return context if self.window is None else min(context, self.window + self.sinks)
 
     def bytes(self, batch: int, context: int) -> float:
@@ -93,6 +104,7 @@ class CacheSpec:
         parts += [f"window {self.window}"] if self.window else []
         parts += [f"sinks {self.sinks}"] if self.sinks else []
         parts += [f"shared with layer {self.share}"] if self.share is not None else []
+        parts += [f"evict {self.evict}"] if self.evict is not None else []
         return " ".join(parts)
 
     def _abstract(self, stream: Stream, lead: tuple[int, ...], page: tuple[int, ...] = ()) -> Any:
@@ -104,6 +116,12 @@ class CacheSpec:
             return dense
         return tensor.quantize(dense, self.format, axis=-1)
 
+    def _recorded(self, lead: tuple[int, ...], page: tuple[int, ...] = ()) -> Pool:
+        """What the policy of eviction records of attention, beside the streams: float32[..., K, P, C]."""
+        channels = self.evict.channels if self.evict is not None else 0
+        shape = (*lead, self.streams[0].shape[0], *page, channels)
+        return {RECORDED: jax.ShapeDtypeStruct(shape, jnp.float32)} if channels else {}
+
     def abstract(self, layout: "Layout") -> Pool:
         """The pool's arrays as shapes: [pages + 1, K, P, H] a stream of tokens, [slots + 1, ...] a state.
 
@@ -112,7 +130,8 @@ class CacheSpec:
         if self.share is not None:
             return {}
         if self.holds_tokens:
-            return {s.name: self._abstract(s, (layout.pages + 1,), (layout.page_size,)) for s in self.streams}
+            lead, page = (layout.pages + 1,), (layout.page_size,)
+            return {s.name: self._abstract(s, lead, page) for s in self.streams} | self._recorded(lead, page)
         return {s.name: self._abstract(s, (layout.slots + 1,)) for s in self.streams}
 
     def init(self, layout: "Layout") -> Pool:
@@ -313,6 +332,12 @@ class Ragged:
         counts = jnp.where(rows, 0, self.counts)
         return dataclasses.replace(self, rows=jnp.where(gone, self.batch, self.rows), counts=counts)
 
+    def in_slots(self, lengths: jax.Array) -> "Ragged":
+        """The same with slots for positions: tokens are the newest of lengths int32[B] cached ones, their own included."""
+        row = jnp.minimum(self.rows, self.batch - 1)
+        slots = (lengths - self.counts - self.starts)[row] + jnp.arange(self.rows.shape[0], dtype=jnp.int32)
+        return dataclasses.replace(self, positions=jnp.where(self.rows < self.batch, slots, 0))
+
     @property
     def valid(self) -> jax.Array:
         """bool[B, Q]: which padded entries are tokens."""
@@ -341,6 +366,7 @@ class Address:
     lengths: tuple[jax.Array, ...]  # int32[G, B]: cached tokens after this tick's append
     writes: tuple[jax.Array, ...]  # int32[T] by group: flat slot of each token; pages * P for padding
     slots: jax.Array  # int32[B]: row of the state pools; number of slots for idle rows
+    prompts: jax.Array | None = None  # int32[B]: tokens of each row's prompt, of which policies of eviction ask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -353,6 +379,7 @@ class View:
     table: jax.Array | None = None
     lengths: jax.Array | None = None
     writes: jax.Array | None = None
+    prompts: jax.Array | None = None
 
 
 def view(plan: CachePlan, caches: Caches, address: Address, layer: int) -> View:
@@ -367,6 +394,7 @@ def view(plan: CachePlan, caches: Caches, address: Address, layer: int) -> View:
         table=address.tables[group],
         lengths=address.lengths[group],
         writes=address.writes[group],
+        prompts=address.prompts,
     )
 
 

@@ -9,6 +9,7 @@ import jax
 from tqdm import tqdm
 
 from optx.cache import Layout
+from optx.engine.compaction import Compaction, table_for
 from optx.engine.constraint import Constraint
 from optx.engine.drafting import with_drafter
 from optx.engine.memory import pages_by_group
@@ -108,7 +109,7 @@ class Engine:
         widths = [PageTable.width_for(spec, self.context, longest, size) for spec in specs]
         pools = [PagePool(pages) for pages in pages_by_group(program.plan, widths, self.options)]
         return [
-            PageTable(spec, pool, rows=rows, width=width, page_size=size)
+            table_for(spec, pool, rows=rows, width=width, page_size=size)
             for spec, pool, width in zip(specs, pools, widths, strict=True)
         ]
 
@@ -175,7 +176,8 @@ class Engine:
         if sampling.max_tokens > room:
             sampling = dataclasses.replace(sampling, max_tokens=room)
         for table in self._tables:
-            pages = min(-(-(len(prompt) + sampling.max_tokens) // table.page_size), table.width)
+            most = table.most(len(prompt), len(prompt) + sampling.max_tokens)
+            pages = min(-(-most // table.page_size), table.width)
             if pages > table.pool.pages:
                 raise RequestError(
                     f"prompt and answer may take {pages} cache pages of {table.page_size} tokens and the cache has "
@@ -257,6 +259,9 @@ class Engine:
             self._stepper(tick, way)
         if self.options.rows > 1:
             self._stepper.copy(0, 1, [(range(0), range(0))] * len(self._tables))
+        for group, table in enumerate(self._tables):
+            if table.policy is not None:
+                self._stepper.compact(Compaction(group=group, table=table.table[0], length=0, keep=0))
 
     def recover(self) -> list[Request]:
         """After a `step` that raised: running requests end with "error", their caches and the prefix cache are made anew;
@@ -269,6 +274,8 @@ class Engine:
         return lost
 
     def _launch(self, plan: Plan) -> Flight:
+        for compaction in plan.compactions:
+            self._stepper.compact(compaction)
         for copy in plan.copies:
             self._stepper.copy(copy.source, copy.target, copy.slots)
         way, began, programs = self._way(plan), time.perf_counter(), self.compiles

@@ -9,11 +9,13 @@ the order of their plans, so a page may go to its next owner at once: what an ea
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from optx.engine.compaction import Compaction
 from optx.engine.pages import PageTable
 from optx.engine.prefix import PrefixCache
 from optx.engine.queue import WaitingQueue
@@ -42,11 +44,12 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One dispatch. Copies come first."""
+    """One dispatch. Compactions and copies come first."""
 
     parts: tuple[Part, ...]  # by row
     writes: tuple[np.ndarray, ...]  # by group: flat slots of the tokens, part after part; of one token each in rounds
     copies: tuple[Copy, ...]
+    compactions: tuple[Compaction, ...]
     ticks: int  # of one token a row each; 1 with prompt tokens
     chunk: bool  # there are prompt tokens
     mixed: bool  # they lie among the other rows' tokens; else they are those of one row
@@ -81,7 +84,9 @@ class Scheduler:
         self.rows: list[Request | None] = [None] * rows
         self.waiting = WaitingQueue()
         self.preemptions = 0
+        self._evicting = [(group, table) for group, table in enumerate(self.tables) if table.policy is not None]
         self._copies: list[Copy] = []
+        self._compactions: list[Compaction] = []
         self._read = 0  # prompt tokens since the last decode tick
 
     @property
@@ -95,7 +100,7 @@ class Scheduler:
     def add(self, requests: Sequence[Request]) -> None:
         """Queues one request, or several with the same prompt: the first computes it and the others fork."""
         first, *others = requests
-        if others and len(first.prompt) > 1 and not self.alone:
+        if others and len(first.prompt) > 1 and not self.alone and not self._evicting:
             first.followers = others
             for other in others:
                 other.leader = first
@@ -114,6 +119,7 @@ class Scheduler:
         if not settled and any(request.constraint and request.pending for request in self.running):
             return None  # which tokens it may choose next depends on the one under way
         self._admit()
+        self._compact()
         while True:
             self._fork()
             wanted, chunk = self._choose()
@@ -153,6 +159,7 @@ class Scheduler:
         if self.prefix is not None:
             self.prefix.clear()
         self._copies.clear()
+        self._compactions.clear()
         return lost
 
     # Admission.
@@ -197,7 +204,7 @@ class Scheduler:
     def _owed(self, table: PageTable, request: Request) -> int:
         """Pages that it lacks to hold its known tokens and the next, or (`alone`) its whole answer."""
         most = request.tokens + (request.left if self.alone else 1)
-        whole = min(-(-most // table.page_size), table.width)
+        whole = min(-(-table.most(len(request.prompt), most) // table.page_size), table.width)
         held = table.pages_of(request.row) if request.row >= 0 else 0
         return max(0, whole - (held or (request.shared if table.window is None else 0)))
 
@@ -237,7 +244,7 @@ class Scheduler:
         for request in reading if self.mixed else reading[:1]:
             if room > 0:
                 self._adopt(request)
-                count = min(self._goal(request) - request.computed, room)
+                count = min(self._goal(request) - request.computed, room, self._room(request))
                 wanted |= {request: count} if count else {}
                 room -= count
         if len(wanted) > (len(decoding) if self.mixed else 0):
@@ -245,6 +252,18 @@ class Scheduler:
         assert self.mixed <= (room > 0), "decodes leave no room for prompts"
         self._fork()  # all that there was to read came from the cache
         return self._choose()
+
+    def _compact(self) -> None:
+        """Rows that are full keep what their policy of eviction says; those whose last token is under way stay as they are."""
+        for request in self.running if self._evicting else ():
+            for group, table in self._evicting if request.computed and request.left > 0 else ():
+                if table.room(request.row, len(request.prompt)) == 0:
+                    self._compactions.append(table.compact(request.row, len(request.prompt), group))
+
+    def _room(self, request: Request) -> int:
+        """Tokens that its row takes before it is compacted."""
+        rooms = (table.room(request.row, len(request.prompt)) for _, table in self._evicting)
+        return min((room for room in rooms if room is not None), default=sys.maxsize)
 
     def _goal(self, request: Request) -> int:
         """Tokens to compute in chunks: the last one of a prompt to fork is computed by each of its rows."""
@@ -268,7 +287,8 @@ class Scheduler:
 
     def _counts(self, wanted: dict[Request, int], ticks: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.array([request.row for request in wanted])
-        return rows, np.array([min(ticks, r.left) if ticks > 1 else count for r, count in wanted.items()])
+        counts = [min(ticks, r.left, self._room(r)) if ticks > 1 else count for r, count in wanted.items()]
+        return rows, np.array(counts)
 
     def _short(self, wanted: dict[Request, int], ticks: int) -> bool:
         """Whether the pools cannot give what the tokens need."""
@@ -308,9 +328,10 @@ class Scheduler:
         if self.speculator is not None and not chunk:
             self.speculator.decided()
         copies, self._copies = tuple(self._copies), []
+        compactions, self._compactions = tuple(self._compactions), []
         return Plan(
-            parts=tuple(parts), writes=writes, copies=copies, ticks=ticks, chunk=chunk, mixed=chunk and self.mixed,
-            width=self.speculator.width if drafts else 1,
+            parts=tuple(parts), writes=writes, copies=copies, compactions=compactions, ticks=ticks, chunk=chunk,
+            mixed=chunk and self.mixed, width=self.speculator.width if drafts else 1,
         )  # fmt: skip
 
     def settle(self, part: Part, kept: int) -> None:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optx.cache import CacheSpec, Ragged, Stream, View
+from optx.cache import RECORDED, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
 from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
+from optx.nn.evicting import record, records, scoring
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
 from optx.pallas.dispatch import OpChoice, OpSite
@@ -25,29 +26,35 @@ def paged_spec(kv_heads, head_dim, *, dtype, window=None) -> CacheSpec:
     return CacheSpec(kind="paged", streams=streams, dtype=dtype, window=window)
 
 
-def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwargs) -> jax.Array:
-    """Attention of q [T, N, H] over cached tokens -> [T, N, Hv]; few tokens a row take the op that is made for them, also
-    beside chunks of prompts: one op's kernel reads pages at the speed of memory, the other's multiplies."""
+def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwargs):
+    """Attention of q [T, N, H] over cached tokens -> ([T, N, Hv], scores float32[B, S, K] where asked for); few tokens a row take
+    the op that is made for them, also beside chunks of prompts: one op's kernel reads pages at the speed of memory, the
+    other's multiplies."""
     kwargs |= {"positions": view.positions, "table": view.table, "lengths": view.lengths}
 
     def decode(q, asked, **more):
-        return dispatch.call("paged_decode", choices, q, k_pool, v_pool, q_positions=asked, **kwargs | more)[0]
+        out, _, scores = dispatch.call("paged_decode", choices, q, k_pool, v_pool, q_positions=asked, **kwargs | more)
+        return out, scores
 
     if ragged.rectangular and ragged.longest <= DECODE:
         asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
-        return ragged.unpad(decode(ragged.pad(q), asked))
+        out, scores = decode(ragged.pad(q), asked)
+        return ragged.unpad(out), scores
 
     def chunks(ragged):
-        return dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs)[0]
+        out, _, scores = dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs)
+        return out, scores
 
     if ragged.rectangular:
         return chunks(ragged)
     single = ragged.counts == 1
     first = jnp.minimum(ragged.starts, q.shape[0] - 1)
     asked = jnp.where(single, ragged.positions[first], -1)
-    few = decode(q[first][:, None], asked[:, None], lengths=jnp.where(single, view.lengths, 0))
+    few, of_few = decode(q[first][:, None], asked[:, None], lengths=jnp.where(single, view.lengths, 0))
+    many, of_many = chunks(ragged.without(single))
     row = jnp.minimum(ragged.rows, ragged.batch - 1)
-    return jnp.where(single[row][:, None, None], few[row, 0], chunks(ragged.without(single)))
+    scores = None if of_few is None else of_few + of_many
+    return jnp.where(single[row][:, None, None], few[row, 0], many), scores
 
 
 def attention_sites(facts: Mapping[str, Any], expanded: Mapping[str, Any] | None = None) -> tuple[OpSite, ...]:
@@ -112,25 +119,38 @@ class Attention(nnx.Module):
     def mask(self) -> Mask:
         return Mask(window=self.cache.window, sinks=self.cache.sinks)
 
+    @property
+    def early(self) -> Rope | None:
+        """What keys are rotated by before they are stored."""
+        return self.rope if self.cache.rotated else None
+
     def __call__(self, x: jax.Array, ragged: Ragged, view: View | None):
         """x [T, D] -> (y [T, D], the layer's pool or, without caches, the keys and values that later layers share)."""
         q, k, v = self.heads_of(x)
         q, gate = (q, None) if self.gate is None else jnp.split(q, 2, axis=-1)
         cached = view is not None and view.writes is not None
+        asked = ragged.in_slots(view.lengths[0]) if cached and self.cache.evict is not None else ragged
+        late = None if self.cache.rotated else self.rope  # of keys: where they are read
+        turned = ragged.positions if late is None else asked.positions
         if self.cache.share is not None:
-            q, pool = rotate(q, self.q_norm, self.rope, ragged.positions), view.pool
+            q, pool = rotate(q, self.q_norm, self.rope, turned), view.pool
         elif cached:
+            own = {name: x for name, x in view.pool.items() if name != RECORDED}
             kwargs = {"positions": ragged.positions, "writes": view.writes, "spec": self.cache}
-            kwargs |= {"rope": self.rope, "q_norm": self.q_norm, "k_norm": self.k_norm}
-            q, pool = dispatch.call("rotate_append", self.choices, q, k, v, view.pool, **kwargs)
+            kwargs |= {"rope": self.early, "q_norm": self.q_norm, "k_norm": self.k_norm}
+            q, own = dispatch.call("rotate_append", self.choices, q, k, v, own, **kwargs)
+            q, pool = rotate(q, None, late, turned), view.pool | own
         else:
             q, k, v = separate(q, k, v, self.cache)
-            k = rotate(k, self.k_norm, self.rope, ragged.positions)
+            k = rotate(k, self.k_norm, self.early, ragged.positions)
             q, pool = rotate(q, self.q_norm, self.rope, ragged.positions), self.cache.as_stored({"k": k, "v": v})
+            pool["k"] = rotate(pool["k"], None, late, turned)
         kwargs = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
         kwargs |= {} if self.sinks is None else {"sink_logits": self.sinks.get_value()}
         if cached:
-            out = attend_cached(self.choices, q, pool["k"], pool["v"], ragged, view, **kwargs)
+            kwargs |= scoring(self.cache, view) | ({} if late is None else {"key_rope": late})
+            out, scores = attend_cached(self.choices, q, pool["k"], pool["v"], asked, view, **kwargs)
+            pool = record(self.cache, pool, scores, ragged, view)
         else:
             args = (ragged.pad(q), ragged.pad(pool["k"]), ragged.pad(pool["v"]))
             out, _, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
@@ -161,11 +181,14 @@ class Attention(nnx.Module):
             "mask": self.mask,
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
+            "want_scores": records(self.cache),
+            "score_rule": records(self.cache) and not self.cache.evict.plain,
+            "key_rope": not self.cache.rotated and self.rope is not None,
         }
         flash, *over_cache = attention_sites(facts)
         if self.cache.share is not None:
             return (flash, *over_cache)
-        parts = {"rope": self.rope, "q_norm": self.q_norm, "k_norm": self.k_norm}
+        parts = {"rope": self.early, "q_norm": self.q_norm, "k_norm": self.k_norm}
         return (flash, OpSite(op="rotate_append", args={**facts, **parts}), *over_cache)
 
 

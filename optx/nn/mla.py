@@ -77,7 +77,7 @@ class MLA(nnx.Module):
         if self._chooses(view.table.shape[-1] * view.positions.shape[-1]):
             out = self._indexed(q, *self.indexer.queries(x, low, ragged.positions), pages, ragged, view, **kwargs)
         else:
-            out = attend_cached(self.choices, q, pages["latent"], None, ragged, view, **kwargs)
+            out, _ = attend_cached(self.choices, q, pages["latent"], None, ragged, view, **kwargs)
         out = jnp.einsum("tnr,rnh->tnh", out, up_v)
         return self.o(out.reshape(x.shape[0], -1)), pool
 
