@@ -285,10 +285,7 @@ class Compiled:
         return self.program.vocab
 
     def engine(self, **options) -> Engine:
-        """An engine of its own caches; options are the fields of EngineOptions.
-
-        Raises: RequestError for options that do not fit the model.
-        """
+        """An engine of its own caches; options are the fields of EngineOptions. Raises: RequestError where they do not fit."""
         lower.check_here(self.tree)
         eos = self.tokenizer.eos_ids if self.tokenizer else ()
         chosen = EngineOptions(**options)
@@ -297,7 +294,8 @@ class Compiled:
         program = self.program
         if chosen.batch_invariant:
             program = lower.Program.of(lower.invariant(self.tree, self.plan.target))
-        return Engine(program, chosen, eos_ids=eos)
+        encode = self.tokenizer and functools.partial(self.tokenizer.encode, add_special=False)
+        return Engine(program, chosen, eos, encode)
 
     def _check_draft(self, draft: "Compiled") -> None:
         """Raises RequestError for a draft model whose token ids mean something else."""

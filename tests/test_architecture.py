@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"optx": "optx", "models": "optx.models", "configs": "optx.configs"}
 
 # Rooms (a module or a folder of optx) and the rooms that each may import besides itself. A new room needs a line.
-LEAVES = {"errors", "formats", "tensor", "cache"}
+LEAVES = {"errors", "formats", "tensor", "cache", "ragged"}
 SEARCH = {"search_space", "search_cost", "search_meter", "search_solve"}
 ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     # What tensors and caches are.
@@ -23,7 +23,9 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "hadamard": set(),
     "formats": {"errors", "ggml", "hadamard"},
     "tensor": {"errors", "formats"},
-    "cache": {"errors", "formats", "tensor"},
+    "eviction": {"errors"},
+    "ragged": set(),
+    "cache": {"errors", "eviction", "formats", "ragged", "tensor"},
     # Ops, parts and models.
     "pallas": LEAVES | {"target"},
     "nn": LEAVES | {"hadamard", "pallas"},
@@ -34,7 +36,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "strict": {"errors"},
     "target": {"errors", "strict"},
     "registry": {"errors"},
-    "passes": LEAVES | {"hadamard", "nn", "ir", "registry", "watch"},
+    "passes": LEAVES | {"eviction", "hadamard", "nn", "ir", "registry", "watch"},
     "recipe": {"errors", "strict", "registry", "passes", "configs"},
     "verify": LEAVES | {"ir", "pallas"},
     "pipeline": {"errors", "tensor", "ir", "registry", "recipe", "verify"},
@@ -117,7 +119,7 @@ COMMAND_LINE = {
 
 NAMELESS = [*sorted((ROOT / "optx" / "engine").glob("*.py")), ROOT / "optx" / "lower.py", ROOT / "optx" / "pipeline.py"]
 TECHNIQUES = {
-    *("gqa", "mqa", "mla", "mamba", "mamba2", "ssm", "moe", "gdn", "nsa", "kivi", "snapkv", "h2o", "quest"),
+    *("gqa", "mqa", "mla", "mamba", "mamba2", "ssm", "moe", "gdn", "nsa", "kivi", "snapkv", "h2o", "quest", "tova", "kvzip"),
     *("streamingllm", "awq", "gptq", "quarot", "sliding", "quantize", "quantized", "fused", "eagle", "medusa"),
 }
 

@@ -6,13 +6,17 @@ decides, for every layer and kv head apart. A token's slot is its position in th
 """
 
 import dataclasses
+import sys
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optx.cache import RECORDED, CachePlan
+from optx.engine.options import EngineOptions
 from optx.engine.pages import PageTable
+from optx.engine.request import Request
 from optx.errors import RequestError
 
 
@@ -51,6 +55,70 @@ class CompactedTable(PageTable):
 def table_for(spec, pool, **room) -> PageTable:
     """The page table of a token group."""
     return (PageTable if spec.evict is None else CompactedTable)(spec, pool, **room)
+
+
+def check_eviction(plan: CachePlan, options: EngineOptions) -> None:
+    """Raises RequestError for options with which a plan's policies of eviction do not run."""
+    policies = [spec.evict for spec in plan.groups if spec.evict is not None]
+    if policies and options.speculate is not None:
+        raise RequestError(
+            f"engine.speculate: the cache throws tokens away ({policies[0]}), and what drafts that are refused attended to, or "
+            "pushed out, could not be taken back; leave speculate out, or take a recipe without eviction"
+        )
+    if any(policy.once for policy in policies) and options.chunks[0] == 1:
+        raise RequestError(
+            f"engine.chunks: {list(options.chunks)}, and a chunk of one token passes for a decode, of which {policies[0]} "
+            "records nothing; allowed: chunks of at least 2 tokens"
+        )
+
+
+class Compactor:
+    """When rows are compacted, and what they are fed before it.
+
+    Where a policy asks for it, the row's prompt is fed again behind itself, a part at a time: its keys and values are dropped
+    after each, and what is left is what attention to the prompt was recorded.
+    """
+
+    def __init__(self, tables: Sequence[PageTable], encode: Callable[[str], list[int]] | None = None):
+        """encode: text to token ids, for what stands before a prompt that is fed again; None: nothing does."""
+        self._tables = list(tables)
+        self._evicting = [(group, table) for group, table in enumerate(tables) if table.policy is not None]
+        self._encode = encode or (lambda text: [])
+        self._due: list[Compaction] = []
+
+    def __bool__(self):
+        return bool(self._evicting)
+
+    def plan(self, running: Sequence[Request]) -> None:
+        """Before a dispatch: rows that are full keep what their policy says; those whose last token is under way stay as they
+        are."""
+        for request in running if self._evicting else ():
+            if request.replay and request.replayed == len(request.replay[0]):
+                request.replay, request.replayed = request.replay[1:], 0
+                for table in self._tables:
+                    table.truncate(request.row, request.computed)
+            for group, table in self._evicting if request.computed and request.left > 0 else ():
+                if table.room(request.row, len(request.prompt)) == 0 and not self._replays(request, table):
+                    self._due.append(table.compact(request.row, len(request.prompt), group))
+
+    def _replays(self, request: Request, table: PageTable) -> bool:
+        """Whether the row is fed more of its prompt again."""
+        if request.replay is None and table.policy.replays:
+            before = self._encode(table.policy.instruction)
+            request.replay = table.policy.replay(before, request.prompt[: request.computed])
+        return bool(request.replay)
+
+    def room(self, request: Request) -> int:
+        """Tokens that its row takes before it is compacted, or before what it was fed again is dropped."""
+        if request.replay:
+            return len(request.replay[0]) - request.replayed
+        rooms = (table.room(request.row, len(request.prompt)) for _, table in self._evicting)
+        return min((room for room in rooms if room is not None), default=sys.maxsize)
+
+    def take(self) -> tuple[Compaction, ...]:
+        """What the next dispatch begins with."""
+        due, self._due = tuple(self._due), []
+        return due
 
 
 def compact(plan: CachePlan, treedef, group: int, caches, table, length, keep):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,7 +10,7 @@ import jax
 from tqdm import tqdm
 
 from optx.cache import Layout
-from optx.engine.compaction import Compaction, table_for
+from optx.engine.compaction import Compaction, check_eviction, table_for
 from optx.engine.constraint import Constraint
 from optx.engine.drafting import with_drafter
 from optx.engine.memory import pages_by_group
@@ -63,11 +64,17 @@ class Engine:
     One thread owns it: nothing here locks.
     """
 
-    def __init__(self, program: Program, options: EngineOptions = EngineOptions(), eos_ids: Sequence[int] = ()):
+    def __init__(
+        self, program: Program, options: EngineOptions = EngineOptions(), eos_ids: Sequence[int] = (),
+        encode: Callable[[str], list[int]] | None = None,
+    ):  # fmt: skip
+        """encode: text to token ids, for policies of eviction that say something to the model; None: they say nothing."""
         self.options = options
         program, share = with_drafter(program, options.speculate)
+        check_eviction(program.plan, options)
         self.eos_ids = frozenset(eos_ids)
-        self.context = min(options.context or program.context, program.context)
+        most = sys.maxsize if program.plan.endless else program.context
+        self.context = min(options.context or program.context, most)
         self._vocab = program.vocab
         host_only = jax.default_backend() == "cpu"
         alone = options.batch_invariant
@@ -82,7 +89,7 @@ class Engine:
             table.make_room = functools.partial(self.prefix.make_room, group)
         self.scheduler = Scheduler(
             tables=self._tables, prefix=self.prefix, rows=options.rows, budget=options.chunks[-1], ticks=self._ticks,
-            mixed=self._mixed, alone=alone,
+            mixed=self._mixed, alone=alone, encode=encode,
         )  # fmt: skip
         self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
         self._landed = 0.0

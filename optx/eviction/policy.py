@@ -35,7 +35,9 @@ class Policy:
     once: ClassVar[bool] = False  # at the end of a prompt; else whenever a row is full
     by_query: ClassVar[bool] = True  # what is kept depends on the tokens that come last
     reindexed: ClassVar[bool] = False  # RoPE counts slots: keys are stored before it
-    replays: ClassVar[bool] = False  # the prompt is fed again behind itself before the row is compacted
+    replays: ClassVar[bool] = (
+        False  # the prompt is fed again behind itself, as `replay` says, before the row is compacted
+    )
 
     def __post_init__(self):
         for field in ("sinks", "recent"):
@@ -158,13 +160,18 @@ class Once(Policy):
         wanted = self.budget if self.ratio is None else max(math.ceil(self.ratio * prompt), self.safe + 1)
         return min(prompt, wanted)
 
+    def end(self, prompt: int) -> int:
+        """Tokens of a prompt that are computed before it is compacted."""
+        return prompt
+
     def room(self, slots, tokens, prompt):
-        if tokens < prompt:
-            return prompt - tokens
-        return 0 if tokens == prompt and slots > self.kept(prompt) else None
+        end = self.end(prompt)
+        if tokens < end:
+            return end - tokens
+        return 0 if tokens == end and slots > self.kept(prompt) else None
 
     def most(self, prompt, tokens):
-        return max(min(prompt, tokens), self.kept(prompt) + max(0, tokens - prompt))
+        return max(min(prompt, tokens), self.kept(prompt) + max(0, tokens - self.end(prompt)))
 
     def held(self, context):
         return self.kept(context)

@@ -10,7 +10,7 @@ from flax import nnx
 from optx.cache import RECORDED, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
 from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
-from optx.nn.evicting import record, records, scoring
+from optx.nn.evicting import record, scores_asked, scoring
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
 from optx.pallas.dispatch import OpChoice, OpSite
@@ -26,17 +26,17 @@ def paged_spec(kv_heads, head_dim, *, dtype, window=None) -> CacheSpec:
     return CacheSpec(kind="paged", streams=streams, dtype=dtype, window=window)
 
 
-def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwargs):
+def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, *, chunked: bool = False, **kwargs):
     """Attention of q [T, N, H] over cached tokens -> ([T, N, Hv], scores float32[B, S, K] where asked for); few tokens a row take
     the op that is made for them, also beside chunks of prompts: one op's kernel reads pages at the speed of memory, the
-    other's multiplies."""
+    other's multiplies. chunked: all take the other."""
     kwargs |= {"positions": view.positions, "table": view.table, "lengths": view.lengths}
 
     def decode(q, asked, **more):
         out, _, scores = dispatch.call("paged_decode", choices, q, k_pool, v_pool, q_positions=asked, **kwargs | more)
         return out, scores
 
-    if ragged.rectangular and ragged.longest <= DECODE:
+    if ragged.rectangular and ragged.longest <= DECODE and not chunked:
         asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
         out, scores = decode(ragged.pad(q), asked)
         return ragged.unpad(out), scores
@@ -45,7 +45,7 @@ def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwar
         out, _, scores = dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs)
         return out, scores
 
-    if ragged.rectangular:
+    if ragged.rectangular or chunked:
         return chunks(ragged)
     single = ragged.counts == 1
     first = jnp.minimum(ragged.starts, q.shape[0] - 1)
@@ -59,7 +59,8 @@ def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwar
 
 def attention_sites(facts: Mapping[str, Any], expanded: Mapping[str, Any] | None = None) -> tuple[OpSite, ...]:
     """The calls of a layer: over its cache, and (`expanded`: what differs there) inside self-contained sequences."""
-    over_cache = tuple(OpSite(op=op, args=facts) for op in ("ragged_paged_attention", "paged_decode"))
+    asked = {op: scores_asked(facts["cache"], op) for op in ("ragged_paged_attention", "paged_decode")}
+    over_cache = tuple(OpSite(op=op, args={**facts, **more}) for op, more in asked.items())
     return (OpSite(op="flash_attention", args={**facts, **(expanded or {})}), *over_cache)
 
 
@@ -148,7 +149,7 @@ class Attention(nnx.Module):
         kwargs = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
         kwargs |= {} if self.sinks is None else {"sink_logits": self.sinks.get_value()}
         if cached:
-            kwargs |= scoring(self.cache, view) | ({} if late is None else {"key_rope": late})
+            kwargs |= scoring(self.cache, ragged, view) | ({} if late is None else {"key_rope": late})
             out, scores = attend_cached(self.choices, q, pool["k"], pool["v"], asked, view, **kwargs)
             pool = record(self.cache, pool, scores, ragged, view)
         else:
@@ -181,8 +182,6 @@ class Attention(nnx.Module):
             "mask": self.mask,
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
-            "want_scores": records(self.cache),
-            "score_rule": records(self.cache) and not self.cache.evict.plain,
             "key_rope": not self.cache.rotated and self.rope is not None,
         }
         flash, *over_cache = attention_sites(facts)

@@ -8,20 +8,28 @@ import jax.numpy as jnp
 from optx.cache import RECORDED, CacheSpec, Pool, Ragged, View
 
 
-def records(spec: CacheSpec) -> bool:
-    """Whether attention over the layer's cache is asked for what its tokens attend to."""
+def _records(spec: CacheSpec) -> bool:
     return spec.evict is not None and spec.evict.channels > 0 and spec.share is None
 
 
-def scoring(spec: CacheSpec, view: View) -> dict[str, Any]:
-    """Arguments of an attention op over a cache whose policy records what tokens attend to."""
-    if not records(spec):
+def scores_asked(spec: CacheSpec, op: str) -> dict[str, bool]:
+    """Facts of a call site: whether the op is asked what tokens attend to, and by another rule than the plain sum. Policies that
+    compact a prompt once do not ask it of decodes."""
+    asked = _records(spec) and (op != "paged_decode" or not spec.evict.once)
+    return {"want_scores": asked, "score_rule": asked and not spec.evict.plain}
+
+
+def scoring(spec: CacheSpec, ragged: Ragged, view: View) -> dict[str, Any]:
+    """Arguments of `attend_cached` over a cache whose policy records what tokens attend to. What is a token a row and no more is
+    no prompt."""
+    if not _records(spec) or (spec.evict.once and ragged.rectangular and ragged.longest == 1):
         return {}
     policy = spec.evict
     if policy.plain:
         return {"want_scores": True}
     assert view.prompts is not None, f"{policy.name} asks for Address.prompts"
-    return {"want_scores": True, "score_reduce": policy.reduce, "score_weights": policy.weigh, "prompts": view.prompts}
+    rule = {"score_reduce": policy.reduce, "score_weights": policy.weigh, "prompts": view.prompts}
+    return {"want_scores": True, "chunked": policy.once, **rule}
 
 
 def record(spec: CacheSpec, pool: Pool, scores: jax.Array | None, ragged: Ragged, view: View) -> Pool:
