@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from optx import evaluate, ir, legality, lower, pipeline, quality
+from optx import evaluate, evaluate_paged, ir, legality, lower, pipeline, quality
 from optx import target as targets
 from optx.checkpoint import export as exports
 from optx.checkpoint.export_ct import write_compressed_tensors
@@ -358,9 +358,9 @@ class Compiled:
             self._engines[options] = self.engine(rows=rows, context=context, speculate=speculate)
         return generate(self._engines[options], self.tokenizer, ids, sampling, on_text)
 
-    def evaluate(self, text: str, **options) -> "evaluate.Evaluation":
-        """`optx.evaluate.evaluate`."""
-        return evaluate.evaluate(self, text, **options)
+    def evaluate(self, text: str, *, paged: bool = False, **options) -> "evaluate.Evaluation":
+        """`optx.evaluate.evaluate`; paged: `optx.evaluate_paged.evaluate_paged`."""
+        return (evaluate_paged.evaluate_paged if paged else evaluate.evaluate)(self, text, **options)
 
     def export(self, folder: str | Path, *, format: str = "optx", overwrite: bool = False) -> Path:
         return export(self, folder, format=format, overwrite=overwrite)

@@ -3,7 +3,7 @@
 from optx import registry
 from optx.passes import (
     awq,
-    evict,
+    evict_kv,
     fuse_projections,
     gptq,
     lossless,
@@ -28,7 +28,7 @@ ORDER = (
     quantize_weights,  # weights: bits
     quantize_activations,  # weights: bits of what meets them
     lossless,  # weights: the same numbers in fewer bits
-    evict,  # cache: tokens thrown away
+    evict_kv,  # cache: tokens thrown away
     quantize_kv,  # cache: bits
     fuse_projections,  # lower: layout
 )

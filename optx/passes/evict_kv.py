@@ -10,7 +10,7 @@ from optx.registry import Axis, PassOptions, Site, Skipped, Stage, register
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evict(PassOptions):
+class EvictKV(PassOptions):
     """Fields after `policy` are those of the policy (`optx.eviction`); None: its own default."""
 
     policy: str  # streaming_llm, h2o, tova, snapkv, kvzip
@@ -21,11 +21,12 @@ class Evict(PassOptions):
     slack: int | None = None  # tokens a row grows past its budget before it is compacted
     pool: int | None = None  # snapkv: neighbours over which attention is averaged
     part: int | None = None  # kvzip: tokens of the prompt that are fed again at a time
+    instruction: str | None = None  # kvzip: stands before each part
 
     def build(self) -> Policy:
         """Raises PassError for a policy that is none, and what it does not take; FormatError for a wrong value."""
         if self.policy not in POLICIES:
-            raise PassError(f"evict: no policy {self.policy!r}{did_you_mean(self.policy, POLICIES)}")
+            raise PassError(f"evict_kv: no policy {self.policy!r}{did_you_mean(self.policy, POLICIES)}")
         kind = POLICIES[self.policy]
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("match", "policy")}
         given = {name: value for name, value in given.items() if value is not None}
@@ -35,12 +36,12 @@ class Evict(PassOptions):
         if wrong or lacks:
             what = f"{wrong[0]} says nothing to it" if wrong else f"{lacks[0]} is missing"
             takes = ", ".join(name for name in fields if hasattr(self, name))
-            raise PassError(f"evict: policy {self.policy}: {what}; it takes {takes}")
+            raise PassError(f"evict_kv: policy {self.policy}: {what}; it takes {takes}")
         return kind(**given)
 
 
-@register("evict", axis=Axis.DROP, stage=Stage.CACHE, options=Evict, exact=False)
-def evict(site: Site, attn: Attention, opt: Evict) -> Attention | Skipped:
+@register("evict_kv", axis=Axis.DROP, stage=Stage.CACHE, options=EvictKV, exact=False)
+def evict_kv(site: Site, attn: Attention, opt: EvictKV) -> Attention | Skipped:
     """Rows keep `budget` cached tokens, or `ratio` of their prompt, and the pages behind them are free; which tokens stay, the
     policy says for every layer, and but for streaming_llm and tova for every kv head.
 
@@ -52,9 +53,9 @@ def evict(site: Site, attn: Attention, opt: Evict) -> Attention | Skipped:
     if attn.cache.window is not None:
         return Skipped(f"has a window of {attn.cache.window}")
     if attn.cache.evict is not None:
-        raise PassError(f"evict at {site.path}: its cache throws tokens away already ({attn.cache.evict})")
+        raise PassError(f"evict_kv at {site.path}: its cache throws tokens away already ({attn.cache.evict})")
     try:
         policy = opt.build()
         return replace(attn, cache=attn.cache.replace(evict=policy, rotated=not policy.reindexed))
     except FormatError as error:
-        raise PassError(f"evict at {site.path}: {error}") from None
+        raise PassError(f"evict_kv at {site.path}: {error}") from None
