@@ -134,7 +134,9 @@ VERBS = (
             ),
             Flag(name="max_windows", kind=int, least=1, value="N", help="stop after as many (default: the whole text)"),
             Flag(name="against", value="MODEL", help="reference, loaded dense in its own dtype"),
-            Flag(name="paged", kind=bool, help="over the paged caches, rows compacted as the engine does"),
+            Flag(
+                name="paged", kind=bool, default=False, help="over the paged caches, rows compacted as the engine does"
+            ),
             Flag(
                 name="prompt", kind=int, least=1, value="N", help="with --paged: first tokens of a window, not scored"
             ),

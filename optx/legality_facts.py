@@ -17,6 +17,7 @@ from optx.nn.attention import Attention
 from optx.nn.core import Linear
 from optx.nn.mla import MLA
 from optx.nn.moe import GroupedLinear, Router
+from optx.passes.evict_kv import EvictKV
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
 from optx.passes.rotate import Rotate, unrotatable
@@ -270,7 +271,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="no_token_cache",
-        of=(QuantizeKV, SlidingWindow),
+        of=(EvictKV, QuantizeKV, SlidingWindow),
         found=_no_token_cache,
         why="every layer keeps a state of fixed size and no tokens, so there is nothing that grows with the context",
         fix="take the pass out of the recipe",
@@ -279,7 +280,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="latents_alone",
-        of=(QuantizeKV, SlidingWindow),
+        of=(EvictKV, QuantizeKV, SlidingWindow),
         found=_latents_alone,
         why="the pass rewrites keys and values by head, and this model caches one latent for all heads",
         fix="take the pass out of the recipe",
