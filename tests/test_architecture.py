@@ -121,7 +121,23 @@ COMMAND_LINE = {
 
 NAMELESS = [*sorted((ROOT / "optx" / "engine").glob("*.py")), ROOT / "optx" / "lower.py", ROOT / "optx" / "pipeline.py"]
 TECHNIQUES = {
-    *("gqa", "mqa", "mla", "mamba", "mamba2", "ssm", "moe", "gdn", "nsa", "kivi", "snapkv", "h2o", "quest", "tova", "kvzip"),
+    *(
+        "gqa",
+        "mqa",
+        "mla",
+        "mamba",
+        "mamba2",
+        "ssm",
+        "moe",
+        "gdn",
+        "nsa",
+        "kivi",
+        "snapkv",
+        "h2o",
+        "quest",
+        "tova",
+        "kvzip",
+    ),
     *("streamingllm", "awq", "gptq", "quarot", "sliding", "quantize", "quantized", "fused", "eagle", "medusa"),
 }
 

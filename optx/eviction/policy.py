@@ -23,7 +23,7 @@ from optx.errors import FormatError
 class Policy:
     """The base: a policy gives `worth`, and what it records of attention."""
 
-    budget: int | None = None  # slots that a row keeps; None: `ratio` of its prompt
+    budget: int | None  # slots that a row keeps; None: another field says how many
     sinks: int = 4  # first slots, always kept
     recent: int = 1  # newest slots, always kept
 
@@ -143,6 +143,7 @@ class Rolling(Policy):
 class Once(Policy):
     """Policies that compact a prompt at its end; the answer is kept whole. One of budget and ratio is given."""
 
+    budget: int | None = None  # slots that a prompt keeps; None: `ratio` of it
     ratio: float | None = None  # share of the prompt that is kept, never less than sinks and recent tokens
 
     once: ClassVar[bool] = True
