@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import optx
-from optx.cli import main
+from optx import cli
 from optx.engine.engine import Engine, EngineOptions
 from optx.engine.request import Sampling
 from optx.errors import RequestError
@@ -100,7 +100,7 @@ def test_only_tokens_behind_the_prompt_are_scored(served):
         ),
         ("h2o", {"prompt": 24}, "prompt 24 of windows of 24 tokens; allowed: 1 to 23"),
         ("h2o", {"context": 200}, "context 200; allowed: 2 to the model's 128"),
-        ("h2o", {"context": 24, "stride": 5, "prompt": 20}, "a window has no more than the 20 tokens of a prompt"),
+        ("h2o", {"context": 24, "stride": 10, "prompt": 20}, "a window has no more than the 20 tokens of a prompt"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(name, options, message, served):
@@ -114,8 +114,8 @@ def test_the_command_line(tmp_path, capsys):
     recipe = tmp_path / "small.yaml"
     recipe.write_text("name: small\ncache:\n  - {pass: evict_kv, policy: h2o, budget: 64, slack: 8}\n")
     flags = ["--recipe", str(recipe), "--text", str(tmp_path / "text.txt"), "--context", "128", "--paged"]
-    assert main(["eval", str(folder), *flags, "--json"]) == 0
+    assert cli.run(["eval", str(folder), *flags, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["pages"] == [2] and said["whole_pages"] == 2 and said["tokens"] == 2 * 127
-    assert main(["eval", str(folder), *flags[:-1], "--prompt", "8"]) != 0
+    assert cli.run(["eval", str(folder), *flags[:-1], "--prompt", "8"]) != 0
     assert "add --paged" in capsys.readouterr().err
