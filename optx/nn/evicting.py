@@ -27,7 +27,7 @@ def scoring(spec: CacheSpec, ragged: Ragged, view: View) -> dict[str, Any]:
     policy = spec.evict
     if policy.plain:
         return {"want_scores": True}
-    assert view.prompts is not None, f"{policy.name} asks for Address.prompts"
+    assert view.prompts is not None or not policy.once, f"{policy.name} asks for Address.prompts"
     rule = {"score_reduce": policy.reduce, "score_weights": policy.weigh, "prompts": view.prompts}
     return {"want_scores": True, "chunked": policy.once, **rule}
 
