@@ -3,7 +3,8 @@
 A spec says what is remembered; a `Layout` says how much room there is. Token caches (`paged`, `latent`) live in pools of
 pages `[pages, K, P, H]`, heads first: the tokens of one head in one page are one box to copy. A row lists its pages in a
 table, in the order in which tokens were appended. Every cached token has its position apart from its slot, so a listing
-may have gaps in positions (windows, eviction) and masks still hold. State caches (`state`) hold one entry a row.
+may have gaps in positions (windows) and masks still hold; where a policy throws tokens away (`evict`), slots of the listing
+stand for positions, since heads keep different tokens in one page. State caches (`state`) hold one entry a row.
 
 Layers whose specs keep the same tokens form a group with one page table and one array of positions.
 """

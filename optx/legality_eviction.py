@@ -34,9 +34,9 @@ def _first_tokens_lost(model: nnx.Module) -> Sequence[Finding]:
 
 def _cannot_step_back(model: nnx.Module) -> Sequence[Finding]:
     specs = [(path, mixer.cache) for path, mixer in _mixers(model)]
-    if not any(spec.evict is not None and spec.evict.replays for _, spec in specs):
-        return []
-    return [Finding(path=p, got=str(spec)) for p, spec in specs if not spec.holds_tokens or spec.window is not None]
+    parts = {spec.evict.part for _, spec in specs if spec.evict is not None and spec.evict.replays}
+    apart = ((path, spec) for path, spec in specs if spec.evict is None or {spec.evict.part} != parts)
+    return [Finding(path=path, got=str(spec)) for path, spec in apart] if parts else []
 
 
 EVICTION_STEPS: tuple[StepFact, ...] = (
@@ -71,9 +71,9 @@ EVICTION_TREES: tuple[TreeFact, ...] = (
     TreeFact(
         name="repetition_cannot_step_back",
         found=_cannot_step_back,
-        why="the prompt is fed again before it is compacted and dropped afterwards, and a state, or a window that has passed "
-        "tokens, cannot go back to where it was",
-        fix="take snapkv, which feeds nothing again",
+        why="the prompt is fed again through all layers before it is compacted, and dropped afterwards: a state, or a window that "
+        "has passed tokens, cannot go back to where it was, and where another policy or none is kept there is no room for it",
+        fix="give all layers one kvzip, or take snapkv, which feeds nothing again",
         source="arithmetic: a state is a sum over all tokens; KVzip, arXiv:2505.23416, is for full attention",
         override=False,
     ),

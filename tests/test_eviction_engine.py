@@ -220,6 +220,12 @@ def test_chunks_of_one_token_are_refused_where_prompts_are_recorded(program):
         Engine(program(SMALL["snapkv"]), dataclasses.replace(OPTIONS, chunks=(1, 8)))
 
 
+def test_penalties_are_refused_where_a_prompt_is_fed_again(program):
+    engine = Engine(program(SMALL["kvzip"]), OPTIONS)
+    with pytest.raises(RequestError, match="this cache feeds a prompt again"):
+        engine.add_request(PROMPTS[0], Sampling(repetition_penalty=1.1))
+
+
 def test_answers_of_a_group_are_computed_apart(program):
     """Rows that write to all their pages share none."""
     engine = Engine(program(SMALL["h2o"]), OPTIONS)

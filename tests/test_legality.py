@@ -204,6 +204,7 @@ CASES = [
     ("stream_without_sinks", sink_logits, evicted(**NO_SINKS), None),
     ("repetition_cannot_step_back", families.hybrid, repeated(match="layers/0/.*|layers/4/.*"), "layers/1/mixer"),
     ("repetition_cannot_step_back", lambda: families.abstract("gemma3"), repeated(), "layers/0/mixer"),
+    ("repetition_cannot_step_back", llama, repeated(match="layers/1/.*"), "layers/0/mixer"),
     ("repetition_cannot_step_back", llama, repeated(), None),
     ("repetition_cannot_step_back", lambda: families.abstract("gemma3"), evicted(), None),  # feeds nothing again
     ("k_bias_low_bit_kv", lambda: llama(attention_bias=True), kv("int4"), "layers/0/mixer"),

@@ -190,6 +190,11 @@ class Engine:
                     f"prompt and answer may take {pages} cache pages of {table.page_size} tokens and the cache has "
                     f"{table.pool.pages}; lower max_tokens or make more pages"
                 )
+        if sampling.penalized and any(table.policy is not None and table.policy.replays for table in self._tables):
+            raise RequestError(
+                "penalties count the tokens of an answer, and this cache feeds a prompt again before it is compacted; leave "
+                "out repetition_penalty, presence_penalty and frequency_penalty"
+            )
         constraint = None if sampling.grammar is None else Constraint(sampling.grammar, self._vocab)
         stops = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
         return Request(

@@ -48,7 +48,8 @@ def evict_kv(site: Site, attn: Attention, opt: EvictKV) -> Attention | Skipped:
     streaming_llm (arXiv:2309.17453): the first and the newest, positions counted inside the cache; h2o (arXiv:2306.14048): those
     attended to most so far, and the newest; tova (arXiv:2401.06104): those that the newest token attends to; snapkv
     (arXiv:2404.14469): those of a prompt that its end attends to; kvzip (arXiv:2505.23416): those that the model needs to say its
-    prompt again. Layers of one policy and budget share a page table. Layers with a window stay as they are.
+    prompt again. Layers of one policy and budget share a page table. Layers with a window stay as they are. What it costs shows
+    over pages alone (`optx eval --paged`): a forward without caches throws nothing away.
     """
     if attn.cache.window is not None:
         return Skipped(f"has a window of {attn.cache.window}")

@@ -81,6 +81,12 @@ def test_chunks_over_pages_are_the_forward_while_the_budget_holds(name):
     assert families.relative(families.incremental(tree, tokens, (7, 1, 4)), families.forward(model, tokens)) < 1e-5
 
 
+def test_an_export_remembers_its_policy(tmp_path):
+    compiled = optx.compile(families.concrete("llama"), Recipe(cache=[RULES["snapkv"]]))
+    optx.export(compiled, tmp_path / "out")
+    assert optx.compile(optx.load(tmp_path / "out")).program.plan == compiled.program.plan
+
+
 # What it costs.
 
 
