@@ -71,8 +71,8 @@ EVICTION_TREES: tuple[TreeFact, ...] = (
     TreeFact(
         name="repetition_cannot_step_back",
         found=_cannot_step_back,
-        why="the prompt is fed again through all layers before it is compacted, and dropped afterwards: a state, or a window that "
-        "has passed tokens, cannot go back to where it was, and where another policy or none is kept there is no room for it",
+        why="the prompt is fed again through all layers before it is compacted, and dropped afterwards: a state, or a window "
+        "that has passed tokens, cannot go back to where it was, and under another policy, or none, there is no room for it",
         fix="give all layers one kvzip, or take snapkv, which feeds nothing again",
         source="arithmetic: a state is a sum over all tokens; KVzip, arXiv:2505.23416, is for full attention",
         override=False,
