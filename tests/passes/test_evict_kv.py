@@ -82,7 +82,8 @@ def test_chunks_over_pages_are_the_forward_while_the_budget_holds(name):
 
 
 def test_an_export_remembers_its_policy(tmp_path):
-    compiled = optx.compile(families.concrete("llama"), Recipe(cache=[RULES["snapkv"]]))
+    folder, _ = families.hf_dir(tmp_path / "model", "llama")
+    compiled = optx.compile(optx.load(folder), Recipe(cache=[RULES["snapkv"]]))
     optx.export(compiled, tmp_path / "out")
     assert optx.compile(optx.load(tmp_path / "out")).program.plan == compiled.program.plan
 
