@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from optx import evaluate, ir, legality, lower, pipeline, quality
+from optx import evaluate, evaluate_paged, ir, legality, lower, pipeline, quality
 from optx import target as targets
 from optx.checkpoint import export as exports
 from optx.checkpoint.export_ct import write_compressed_tensors
@@ -285,10 +285,7 @@ class Compiled:
         return self.program.vocab
 
     def engine(self, **options) -> Engine:
-        """An engine of its own caches; options are the fields of EngineOptions.
-
-        Raises: RequestError for options that do not fit the model.
-        """
+        """An engine of its own caches; options are the fields of EngineOptions. Raises: RequestError where they do not fit."""
         lower.check_here(self.tree)
         eos = self.tokenizer.eos_ids if self.tokenizer else ()
         chosen = EngineOptions(**options)
@@ -297,7 +294,8 @@ class Compiled:
         program = self.program
         if chosen.batch_invariant:
             program = lower.Program.of(lower.invariant(self.tree, self.plan.target))
-        return Engine(program, chosen, eos_ids=eos)
+        encode = self.tokenizer and functools.partial(self.tokenizer.encode, add_special=False)
+        return Engine(program, chosen, eos, encode)
 
     def _check_draft(self, draft: "Compiled") -> None:
         """Raises RequestError for a draft model whose token ids mean something else."""
@@ -360,9 +358,9 @@ class Compiled:
             self._engines[options] = self.engine(rows=rows, context=context, speculate=speculate)
         return generate(self._engines[options], self.tokenizer, ids, sampling, on_text)
 
-    def evaluate(self, text: str, **options) -> "evaluate.Evaluation":
-        """`optx.evaluate.evaluate`."""
-        return evaluate.evaluate(self, text, **options)
+    def evaluate(self, text: str, *, paged: bool = False, **options) -> "evaluate.Evaluation":
+        """`optx.evaluate.evaluate`; paged: `optx.evaluate_paged.evaluate_paged`."""
+        return (evaluate_paged.evaluate_paged if paged else evaluate.evaluate)(self, text, **options)
 
     def export(self, folder: str | Path, *, format: str = "optx", overwrite: bool = False) -> Path:
         return export(self, folder, format=format, overwrite=overwrite)

@@ -3,7 +3,8 @@
 A spec says what is remembered; a `Layout` says how much room there is. Token caches (`paged`, `latent`) live in pools of
 pages `[pages, K, P, H]`, heads first: the tokens of one head in one page are one box to copy. A row lists its pages in a
 table, in the order in which tokens were appended. Every cached token has its position apart from its slot, so a listing
-may have gaps in positions (windows, eviction) and masks still hold. State caches (`state`) hold one entry a row.
+may have gaps in positions (windows) and masks still hold; where a policy throws tokens away (`evict`), slots of the listing
+stand for positions, since heads keep different tokens in one page. State caches (`state`) hold one entry a row.
 
 Layers whose specs keep the same tokens form a group with one page table and one array of positions. A layer that keeps its
 newest and first tokens exact beside packed ones belongs to two groups (`CacheSpec.parts`; near.py).
@@ -20,13 +21,16 @@ import jax.numpy as jnp
 
 from optx import tensor
 from optx.errors import FormatError
+from optx.eviction.policy import Policy
 from optx.formats import Float8Static, Format
-from optx.pools import load, store
+from optx.pools import copy, store
+from optx.ragged import Address as Address
 from optx.ragged import Ragged as Ragged
 from optx.tensor import Tensor
 
 Pool = dict[str, Tensor]
 NEAR = "near_"  # begins the names of streams that hold exact copies
+RECORDED = "recorded"  # what a policy of eviction records by kv head and slot, in the pool beside the streams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,13 +57,22 @@ class CacheSpec:
     first: int = 0  # with a format: first positions, likewise
     rotated: bool = True  # keys are stored after RoPE
     share: int | None = None  # index of the layer whose cache this layer reads; None: its own
+    evict: Policy | None = None  # which tokens a row keeps; None: all, or those in the window
 
     def __post_init__(self):
+        if self.evict is not None and (self.kind != "paged" or self.window is not None):
+            what = f"a window of {self.window} tokens" if self.window else f"a {self.kind} cache"
+            raise FormatError(f"{what} with eviction ({self.evict}); allowed: paged keys and values without a window")
         if self.window is not None and not 1 <= self.window < 2**31:
             raise FormatError(f"cache window {self.window}; allowed: at least 1 and below 2^31 tokens, or null for all")
         if not 0 <= self.sinks < 2**31:
             raise FormatError(f"cache sinks {self.sinks}; allowed: at least 0 and below 2^31 tokens")
         self._check_exact()
+        if self.evict is not None and self.near is not None:
+            raise FormatError(
+                f"exact tokens beside packed ones with eviction ({self.evict}): it moves tokens one by one; leave out 'recent', "
+                "'first' and formats whose scales span tokens, or the eviction"
+            )
         if self.kind == "state" and (self.window or self.packed):
             raise FormatError("a state cache has neither window nor format: its size does not grow with the context")
         for stream, format_ in zip(self.streams, self.formats, strict=True):
@@ -106,7 +119,7 @@ class CacheSpec:
     @property
     def table_key(self) -> tuple:
         """Layers with equal keys keep the same tokens and share a page table."""
-        return ("tokens", self.window, self.sinks) if self.holds_tokens else ("state",)
+        return ("tokens", self.window, self.sinks, self.evict) if self.holds_tokens else ("state",)
 
     @property
     def table_keys(self) -> tuple[tuple, ...]:
@@ -145,13 +158,14 @@ class CacheSpec:
         does not grow with the context and is counted in `bytes`."""
         if self.share is not None:
             return 0
-        rows = self.block
-        return (
-            sum(tensor.nbytes(self._abstract(s, (), (rows,) if self.holds_tokens else ())) for s in self.streams) / rows
-        )
+        rows, recorded = self.block, [tensor.nbytes(x) for x in self._recorded(()).values()]
+        page = (rows,) if self.holds_tokens else ()
+        return sum(tensor.nbytes(self._abstract(s, (), page)) for s in self.streams) / rows + sum(recorded)
 
     def tokens(self, context: int) -> int:
         """Tokens of a context of `context` that a row keeps and that one decode step reads."""
+        if self.evict is not None:
+            return self.evict.held(context)
         return context if self.window is None else min(context, self.window + self.sinks)
 
     def bytes(self, batch: int, context: int) -> float:
@@ -170,6 +184,7 @@ class CacheSpec:
         parts += [f"recent {self.recent}"] if self.recent else []
         parts += [f"first {self.first}"] if self.first else []
         parts += [f"shared with layer {self.share}"] if self.share is not None else []
+        parts += [f"evict {self.evict}"] if self.evict is not None else []
         return " ".join(parts)
 
     def _abstract(self, stream: Stream, lead: tuple[int, ...], page: tuple[int, ...] = ()) -> Any:
@@ -179,6 +194,12 @@ class CacheSpec:
         dense = jax.ShapeDtypeStruct(shape, stream.dtype or self.dtype)
         format_ = self.format_of(stream)
         return dense if format_ is None else tensor.quantize(dense, format_, axis=-1)
+
+    def _recorded(self, lead: tuple[int, ...], page: tuple[int, ...] = ()) -> Pool:
+        """What the policy of eviction records of attention, beside the streams: float32[..., K, P, C]."""
+        channels = self.evict.channels if self.evict is not None else 0
+        shape = (*lead, self.streams[0].shape[0], *page, channels)
+        return {RECORDED: jax.ShapeDtypeStruct(shape, jnp.float32)} if channels else {}
 
     def abstract(self, layout: "Layout") -> Pool:
         """The pool's arrays as shapes: [pages + 1, K, P, H] a stream of tokens, [slots + 1, ...] a state; without those of
@@ -194,7 +215,8 @@ class CacheSpec:
                 f"scales; take a page size that is a multiple of {self.block}, or a smaller group"
             )
         if self.holds_tokens:
-            return {s.name: self._abstract(s, (layout.pages + 1,), (layout.page_size,)) for s in self.streams}
+            lead, page = (layout.pages + 1,), (layout.page_size,)
+            return {s.name: self._abstract(s, lead, page) for s in self.streams} | self._recorded(lead, page)
         return {s.name: self._abstract(s, (layout.slots + 1,)) for s in self.streams}
 
     def init(self, layout: "Layout") -> Pool:
@@ -219,21 +241,8 @@ class CacheSpec:
 
     def move(self, pool: Pool, src: jax.Array, dst: jax.Array) -> Pool:
         """Copies entries `src` int32[M] over `dst`: flat token slots, or state rows. Fork, compaction, snapshots."""
-        copied = {}
-        for name in (stream.name for stream in self.streams):
-            places = (_places(pool[name], at) for at in (src, dst))
-            move = lambda p, src, dst: store(p, load(p, src, self.holds_tokens), dst, self.holds_tokens)  # noqa: E731
-            copied[name] = jax.tree.map(move, pool[name], *places)
-        return copied
-
-
-def _places(stored: Tensor, index: jax.Array) -> Tensor:
-    """`index` of tokens for every array of a stored stream: where tokens share scales, a scale's is that of its block."""
-    rows = stored.format.block_rows if tensor.is_qtensor(stored) else 1
-    if rows == 1:
-        return jax.tree.map(lambda _: index, stored)
-    whole = jax.tree.map(lambda _: index // rows, stored)
-    return dataclasses.replace(whole, data=index)
+        names = [stream.name for stream in self.streams] + [RECORDED] * (RECORDED in pool)
+        return {name: copy(pool[name], src, dst, self.holds_tokens) for name in names}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,6 +297,11 @@ class CachePlan:
         """Of all layers in a token group the part of their spec that is in it."""
         return [part for s in self.specs if s is not None for part in s.parts if part.table_key == self.keys[group]]
 
+    @property
+    def endless(self) -> bool:
+        """Whether sequences may grow past the positions that the model knows: all that is cached lies at its slot."""
+        return bool(self.groups) and all(spec.evict is not None and spec.evict.reindexed for spec in self.groups)
+
     def owner(self, layer: int) -> int:
         spec = self.specs[layer]
         return layer if spec is None or spec.share is None else spec.share
@@ -329,7 +343,7 @@ class CachePlan:
                 if part.table_key == self.keys[group]:
                     layers[i] = layers[i] | part.move(layers[i], src, dst)
         positions = list(caches.positions)
-        positions[group] = store(positions[group], load(positions[group], src, True), dst, True)
+        positions[group] = copy(positions[group], src, dst, True)
         return Caches(layers=tuple(layers), positions=tuple(positions))
 
     def move_states(self, caches: "Caches", src: jax.Array, dst: jax.Array) -> "Caches":
@@ -350,18 +364,6 @@ class Caches:
     positions: tuple[jax.Array, ...]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Address:
-    """Where the tokens of a ragged batch lie in the pools, by token group, and rows in the state pools."""
-
-    tables: tuple[jax.Array, ...]  # int32[G, B, pages] by group; G = 1, or K where heads keep different pages
-    lengths: tuple[jax.Array, ...]  # int32[G, B]: cached tokens after this tick's append
-    writes: tuple[jax.Array, ...]  # int32[T] by group: flat slot of each token; pages * P for padding
-    slots: jax.Array  # int32[B]: row of the state pools; number of slots for idle rows
-
-
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class View:
     """One layer's side of the caches during a step."""
@@ -372,6 +374,7 @@ class View:
     table: jax.Array | None = None
     lengths: jax.Array | None = None
     writes: jax.Array | None = None
+    prompts: jax.Array | None = None
     near: "View | None" = None  # of what the layer keeps exact
 
 
@@ -387,6 +390,7 @@ def view(plan: CachePlan, caches: Caches, address: Address, layer: int) -> View:
             table=address.tables[group],
             lengths=address.lengths[group],
             writes=address.writes[group],
+            prompts=address.prompts,
             near=found,
         )
     return found or View(pool=pool, slots=address.slots)

@@ -144,12 +144,21 @@ VERBS = (
             ),
             Flag(name="max_windows", kind=int, least=1, value="N", help="stop after as many (default: the whole text)"),
             Flag(name="against", value="MODEL", help="reference, loaded dense in its own dtype"),
+            Flag(
+                name="paged", kind=bool, default=False, help="over the paged caches, rows compacted as the engine does"
+            ),
+            Flag(
+                name="prompt", kind=int, least=1, value="N", help="with --paged: first tokens of a window, not scored"
+            ),
             RECIPE,
             CALIBRATION,
             *MODEL_FLAGS,
             JSON,
         ),
-        examples=("optx eval compiled --text test.txt --context 1024 --max_windows 20 --against model.gguf",),
+        examples=(
+            "optx eval compiled --text test.txt --context 1024 --max_windows 20 --against model.gguf",
+            "optx eval model --recipe optx/configs/stream.yaml --text book.txt --context 100000 --paged",
+        ),
         run=cli_verbs.evaluate,
     ),
     Verb(

@@ -155,13 +155,16 @@ def export(model: str, *, weights, dtype, format, out, overwrite) -> None:
 
 
 def evaluate(
-    model: str, *, weights, dtype, recipe, calibration, text, context, stride, max_windows, against, json
+    model: str, *, weights, dtype, recipe, calibration, text, context, stride, max_windows, against, paged, prompt, json
 ) -> None:
+    if prompt is not None and not paged:
+        raise UsageError(f"--prompt {prompt}: one forward has no prompt; add --paged")
     chosen = _recipe(recipe)
     sample, words = _calibration(chosen, calibration), read_text(text)
     other = optx.compile(optx.load(against), progress=_terminal()) if against else None
     compiled = optx.compile(optx.load(model, weights, dtype), chosen, calibration=sample, progress=_terminal())
     options = {"context": context, "stride": stride, "max_windows": max_windows, "against": other}
+    options |= {"paged": True, "prompt": prompt} if paged else {}
     result = compiled.evaluate(words, **options, progress=_terminal())
     if json:
         against_name = {"against": other.plan.source.origin.name} if other else {}
@@ -178,6 +181,12 @@ def evaluate(
         name = other.plan.source.origin.name
         rows += [("KL", f"{result.kl:.6f} nats a token against {name}")]
         rows += [("top-1", f"{100 * result.top1:.2f} % of tokens agree with {name}")]
+    if paged:
+        held = ", ".join(map(str, result.pages))
+        rows += [
+            ("pages", f"{held} of {result.page_size} tokens held at most, of {result.whole_pages} without eviction")
+        ]
+        rows += [("curve", ", ".join(f"{value:.4g} to {tokens:,}" for tokens, value in result.curve))]
     print("\n".join(f"{label:<12} {value}" for label, value in rows))
     if sample:
         print(f"\n{quality_text(compiled.plan.records)}")

@@ -155,13 +155,22 @@ def _mixer_cost(path, mixer, plan: CachePlan, layer: int, step) -> OpCost:
 def _attention_flops(facts, spec: CacheSpec, tokens, context, index) -> float:
     """Scores and weighted sum, 2 N (Hk + Hv) a pair of a token and a cached token that it sees; with an index, 2 N H a
     pair of it on top."""
-    seen = None if spec.window is None else spec.window + spec.sinks
+    seen = visible(spec, context, tokens)
     chosen = seen if index is None else min(index["top_k"], seen or context)
     each = 2 * facts["heads"] * (facts["head_dim"] + facts["value_dim"])
     flops = each * pairs(tokens, context, chosen)
     return (
         flops if index is None else flops + 2 * index["index_heads"] * index["index_dim"] * pairs(tokens, context, seen)
     )
+
+
+def visible(spec: CacheSpec, context: int, tokens: int) -> int | None:
+    """Tokens that one of the last `tokens` of `context` sees at most; None: all before it. A prompt that is compacted at its end
+    sees all of itself until then."""
+    if spec.window is not None:
+        return spec.window + spec.sinks
+    whole = spec.evict is None or (spec.evict.once and tokens > 1)
+    return None if whole else spec.evict.held(context)
 
 
 def pairs(tokens: int, context: int, seen: int | None = None) -> int:
@@ -181,7 +190,8 @@ def row_read(spec: CacheSpec, context: int, tokens: int = 1, index: Mapping[str,
 
 
 def _part_read(spec: CacheSpec, context: int, tokens: int, index: Mapping[str, Any] | None) -> float:
-    kept = context if spec.window is None else min(context, spec.window + spec.sinks + tokens - 1)
+    most = visible(spec, context, tokens)
+    kept = context if most is None else min(context, most + tokens - 1)
     if index is None:
         return _unit_bytes(spec) * kept
     of_index = _unit_bytes(spec.replace(streams=tuple(s for s in spec.streams if s.name == index["index"])))

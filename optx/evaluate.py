@@ -71,10 +71,24 @@ def evaluate(
 
     Raises: RequestError for a text too short to score, a context beyond the model's, other vocabularies than `against`'s.
     """
+    windows = texts_of(model, text, context, stride, max_windows, against)
+    total = np.zeros(4)
+    bar = tqdm(windows, desc="evaluate", unit="window", disable=not progress)
+    for window, fresh in bar:
+        total += _score(model, against, window, fresh, context)
+        bar.set_postfix(perplexity=f"{_perplexity(total[0] / total[3]):.4f}")
+    return Evaluation(**figures(model, windows, total, against is not None))
+
+
+def texts_of(
+    model: Model, text: str, context: int, stride: int | None, max_windows: int | None, against: Model | None, *,
+    endless: bool = False,
+) -> list[tuple[list[int], int]]:  # fmt: skip
+    """`windows_of` a text. endless: they may be longer than the model's context. Raises as `evaluate`."""
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise RequestError("evaluate: the model has no tokenizer, so a text cannot be scored")
-    if not 2 <= context <= model.program.context:
+    if context < 2 or (context > model.program.context and not endless):
         raise RequestError(f"evaluate: context {context}; allowed: 2 to the model's {model.program.context}")
     first = tokenizer.bos_id if tokenizer.add_bos else None
     room = context - (first is not None)
@@ -90,22 +104,21 @@ def evaluate(
     windows = windows_of(ids, context, step, first)[:max_windows]
     if not windows:
         raise RequestError(f"evaluate: the text has {len(ids)} tokens; at least {1 + (first is None)} needed")
-    total = np.zeros(4)
-    scored_bytes = 0
-    bar = tqdm(windows, desc="evaluate", unit="window", disable=not progress)
-    for window, fresh in bar:
-        total += _score(model, against, window, fresh, context)
-        scored_bytes += len(tokenizer.decode(window[fresh:], skip_special=False).encode())
-        bar.set_postfix(perplexity=f"{_perplexity(total[0] / total[3]):.4f}")
+    return windows
+
+
+def figures(model: Model, windows, total: np.ndarray, compared: bool, *, least: int = 0) -> dict:
+    """Fields of `Evaluation` from [sum of -log p, sum of KL, agreements, tokens] over windows, scored from place `least` on."""
     nll, kl, agree, count = total
-    return Evaluation(
-        perplexity=_perplexity(nll / count),
-        bits_per_byte=nll / math.log(2) / max(scored_bytes, 1),
-        windows=len(windows),
-        tokens=int(count),
-        kl=kl / count if against is not None else None,
-        top1=agree / count if against is not None else None,
-    )
+    texts = (model.tokenizer.decode(window[max(fresh, least) :], skip_special=False) for window, fresh in windows)
+    return {
+        "perplexity": _perplexity(nll / count),
+        "bits_per_byte": nll / math.log(2) / max(sum(len(text.encode()) for text in texts), 1),
+        "windows": len(windows),
+        "tokens": int(count),
+        "kl": kl / count if compared else None,
+        "top1": agree / count if compared else None,
+    }
 
 
 def _perplexity(nll: float) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from flax import nnx
 
 from optx.errors import LegalityError, did_you_mean
+from optx.legality_eviction import EVICTION_STEPS, EVICTION_TREES
 from optx.legality_facts import STEP_FACTS, TREE_FACTS, Fact, Finding, Intent, key_bias
 from optx.legality_heads import HEAD_FACTS
 from optx.legality_scales import SCALE_FACTS
@@ -25,8 +26,9 @@ STACK = Fact(
     fix="keep the one that costs less, which `optx eval --against` tells",
     source="arithmetic: both leave out the tokens that attention hardly reads, and a token that is gone is not skipped again",
 )
-OF_STEPS = (*STEP_FACTS, *SCALE_FACTS, *HEAD_FACTS)
-FACTS: tuple[Fact, ...] = (*OF_STEPS, *TREE_FACTS)
+OF_STEPS = (*STEP_FACTS, *SCALE_FACTS, *HEAD_FACTS, *EVICTION_STEPS)
+OF_TREES = (*TREE_FACTS, *EVICTION_TREES)
+FACTS: tuple[Fact, ...] = (*OF_STEPS, *OF_TREES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def _of_steps(recipe: Recipe, trees: Sequence[nnx.Module]) -> Iterator[Judgement
 
 def _of_tree(recipe: Recipe, trees: Sequence[nnx.Module]) -> Iterator[Judgement]:
     names = [pass_.name for pass_, _ in recipe.steps()]
-    for fact in TREE_FACTS:
+    for fact in OF_TREES:
         findings = fact.found(trees[-1])
         first = next(i for i, tree in enumerate(trees) if len(trees) == i + 1 or fact.found(tree)) if findings else 0
         yield _judgement(recipe, fact, tuple(names[first - 1 : first]) if first else (), findings)

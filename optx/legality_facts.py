@@ -18,6 +18,7 @@ from optx.nn.attention import Attention
 from optx.nn.core import Linear
 from optx.nn.mla import MLA
 from optx.nn.moe import GroupedLinear, Router
+from optx.passes.evict_kv import EvictKV
 from optx.passes.kivi import Kivi
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
@@ -282,7 +283,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="no_token_cache",
-        of=(QuantizeKV, Kivi, SlidingWindow, RotatedKV),
+        of=(EvictKV, QuantizeKV, Kivi, SlidingWindow, RotatedKV),
         found=_no_token_cache,
         why="every layer keeps a state of fixed size and no tokens, so there is nothing that grows with the context",
         fix="take the pass out of the recipe",
@@ -291,7 +292,7 @@ STEP_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="latents_alone",
-        of=(Kivi, SlidingWindow, RotatedKV),
+        of=(EvictKV, Kivi, SlidingWindow, RotatedKV),
         found=_latents_alone,
         why="the pass rewrites keys and values by head, and this model caches one latent for all heads",
         fix="take the pass out of the recipe",

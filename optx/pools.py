@@ -1,6 +1,10 @@
 """Reading and writing entries of cache pools: flat token slots page * P + offset, or rows of states."""
 
+import dataclasses
+
 import jax
+
+from optx.tensor import Tensor, is_qtensor
 
 
 def _coordinates(pool, index, tokens: bool) -> tuple:
@@ -49,3 +53,15 @@ def store(pool, new, index, tokens: bool):
         )
 
     return jax.lax.platform_dependent(pool, cpu=slices, default=scatter)
+
+
+def copy(stored: Tensor, src: jax.Array, dst: jax.Array, tokens: bool) -> Tensor:
+    """Entries `src` int32[M] of a stored stream over its entries `dst`; scales that tokens share go with their block."""
+    rows = stored.format.block_rows if is_qtensor(stored) else 1
+
+    def moved(part, rows=1):
+        return store(part, load(part, src // rows, tokens), dst // rows, tokens)
+
+    if rows == 1:
+        return jax.tree.map(moved, stored)
+    return dataclasses.replace(jax.tree.map(lambda part: moved(part, rows), stored), data=moved(stored.data))

@@ -1,4 +1,4 @@
-"""How the tokens of one step belong to sequences."""
+"""How the tokens of a step belong to rows, and where they lie in the caches."""
 
 import dataclasses
 
@@ -43,6 +43,12 @@ class Ragged:
         counts = jnp.where(rows, 0, self.counts)
         return dataclasses.replace(self, rows=jnp.where(gone, self.batch, self.rows), counts=counts)
 
+    def in_slots(self, lengths: jax.Array) -> "Ragged":
+        """The same with slots for positions: tokens are the newest of lengths int32[B] cached ones, their own included."""
+        row = jnp.minimum(self.rows, self.batch - 1)
+        slots = (lengths - self.counts - self.starts)[row] + jnp.arange(self.rows.shape[0], dtype=jnp.int32)
+        return dataclasses.replace(self, positions=jnp.where(self.rows < self.batch, slots, 0))
+
     @property
     def valid(self) -> jax.Array:
         """bool[B, Q]: which padded entries are tokens."""
@@ -60,3 +66,15 @@ class Ragged:
             longest=length,
             rectangular=True,
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where the tokens of a ragged batch lie in the pools, by token group, and rows in the state pools."""
+
+    tables: tuple[jax.Array, ...]  # int32[G, B, pages] by group; G = 1, or K where heads keep different pages
+    lengths: tuple[jax.Array, ...]  # int32[G, B]: cached tokens after this tick's append
+    writes: tuple[jax.Array, ...]  # int32[T] by group: flat slot of each token; pages * P for padding
+    slots: jax.Array  # int32[B]: row of the state pools; number of slots for idle rows
+    prompts: jax.Array | None = None  # int32[B]: tokens of each row's prompt, of which policies of eviction ask

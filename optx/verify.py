@@ -101,6 +101,7 @@ def caches_fixpoint(before: nnx.Module, after: nnx.Module) -> str | None:
         lengths=(shape((1, ROWS), jnp.int32),) * groups,
         writes=(shape((ROWS * LENGTH,), jnp.int32),) * groups,
         slots=shape((ROWS,), jnp.int32),
+        prompts=shape((ROWS,), jnp.int32),
     )
 
     def step(model, tokens, ragged, caches, address):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"optx": "optx", "models": "optx.models", "configs": "optx.configs"}
 
 # Rooms (a module or a folder of optx) and the rooms that each may import besides itself. A new room needs a line.
-LEAVES = {"errors", "formats", "tensor", "pools", "cache", "near"}
+LEAVES = {"errors", "formats", "tensor", "pools", "cache", "near", "ragged"}
 SEARCH = {"search_space", "search_cost", "search_meter", "search_solve"}
 ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     # What tensors and caches are.
@@ -23,9 +23,10 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "hadamard": set(),
     "formats": {"errors", "ggml", "hadamard"},
     "tensor": {"errors", "formats"},
-    "pools": set(),
+    "pools": {"tensor"},
+    "eviction": {"errors"},
     "ragged": set(),
-    "cache": {"errors", "formats", "pools", "ragged", "tensor"},
+    "cache": {"errors", "eviction", "formats", "pools", "ragged", "tensor"},
     "near": {"cache", "formats", "pools", "tensor"},
     # Ops, parts and models.
     "pallas": LEAVES | {"target"},
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "strict": {"errors"},
     "target": {"errors", "strict"},
     "registry": {"errors"},
-    "passes": LEAVES | {"hadamard", "nn", "ir", "registry", "watch"},
+    "passes": LEAVES | {"eviction", "hadamard", "nn", "ir", "registry", "watch"},
     "recipe": {"errors", "strict", "registry", "passes", "configs"},
     "verify": LEAVES | {"ir", "pallas"},
     "pipeline": {"errors", "tensor", "ir", "registry", "recipe", "verify"},
@@ -46,7 +47,9 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "resume": {"calibrate", "checkpoint", "errors", "ir", "pipeline", "recipe"},
     "quality": {"resume", "calibrate", "errors", "ir", "evaluate", "lower", "pipeline", "recipe", "watch"},
     "bisect": {"checkpoint", "errors", "ir", "lower", "pipeline", "quality", "recipe", "registry"},
-    "legality": {"errors", "legality_facts", "legality_heads", "legality_scales", "pipeline", "registry", "recipe"},
+    "legality": {"errors", "legality_eviction", "legality_facts", "legality_heads", "legality_scales", "pipeline"}
+    | {"registry", "recipe"},
+    "legality_eviction": {"legality_facts", "passes"},
     "legality_heads": {"legality_facts", "nn", "passes"},
     "legality_scales": {"ir", "legality_facts", "passes", "tensor"},
     "legality_facts": {"cache", "errors", "formats", "ir", "nn", "passes", "pipeline", "registry", "tensor"},
@@ -114,6 +117,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "conversation": {"compaction", "engine", "errors", "generate", "tokenizer"},
     "grammar": {"errors", "tokenizer"},
     "evaluate": {"errors"},
+    "evaluate_paged": {"cache", "engine", "errors", "evaluate"},
     "compilation_cache": set(),
     "serve": {"compaction", "errors", "engine", "generate", "grammar", "tokenizer"},
     # What sees everything.
@@ -139,7 +143,23 @@ COMMAND_LINE = {
 
 NAMELESS = [*sorted((ROOT / "optx" / "engine").glob("*.py")), ROOT / "optx" / "lower.py", ROOT / "optx" / "pipeline.py"]
 TECHNIQUES = {
-    *("gqa", "mqa", "mla", "mamba", "mamba2", "ssm", "moe", "gdn", "nsa", "kivi", "snapkv", "h2o", "quest"),
+    *(
+        "gqa",
+        "mqa",
+        "mla",
+        "mamba",
+        "mamba2",
+        "ssm",
+        "moe",
+        "gdn",
+        "nsa",
+        "kivi",
+        "snapkv",
+        "h2o",
+        "quest",
+        "tova",
+        "kvzip",
+    ),
     *("streamingllm", "awq", "gptq", "quarot", "sliding", "quantize", "quantized", "fused", "eagle", "medusa"),
 }
 
@@ -222,7 +242,7 @@ def test_the_engine_knows_neither_parts_nor_passes():
         if name not in seen:
             seen.add(name)
             todo += imports(name)
-    assert {room(name) for name in seen} <= LEAVES | {"engine", "ggml", "hadamard", "ragged"}
+    assert {room(name) for name in seen} <= LEAVES | {"engine", "eviction", "ggml", "hadamard"}
 
 
 def test_imports_make_no_circle():

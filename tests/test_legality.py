@@ -13,6 +13,7 @@ from optx.errors import LegalityError
 from optx.formats import Int
 from optx.nn import MLA, Attention, Mamba2, Rope
 from optx.nn.moe import Experts, MoE, Router
+from optx.passes.evict_kv import EvictKV
 from optx.passes.kivi import Kivi
 from optx.passes.quantize_activations import QuantizeActivations
 from optx.passes.quantize_kv import QuantizeKV
@@ -123,6 +124,21 @@ def kv(format="int8"):
     return Recipe(cache=[QuantizeKV(format=format)])
 
 
+NO_SINKS = {"policy": "streaming_llm", "budget": 8, "sinks": 0}
+
+
+def evicted(**options):
+    return Recipe(cache=[EvictKV(**({"policy": "h2o", "budget": 8} | options))])
+
+
+def repeated(**options):
+    return Recipe(cache=[EvictKV(policy="kvzip", ratio=0.5, **options)])
+
+
+def sink_logits():
+    return with_mixers(with_sink_logits)
+
+
 # (fact, model, recipe, path at which it holds, or None where it does not)
 def rotated(**options):
     return Recipe(fold=[Rotate(**options)])
@@ -177,6 +193,21 @@ CASES = [
     ("window_without_sinks", lambda: with_mixers(with_sink_logits), window(sinks=0), None),
     ("window_over_shared_cache", shared, window(layers=(0,)), "layers/1/mixer"),
     ("window_over_shared_cache", shared, window(), None),
+    ("no_token_cache", mamba, evicted(), "layers/0/mixer"),
+    ("latents_alone", latents, evicted(), "layers/0/mixer"),
+    ("evict_under_windows", lambda: window_of(6), evicted(), "layers/0/mixer"),
+    ("evict_under_windows", lambda: families.abstract("gemma3"), evicted(), None),  # one layer is global
+    ("evict_over_shared_cache", shared, evicted(match="layers/0/.*"), "layers/1/mixer"),
+    ("evict_over_shared_cache", shared, evicted(), None),
+    ("stream_without_sinks", llama, evicted(**NO_SINKS), "layers/0/mixer"),
+    ("stream_without_sinks", llama, evicted(**NO_SINKS | {"sinks": 1}), None),
+    ("stream_without_sinks", llama, evicted(), None),  # heavy hitters are kept by attention
+    ("stream_without_sinks", sink_logits, evicted(**NO_SINKS), None),
+    ("repetition_cannot_step_back", families.hybrid, repeated(match="layers/0/.*|layers/4/.*"), "layers/1/mixer"),
+    ("repetition_cannot_step_back", lambda: families.abstract("gemma3"), repeated(), "layers/0/mixer"),
+    ("repetition_cannot_step_back", llama, repeated(match="layers/1/.*"), "layers/0/mixer"),
+    ("repetition_cannot_step_back", llama, repeated(), None),
+    ("repetition_cannot_step_back", lambda: families.abstract("gemma3"), evicted(), None),  # feeds nothing again
     ("k_bias_low_bit_kv", lambda: llama(attention_bias=True), kv("int4"), "layers/0/mixer"),
     ("k_bias_low_bit_kv", lambda: llama(attention_bias=True), kv("fp8_e4m3"), None),
     ("k_bias_low_bit_kv", llama, kv("int4"), None),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,6 +10,7 @@ import jax
 from tqdm import tqdm
 
 from optx.cache import Layout
+from optx.engine.compaction import Compaction, check_eviction, table_for
 from optx.engine.constraint import Constraint
 from optx.engine.drafting import with_drafter
 from optx.engine.memory import page_bytes, pages_by_group
@@ -62,11 +64,17 @@ class Engine:
     One thread owns it: nothing here locks.
     """
 
-    def __init__(self, program: Program, options: EngineOptions = EngineOptions(), eos_ids: Sequence[int] = ()):
+    def __init__(
+        self, program: Program, options: EngineOptions = EngineOptions(), eos_ids: Sequence[int] = (),
+        encode: Callable[[str], list[int]] | None = None,
+    ):  # fmt: skip
+        """encode: text to token ids, for policies of eviction that say something to the model; None: they say nothing."""
         self.options = options
         program, share = with_drafter(program, options.speculate)
+        check_eviction(program.plan, options)
         self.eos_ids = frozenset(eos_ids)
-        self.context = min(options.context or program.context, program.context)
+        most = sys.maxsize if program.plan.endless else program.context
+        self.context = min(options.context or program.context, most)
         self._vocab = program.vocab
         host_only = jax.default_backend() == "cpu"
         alone = options.batch_invariant
@@ -81,7 +89,7 @@ class Engine:
             table.make_room = functools.partial(self.prefix.make_room, group)
         self.scheduler = Scheduler(
             tables=self._tables, prefix=self.prefix, rows=options.rows, budget=options.chunks[-1], ticks=self._ticks,
-            mixed=self._mixed, alone=alone,
+            mixed=self._mixed, alone=alone, encode=encode,
         )  # fmt: skip
         self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
         self._landed = 0.0
@@ -109,7 +117,7 @@ class Engine:
         widths = [PageTable.width_for(spec, self.context, longest, size) for spec in specs]
         pools = [PagePool(pages) for pages in pages_by_group(program.plan, widths, self.options)]
         return [
-            PageTable(spec, pool, rows=rows, width=width, page_size=size)
+            table_for(spec, pool, rows=rows, width=width, page_size=size)
             for spec, pool, width in zip(specs, pools, widths, strict=True)
         ]
 
@@ -190,12 +198,18 @@ class Engine:
         if sampling.max_tokens > room:
             sampling = dataclasses.replace(sampling, max_tokens=room)
         for table in self._tables:
-            pages = min(-(-(len(prompt) + sampling.max_tokens) // table.page_size), table.width)
+            most = table.most(len(prompt), len(prompt) + sampling.max_tokens)
+            pages = min(-(-most // table.page_size), table.width)
             if pages > table.pool.pages:
                 raise RequestError(
                     f"prompt and answer may take {pages} cache pages of {table.page_size} tokens and the cache has "
                     f"{table.pool.pages}; lower max_tokens or make more pages"
                 )
+        if sampling.penalized and any(table.policy is not None and table.policy.replays for table in self._tables):
+            raise RequestError(
+                "penalties count the tokens of an answer, and this cache feeds a prompt again before it is compacted; leave "
+                "out repetition_penalty, presence_penalty and frequency_penalty"
+            )
         constraint = None if sampling.grammar is None else Constraint(sampling.grammar, self._vocab)
         stops = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
         return Request(
@@ -272,6 +286,9 @@ class Engine:
             self._stepper(tick, way)
         if self.options.rows > 1:
             self._stepper.copy(0, 1, [(range(0), range(0))] * len(self._tables))
+        for group, table in enumerate(self._tables):
+            if table.policy is not None:
+                self._stepper.compact(Compaction(group=group, table=table.table[0], length=0, keep=0))
 
     def recover(self) -> list[Request]:
         """After a `step` that raised: running requests end with "error", their caches and the prefix cache are made anew;
@@ -284,6 +301,8 @@ class Engine:
         return lost
 
     def _launch(self, plan: Plan) -> Flight:
+        for compaction in plan.compactions:
+            self._stepper.compact(compaction)
         for copy in plan.copies:
             self._stepper.copy(copy.source, copy.target, copy.slots)
         way, began, programs = self._way(plan), time.perf_counter(), self.compiles

@@ -76,7 +76,7 @@ class PageTable:
 
     def __init__(self, spec: CacheSpec, pool: PagePool, *, rows: int, width: int, page_size: int):
         self.pool, self.page_size, self.width = pool, page_size, width
-        self.window, self.sinks = spec.window, spec.sinks
+        self.window, self.sinks, self.policy = spec.window, spec.sinks, spec.evict
         self.make_room: Callable[[int], None] | None = None  # asked for so many free pages before some are taken
         self.table = np.zeros((rows, width), np.int32)
         self.lengths = np.zeros(rows, np.int32)  # slots in use in the row's listing
@@ -87,10 +87,18 @@ class PageTable:
     @staticmethod
     def width_for(spec: CacheSpec, context: int, chunk: int, page_size: int) -> int:
         """Pages that one row can list at once, `chunk` new tokens included."""
+        whole = -(-(context if spec.evict is None else spec.evict.most(context, context)) // page_size)
         if spec.window is None:
-            return -(-context // page_size)
-        whole = -(-context // page_size)
+            return whole
         return min(whole, -(-spec.sinks // page_size) + -(-(spec.window + chunk) // page_size) + 1)
+
+    def room(self, row: int, prompt: int) -> int | None:
+        """Tokens that a row with a prompt of so many takes before it is compacted: 0, now; None: any number."""
+        return None
+
+    def most(self, prompt: int, tokens: int) -> int:
+        """Tokens that a row with a prompt of so many lists at most until it has seen `tokens`, but for a window."""
+        return tokens
 
     def pages_of(self, row: int) -> int:
         return -(-int(self.lengths[row]) // self.page_size)

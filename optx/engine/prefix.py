@@ -32,6 +32,8 @@ def refusal(plan: CachePlan) -> str | None:
     """Why prefixes of such a model are not shared, or None."""
     if any(spec is not None and not spec.holds_tokens for spec in plan.specs):
         return "layers with a state keep it for their last token alone, so a prefix has none to go on from"
+    if any(spec.evict is not None for spec in plan.groups):
+        return "layers throw cached tokens away, and what is left of a prefix depends on what came after it"
     if not plan.keys:
         return "no layer keeps tokens"
     return None

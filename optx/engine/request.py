@@ -145,6 +145,10 @@ class Request:
     shared: int = 0  # pages found in the prefix cache, and in use, when it was admitted
     leader: "Request | None" = None  # the request whose prompt it will fork
     followers: list["Request"] = dataclasses.field(default_factory=list)  # requests that will fork its prompt
+    replay: list[list[int]] | None = (
+        None  # parts of its prompt to be fed again before it is compacted; None: not asked yet
+    )
+    replayed: int = 0  # tokens of the first of these that were
     way: Way = "greedy"  # what the programs that compute its tokens must be able to do
     penalized: bool = False  # must meet its whole prompt: takes nothing from the prefix cache
 

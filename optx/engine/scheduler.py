@@ -9,11 +9,12 @@ the order of their plans, so a page may go to its next owner at once: what an ea
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from optx.engine.compaction import Compaction, Compactor
 from optx.engine.pages import PageTable
 from optx.engine.prefix import PrefixCache
 from optx.engine.queue import WaitingQueue
@@ -42,11 +43,12 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One dispatch. Copies come first."""
+    """One dispatch. Compactions and copies come first."""
 
     parts: tuple[Part, ...]  # by row
     writes: tuple[np.ndarray, ...]  # by group: flat slots of the tokens, part after part; of one token each in rounds
     copies: tuple[Copy, ...]
+    compactions: tuple[Compaction, ...]
     ticks: int  # of one token a row each; 1 with prompt tokens
     chunk: bool  # there are prompt tokens
     mixed: bool  # they lie among the other rows' tokens; else they are those of one row
@@ -71,16 +73,18 @@ class Scheduler:
         ticks: int,
         mixed: bool,
         alone: bool = False,
+        encode: Callable[[str], list[int]] | None = None,
     ):
         """budget: tokens a tick. ticks: decode ticks a dispatch while nothing waits. mixed: prompts and decodes in one tick;
         else a prompt's chunk alone, and after a budget of prompt tokens a decode tick. alone: a request has pages for its whole
-        answer when it gets a row, and computes its prompt itself."""
+        answer when it gets a row, and computes its prompt itself. encode: text to token ids."""
         self.tables, self.prefix = list(tables), prefix
         self.budget, self.ticks, self.mixed, self.alone = budget, ticks, mixed, alone
         self.speculator: Speculator | None = None
         self.rows: list[Request | None] = [None] * rows
         self.waiting = WaitingQueue()
         self.preemptions = 0
+        self.compactor = Compactor(self.tables, encode)
         self._copies: list[Copy] = []
         self._read = 0  # prompt tokens since the last decode tick
 
@@ -95,7 +99,7 @@ class Scheduler:
     def add(self, requests: Sequence[Request]) -> None:
         """Queues one request, or several with the same prompt: the first computes it and the others fork."""
         first, *others = requests
-        if others and len(first.prompt) > 1 and not self.alone:
+        if others and len(first.prompt) > 1 and not self.alone and not self.compactor:
             first.followers = others
             for other in others:
                 other.leader = first
@@ -114,6 +118,7 @@ class Scheduler:
         if not settled and any(request.constraint and request.pending for request in self.running):
             return None  # which tokens it may choose next depends on the one under way
         self._admit()
+        self.compactor.plan(self.running)
         while True:
             self._fork()
             wanted, chunk = self._choose()
@@ -153,6 +158,7 @@ class Scheduler:
         if self.prefix is not None:
             self.prefix.clear()
         self._copies.clear()
+        self.compactor.take()
         return lost
 
     # Admission.
@@ -197,7 +203,7 @@ class Scheduler:
     def _owed(self, table: PageTable, request: Request) -> int:
         """Pages that it lacks to hold its known tokens and the next, or (`alone`) its whole answer."""
         most = request.tokens + (request.left if self.alone else 1)
-        whole = min(-(-most // table.page_size), table.width)
+        whole = min(-(-table.most(len(request.prompt), most) // table.page_size), table.width)
         held = table.pages_of(request.row) if request.row >= 0 else 0
         return max(0, whole - (held or (request.shared if table.window is None else 0)))
 
@@ -227,8 +233,8 @@ class Scheduler:
         for request in self.running:
             if request.left <= 0 or request.leader is not None:
                 continue  # its last token is under way; it waits for its leader
-            last = request.drawn or request.computed == request.tokens - 1
-            (decoding if last and not request.followers else reading).append(request)
+            last = request.drawn or (request.computed == request.tokens - 1 and not self.compactor)
+            (decoding if last and not request.followers and not request.replay else reading).append(request)
         reading.sort(key=lambda request: request.rank)
         if not reading or (not self.mixed and decoding and self._read >= self.budget):
             return dict.fromkeys(decoding, 1), False
@@ -237,7 +243,8 @@ class Scheduler:
         for request in reading if self.mixed else reading[:1]:
             if room > 0:
                 self._adopt(request)
-                count = min(self._goal(request) - request.computed, room)
+                left = self._goal(request) - request.computed if not request.replay else room
+                count = min(left, room, self.compactor.room(request))
                 wanted |= {request: count} if count else {}
                 room -= count
         if len(wanted) > (len(decoding) if self.mixed else 0):
@@ -268,7 +275,8 @@ class Scheduler:
 
     def _counts(self, wanted: dict[Request, int], ticks: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.array([request.row for request in wanted])
-        return rows, np.array([min(ticks, r.left) if ticks > 1 else count for r, count in wanted.items()])
+        counts = [min(ticks, r.left, self.compactor.room(r)) if ticks > 1 else count for r, count in wanted.items()]
+        return rows, np.array(counts)
 
     def _short(self, wanted: dict[Request, int], ticks: int) -> bool:
         """Whether the pools cannot give what the tokens need."""
@@ -292,6 +300,9 @@ class Scheduler:
         writes = tuple(table.append_rows(rows, counts) for table in self.tables)
         parts = []
         for (request, count), slots in zip(wanted.items(), counts.tolist(), strict=True):
+            if request.replay:
+                parts.append(self._again(request, count))
+                continue
             start, end = request.computed, request.computed + count
             tokens = [-1] if request.drawn else request.known(start, end)
             draws = request.drawn or end >= request.tokens
@@ -309,9 +320,17 @@ class Scheduler:
             self.speculator.decided()
         copies, self._copies = tuple(self._copies), []
         return Plan(
-            parts=tuple(parts), writes=writes, copies=copies, ticks=ticks, chunk=chunk, mixed=chunk and self.mixed,
-            width=self.speculator.width if drafts else 1,
+            parts=tuple(parts), writes=writes, copies=copies, compactions=self.compactor.take(), ticks=ticks, chunk=chunk,
+            mixed=chunk and self.mixed, width=self.speculator.width if drafts else 1,
         )  # fmt: skip
+
+    def _again(self, request: Request, count: int) -> Part:
+        """The next `count` tokens of its prompt that it is fed again, behind those computed."""
+        done = request.replayed
+        request.replayed += count
+        self._read += count
+        tokens = request.replay[0][done : request.replayed]
+        return Part(request=request, row=request.row, start=request.computed + done, tokens=tokens, rounds=0)
 
     def settle(self, part: Part, kept: int) -> None:
         """Of the tokens that a row computed with drafts, `kept` stand; the caches step back over the others."""
@@ -331,6 +350,7 @@ class Scheduler:
         request.preemptions += request.computed > 0
         self.preemptions += request.computed > 0
         request.row, request.computed, request.drawn = -1, 0, False
+        request.replay, request.replayed = None, 0
         self._name_pages(request)
         self.waiting.add(request)
 

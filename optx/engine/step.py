@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.cache import Address, CachePlan, Caches, Layout, Ragged
+from optx.engine.compaction import Compaction, compact
 from optx.engine.drafting import Drafted, Models, propose
 from optx.engine.sampling import KNOBS, Chosen, Way, choose, mark
 from optx.engine.speculation import verify
@@ -125,11 +126,15 @@ class Stepper:
         # By shapes, ticks and way of choosing: static arguments would cost more a call.
         self._ticks: dict[tuple, Callable] = {}
         self._copy = jax.jit(functools.partial(_copy, program.plan, self._treedef), donate_argnums=(0, 1))
+        self._compact = [
+            jax.jit(functools.partial(compact, program.plan, self._treedef, group), donate_argnums=0)
+            for group in range(len(program.plan.keys))
+        ]
 
     @property
     def compiles(self) -> int:
         """Programs compiled so far."""
-        return sum(program._cache_size() for program in (*self._ticks.values(), self._copy))
+        return sum(program._cache_size() for program in (*self._ticks.values(), self._copy, *self._compact))
 
     @property
     def caches(self) -> Caches:
@@ -206,6 +211,11 @@ class Stepper:
         ends = np.array([[source], [target]], np.int32)
         self._caches, self._state = self._copy(self._caches, self._state, moves, ends)
 
+    def compact(self, compaction: Compaction) -> None:
+        """A row keeps what the policy of its group chooses."""
+        numbers = np.int32(compaction.length), np.int32(compaction.keep)
+        self._caches = self._compact[compaction.group](self._caches, compaction.table, *numbers)
+
 
 def _copy(plan: CachePlan, treedef, caches, rows, moves, ends):
     caches = jax.tree.unflatten(treedef, caches)
@@ -272,7 +282,13 @@ def _tick(model, treedef, tick: Tick, mixed: bool, way: Way, i, live, caches, ro
     given = (tick.tokens >= 0) & (i == 0)
     tokens = jnp.where(real, jnp.where(given, tick.tokens, held), 0)
     lengths = tuple(length + jnp.where(live, i, 0) for length in tick.lengths)
-    address = Address(tables=tick.tables, lengths=lengths, writes=tuple(w[i] for w in tick.writes), slots=tick.slots)
+    address = Address(
+        tables=tick.tables,
+        lengths=lengths,
+        writes=tuple(w[i] for w in tick.writes),
+        slots=tick.slots,
+        prompts=tick.prompts,
+    )
     hidden, caches, _ = model.backbone(tokens, ragged, caches, address)
     if isinstance(model, Models):
         caches = model.follow(tokens, hidden, rows.hidden, ragged, caches, address)

@@ -1,5 +1,6 @@
 """Attention with any ratio of query to kv heads (MHA, GQA, MQA), windows, softcap, query/key norms, shared caches."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optx import near
-from optx.cache import NEAR, CacheSpec, Ragged, Stream, View
+from optx.cache import NEAR, RECORDED, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
 from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
+from optx.nn.evicting import record, scores_asked, scoring
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask, merge, with_bias
 from optx.pallas.dispatch import OpChoice, OpSite
@@ -45,38 +47,42 @@ def over_parts(spec: CacheSpec, attend, sink_logits=None) -> jax.Array:
     return merge((body, attend(NEAR, mask=exact)))[0]
 
 
-def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, **kwargs) -> tuple[jax.Array, jax.Array]:
-    """Attention of q [T, N, H] over cached tokens -> (out [T, N, Hv], lse [T, N]); few tokens a row take the op that is made for
-    them, also beside chunks of prompts: one op's kernel reads pages at the speed of memory, the other's multiplies."""
+def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, *, chunked: bool = False, **kwargs):
+    """Attention of q [T, N, H] over cached tokens -> (out [T, N, Hv], lse [T, N], scores float32[B, S, K] where asked for); few
+    tokens a row take the op that is made for them, also beside chunks of prompts: one op's kernel reads pages at the speed of
+    memory, the other's multiplies. chunked: all take the other."""
     kwargs |= {"positions": view.positions, "table": view.table, "lengths": view.lengths}
 
     def decode(q, asked, **more):
-        return dispatch.call("paged_decode", choices, q, k_pool, v_pool, q_positions=asked, **kwargs | more)[:2]
+        return dispatch.call("paged_decode", choices, q, k_pool, v_pool, q_positions=asked, **kwargs | more)
 
-    if ragged.rectangular and ragged.longest <= DECODE:
+    if ragged.rectangular and ragged.longest <= DECODE and not chunked:
         asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
-        return jax.tree.map(ragged.unpad, decode(ragged.pad(q), asked))
+        out, lse, scores = decode(ragged.pad(q), asked)
+        return ragged.unpad(out), ragged.unpad(lse), scores
 
     def chunks(ragged):
-        return dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs)[:2]
+        return dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs)
 
-    if ragged.rectangular:
+    if ragged.rectangular or chunked:
         return chunks(ragged)
     single = ragged.counts == 1
     first = jnp.minimum(ragged.starts, q.shape[0] - 1)
     asked = jnp.where(single, ragged.positions[first], -1)
-    few = decode(q[first][:, None], asked[:, None], lengths=jnp.where(single, view.lengths, 0))
+    *few, of_few = decode(q[first][:, None], asked[:, None], lengths=jnp.where(single, view.lengths, 0))
+    *many, of_many = chunks(ragged.without(single))
     row = jnp.minimum(ragged.rows, ragged.batch - 1)
 
     def joined(few, many):
         return jnp.where(jnp.expand_dims(single[row], tuple(range(1, many.ndim))), few[row, 0], many)
 
-    return jax.tree.map(joined, tuple(few), tuple(chunks(ragged.without(single))))
+    return *jax.tree.map(joined, few, many), None if of_few is None else of_few + of_many
 
 
 def attention_sites(facts: Mapping[str, Any], expanded: Mapping[str, Any] | None = None) -> tuple[OpSite, ...]:
     """The calls of a layer: over its cache, and (`expanded`: what differs there) inside self-contained sequences."""
-    over_cache = tuple(OpSite(op=op, args=facts) for op in ("ragged_paged_attention", "paged_decode"))
+    asked = {op: scores_asked(facts["cache"], op) for op in ("ragged_paged_attention", "paged_decode")}
+    over_cache = tuple(OpSite(op=op, args={**facts, **more}) for op, more in asked.items())
     return (OpSite(op="flash_attention", args={**facts, **(expanded or {})}), *over_cache)
 
 
@@ -140,43 +146,61 @@ class Attention(nnx.Module):
     def mask(self) -> Mask:
         return mask_of(self.cache)
 
+    @property
+    def early(self) -> Rope | None:
+        """What keys are rotated by before they are stored."""
+        return self.rope if self.cache.rotated else None
+
     def __call__(self, x: jax.Array, ragged: Ragged, view: View | None):
         """x [T, D] -> (y [T, D], the layer's pool or, without caches, the keys and values that later layers share)."""
         q, k, v = self.heads_of(x)
         q, gate = (q, None) if self.gate is None else jnp.split(q, 2, axis=-1)
         cached = view is not None and view.writes is not None
+        asked = ragged.in_slots(view.lengths[0]) if cached and self.cache.evict is not None else ragged
+        late = None if self.cache.rotated else self.rope  # of keys: where they are read
+        turned = ragged.positions if late is None else asked.positions
         q_norm, k_norm = self._norms()
         if self.v_scale is not None:
             q, k, v = separate(q, k, v, self.cache)
             v = v / self.v_scale.get_value().astype(v.dtype)[:, None]
         if self.cache.share is not None:
-            q, pool = rotate(q, q_norm, self.rope, ragged.positions), view.pool
+            q, pool = rotate(q, q_norm, self.rope, turned), view.pool
         elif cached:
+            own = {name: x for name, x in view.pool.items() if name != RECORDED}
             kwargs = {"positions": ragged.positions, "writes": view.writes, "spec": self.cache}
-            kwargs |= {"rope": self.rope, "q_norm": q_norm, "k_norm": k_norm}
+            kwargs |= {"rope": self.early, "q_norm": q_norm, "k_norm": k_norm}
             kwargs |= {} if self.cache.near is None else {"view": view, "ragged": ragged}
-            q, pool = dispatch.call("rotate_append", self.choices, q, k, v, view.pool, **kwargs)
+            q, own = dispatch.call("rotate_append", self.choices, q, k, v, own, **kwargs)
+            q, pool = rotate(q, None, late, turned), view.pool | own
         else:
             q, k, v = separate(q, k, v, self.cache)
-            k, q = (rotate(y, norm, self.rope, ragged.positions) for y, norm in ((k, k_norm), (q, q_norm)))
+            k, q = rotate(k, k_norm, self.early, turned), rotate(q, q_norm, self.rope, turned)
             pool = near.as_stored(self.cache, {"k": k, "v": v}, ragged)
-
-        bias = self._bias_of_keys()
-
-        def attend(prefix, **kwargs):
-            kwargs |= {"scale": self.scale, "softcap": self.softcap}
-            k, v = pool[prefix + "k"], pool[prefix + "v"]
-            if cached:
-                return attend_cached(self.choices, q, k, v, ragged, view.near if prefix else view, **kwargs, **bias)
-            k = with_bias(k[None], ragged.positions[None, None], **bias)[0] if bias else k
-            args = (ragged.pad(x) for x in (q, k, v))
-            out, lse, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
-            return ragged.unpad(out), ragged.unpad(lse)
-
+            pool["k"] = rotate(pool["k"], None, late, turned)
+        attend = functools.partial(self._attend, q, pool, asked if cached else ragged, view if cached else None)
+        scores: list[jax.Array] = []  # of the queries, where a policy of eviction asks for them
+        if cached:
+            more = scoring(self.cache, ragged, view) | ({} if late is None else {"key_rope": late})
+            attend = functools.partial(attend, scores=scores, **more)
         out = over_parts(self.cache, attend, None if self.sinks is None else self.sinks.get_value())
+        pool = record(self.cache, pool, scores[0], ragged, view) if scores else pool
         out = out if self.v_scale is None else out * self._by_head(self.v_scale, out.dtype)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(x.shape[0], -1)), pool
+
+    def _attend(self, q, pool, ragged: Ragged, view: View | None, prefix, *, scores: list | None = None, **kwargs):
+        """Over the streams of the pool whose names begin with prefix -> (out, lse); what is scored is appended to `scores`."""
+        kwargs |= {"scale": self.scale, "softcap": self.softcap}
+        k, v, bias = pool[prefix + "k"], pool[prefix + "v"], self._bias_of_keys()
+        if view is not None:
+            where = view.near if prefix else view
+            *found, scored = attend_cached(self.choices, q, k, v, ragged, where, **kwargs, **bias)
+            scores += [] if scored is None else [scored]
+            return found
+        k = with_bias(k[None], ragged.positions[None, None], **bias)[0] if bias else k
+        args = (ragged.pad(x) for x in (q, k, v))
+        out, lse, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
+        return ragged.unpad(out), ragged.unpad(lse)
 
     def _norms(self):
         """What queries and keys go through before their rotation, with which a scale of stored keys commutes."""
@@ -237,11 +261,12 @@ class Attention(nnx.Module):
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
             "key_bias": self.key_bias is not None,
+            "key_rope": not self.cache.rotated and self.rope is not None,
         }
         flash, *over_cache = attention_sites(facts)
         if self.cache.share is not None:
             return (flash, *over_cache)
-        parts = {"rope": self.rope, "q_norm": self.q_norm, "k_norm": self.k_norm}
+        parts = {"rope": self.early, "q_norm": self.q_norm, "k_norm": self.k_norm}
         return (flash, OpSite(op="rotate_append", args={**facts, **parts}), *over_cache)
 
 

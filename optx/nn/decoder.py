@@ -139,7 +139,7 @@ class CausalLM(nnx.Module):
         plan = self.cache_plan()
         x, y = self.embed(tokens), None
         if caches is not None:
-            caches = _append_positions(caches, address, ragged)
+            caches = _append_positions(plan, caches, address, ragged)
         pools: list = []
         tapped = []
         for i, layer in enumerate(self.layers):
@@ -171,8 +171,11 @@ class CausalLM(nnx.Module):
         return self.head(hidden).reshape(batch, length, -1)
 
 
-def _append_positions(caches: Caches, address: Address, ragged: Ragged) -> Caches:
-    positions = tuple(
-        store_tokens(p, ragged.positions, writes) for p, writes in zip(caches.positions, address.writes, strict=True)
+def _append_positions(plan: CachePlan, caches: Caches, address: Address, ragged: Ragged) -> Caches:
+    """Of what may be evicted, masks compare slots."""
+    at = (
+        ragged.positions if spec.evict is None else ragged.in_slots(lengths[0]).positions
+        for spec, lengths in zip(plan.groups, address.lengths, strict=True)
     )
-    return Caches(layers=caches.layers, positions=positions)
+    stored = (store_tokens(*each) for each in zip(caches.positions, at, address.writes, strict=True))
+    return Caches(layers=caches.layers, positions=tuple(stored))

@@ -84,9 +84,8 @@ class MLA(nnx.Module):
 
             def attend(prefix, mask):
                 where = view.near if prefix else view
-                return attend_cached(
-                    self.choices, q, pages[prefix + "latent"], None, ragged, where, mask=mask, **kwargs
-                )
+                args = (self.choices, q, pages[prefix + "latent"], None, ragged, where)
+                return attend_cached(*args, mask=mask, **kwargs)[:2]
 
             out = over_parts(self.cache, attend)
         out = jnp.einsum("tnr,rnh->tnh", out, up_v)

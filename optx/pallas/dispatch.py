@@ -60,6 +60,7 @@ class Row:
     order: str = "any"  # of sums: "batch", it depends on other sequences; "own", never, and slower: for batch_invariant
     optional: bool = False  # True: `require` does not insist on it, as the rows after it are as good where it declines
     verified: bool = True  # False: its cases have not all run on the device; chosen only where a recipe requires it
+    lacks: tuple[str, ...] = ()  # facts of a site, keys of LACKS, that it declines
 
     @property
     def name(self) -> str:
@@ -83,6 +84,8 @@ class Row:
         if platform != target.platform or self.arch not in ("any", target.arch, target.platform):
             mine = self.arch if platform == target.platform or self.arch != "any" else platform
             return f"is for {mine}, not {target.platform if target.arch == 'any' else target.arch}"
+        if missing := [LACKS[fact] for fact in self.lacks if args.get(fact)]:
+            return missing[0]
         asked = getattr(self.code, "supports", None)
         return asked(args, target) if asked else None
 
@@ -92,6 +95,14 @@ def _name(row: Row | OpChoice) -> str:
 
 
 _GPU, _TPU = "mosaic_gpu", "mosaic_tpu"
+
+# What eviction asks of attention over pages, and what a row says that does not do it.
+LACKS = {
+    "want_scores": "returns no attention by slot, which the policy of eviction records",
+    "score_rule": "sums the attention of all queries by slot, and the policy of eviction counts some or takes the largest",
+    "key_rope": "reads keys as they are stored, and these are rotated by their slot when they are read",
+}
+_PLAIN, _SUMS = tuple(LACKS), ("score_rule", "key_rope")
 
 # Best first; the last row of an op is its reference and takes everything.
 ROWS: tuple[Row, ...] = (
@@ -104,6 +115,7 @@ ROWS: tuple[Row, ...] = (
         arch="sm90",
         module="ragged_paged_attention.mosaic_gpu_sm90",
         order="batch",
+        lacks=_PLAIN,
     ),
     Row(
         op="ragged_paged_attention",
@@ -112,6 +124,7 @@ ROWS: tuple[Row, ...] = (
         variant="whole",
         module="ragged_paged_attention.whole_sm90",
         order="own",
+        lacks=_PLAIN,
     ),
     Row(
         op="ragged_paged_attention",
@@ -120,10 +133,13 @@ ROWS: tuple[Row, ...] = (
         variant="latent",
         module="mla.mosaic_gpu_sm90",
         order="batch",
+        lacks=_PLAIN,
     ),
-    Row(op="ragged_paged_attention", backend=_TPU, module="ragged_paged_attention.mosaic_tpu"),
+    Row(op="ragged_paged_attention", backend=_TPU, module="ragged_paged_attention.mosaic_tpu", lacks=_PLAIN),
     Row(op="ragged_paged_attention", backend="xla", module="attention.reference"),
-    Row(op="paged_decode", backend=_GPU, arch="sm90", module="paged_decode.mosaic_gpu_sm90", order="batch"),
+    Row(
+        op="paged_decode", backend=_GPU, arch="sm90", module="paged_decode.mosaic_gpu_sm90", order="batch", lacks=_SUMS
+    ),
     Row(
         op="paged_decode",
         backend=_GPU,
@@ -131,9 +147,18 @@ ROWS: tuple[Row, ...] = (
         variant="whole",
         module="ragged_paged_attention.whole_sm90",
         order="own",
+        lacks=_PLAIN,
     ),
-    Row(op="paged_decode", backend=_GPU, arch="sm90", variant="latent", module="mla.mosaic_gpu_sm90", order="batch"),
-    Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu"),
+    Row(
+        op="paged_decode",
+        backend=_GPU,
+        arch="sm90",
+        variant="latent",
+        module="mla.mosaic_gpu_sm90",
+        order="batch",
+        lacks=_PLAIN,
+    ),
+    Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu", lacks=_PLAIN),
     Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
     Row(op="indexed_attention", backend="xla", module="indexed_attention.reference"),
     Row(op="matmul", backend=_GPU, arch="sm90", module="matmul.mosaic_gpu_sm90", optional=True),

@@ -3,6 +3,7 @@
 from optx import registry
 from optx.passes import (
     awq,
+    evict_kv,
     fuse_projections,
     gptq,
     kivi,
@@ -34,6 +35,7 @@ ORDER = (
     quantize_weights,  # weights: bits
     quantize_activations,  # weights: bits of what meets them
     lossless,  # weights: the same numbers in fewer bits
+    evict_kv,  # cache: tokens thrown away
     quantize_kv,  # cache: bits
     kivi,  # cache: bits, keys by channel
     fuse_projections,  # lower: layout

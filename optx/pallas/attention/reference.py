@@ -18,6 +18,10 @@ from optx.tensor import Tensor, dense
 
 CHUNK = 256  # queries a block: bounds the [N, Q, S] logits that XLA materialises
 QUERIES = 128  # the same over paged caches, where every block meets all listed pages
+REDUCE = {
+    "sum": (jnp.sum, jnp.add),
+    "max": (jnp.max, jnp.maximum),
+}  # of scores: inside a block of queries, of two blocks
 UNROLL = 8  # blocks up to which each gets its own program over the keys that it can see
 
 
@@ -55,12 +59,16 @@ class Mask:
         return min(first, length - 1), min(stop, length) if self.causal else length
 
 
-def attend(q, k, v, mask, *, scale, softcap=None, sink_logits=None, logit_scale=None, want_scores=False):
+def attend(
+    q, k, v, mask, *, scale, softcap=None, sink_logits=None, logit_scale=None, want_scores=False, score_reduce="sum",
+    score_weights=None,
+):  # fmt: skip
     """softmax(scale q k^T) v with a mask.
 
     q [B, Q, N, H], k [B, S, K, H], v [B, S, K, Hv], mask bool[B, 1 or K, Q, S]; softcap c: c tanh(x / c);
     sink_logits [N]: a logit a head that takes part in the sum and carries no value (gpt-oss);
-    logit_scale [B, S, K]: multiplies the logits of a cached token (MLA under QK-norm).
+    logit_scale [B, S, K]: multiplies the logits of a cached token (MLA under QK-norm); score_weights float32[B, Q]: of each
+    query in the scores.
     -> out [B, Q, N, Hv] in q's dtype, lse float32[B, Q, N], scores float32[B, S, K] or None.
     """
     b, queries, n, h = q.shape
@@ -84,7 +92,11 @@ def attend(q, k, v, mask, *, scale, softcap=None, sink_logits=None, logit_scale=
     total = jnp.sum(weights, axis=-1, keepdims=True)
     if sink_logits is not None:
         total = total + jnp.exp(sink - top)
-    scores = jnp.sum(weights / jnp.where(total > 0, total, 1), axis=(2, 3)) if want_scores else None
+    scores = None
+    if want_scores:
+        mass = weights / jnp.where(total > 0, total, 1)
+        mass = mass if score_weights is None else mass * score_weights[:, None, :, None, None]
+        scores = REDUCE[score_reduce][0](mass, axis=(2, 3))
     weights = weights.reshape(b, kv_heads, queries * group, -1)
     out = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     out = out.reshape(b, kv_heads, queries, group, -1) / jnp.where(total > 0, total, 1)
@@ -193,13 +205,19 @@ def paged_attention(
     want_scores=False,
     key_bias=None,
     rope=None,
+    score_reduce="sum",
+    score_weights=None,
+    prompts=None,
+    key_rope=None,
 ):
     """Attention of up to Q new tokens a row over its cached tokens, their own included (`paged_decode` where Q <= 8).
 
     q [B, Q, N, H]; pools [pages, K, P, H], dense or packed; v_pool None: values are the first `value_dim` numbers of
     the keys (MLA latents); logit_scale [pages, K, P]; positions int32[pages, P], ascending along a row's listing; table
     int32[G, B, pages]; lengths int32[G, B] cached slots; q_positions int32[B, Q], -1 where there is no query: a row's
-    queries are its newest slots; key_bias [K, H], rope: of keys that are stored without their bias (`with_bias`).
+    queries are its newest slots; key_bias [K, H], rope: of keys that are stored without their bias (`with_bias`); key_rope:
+    rotates keys by their cached positions, where they are stored before that (G = 1). score_weights (q_positions, prompts
+    int32[B]) -> float32[B, Q] and score_reduce ("sum", "max"): what scores are made of.
     -> (out [B, Q, N, Hv], lse, scores float32[B, S, K] by slot or None).
     """
     k = gather_pages(k_pool, table).astype(q.dtype)
@@ -210,6 +228,8 @@ def paged_attention(
     stored = jnp.arange(at.shape[-1]) < lengths[..., None]
     asked = q_positions[None, :, :, None]
     seen = mask(asked, at[:, :, None, :]) & (asked >= 0) & stored[:, :, None, :]
+    if key_rope is not None:
+        k = key_rope(k.reshape(-1, *k.shape[2:]), at[0].reshape(-1)).reshape(k.shape)
     if logit_scale is not None:
         logit_scale = gather_pages(logit_scale[..., None], table)[..., 0]
     # A slot past `lengths` may hold anything, NaN included: 0 * NaN must not reach the sum.
@@ -221,10 +241,14 @@ def paged_attention(
         "sink_logits": sink_logits,
         "logit_scale": logit_scale,
         "want_scores": want_scores,
+        "score_reduce": score_reduce,
     }
+    counted = jnp.ones(q_positions.shape) if score_weights is None else score_weights(q_positions, prompts)
     blocks = [slice(i, i + QUERIES) for i in range(0, q.shape[1], QUERIES)]
-    outs, lses, scores = zip(*(attend(q[:, at], k, v, seen[:, :, at], **kwargs) for at in blocks), strict=True)
-    total = functools.reduce(jnp.add, scores) if want_scores else None
+    outs, lses, scores = zip(
+        *(attend(q[:, at], k, v, seen[:, :, at], score_weights=counted[:, at], **kwargs) for at in blocks), strict=True
+    )
+    total = functools.reduce(REDUCE[score_reduce][1], scores) if want_scores else None
     return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1), total
 
 

@@ -1,0 +1,60 @@
+"""KVzip: the tokens that the model needs to say its context again."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from optx.errors import FormatError
+from optx.eviction.policy import Once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVzip(Once):
+    """Keeps, of a prompt, the tokens to which the model attends while it is fed the prompt again. Kim et al. 2025,
+    arXiv:2505.23416, section 3.
+
+    worth(s) = max over the queries of the repetition and the query heads of a kv head of their attention to s. Nothing that comes
+    after the prompt is asked, so that what is kept serves any question about it. Differs from the paper: the softmax is over the
+    whole prompt, as attention computes it anyway, not over a chunk of it; and heads keep equally many tokens.
+    """
+
+    recent: int = 16  # newest tokens of the prompt: where the answer begins
+    part: int = 2048  # tokens of the prompt that are fed again at a time, each time behind the whole prompt
+    instruction: str = "\n\nRepeat the previous context: "  # stands before each part, where the engine has a tokenizer
+
+    name: ClassVar[str] = "kvzip"
+    channels: ClassVar[int] = 1
+    reduce: ClassVar = "max"
+    by_query: ClassVar[bool] = False
+    replays: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.part < 1:
+            raise FormatError(f"{self.name}: part {self.part}; allowed: at least 1")
+
+    def end(self, prompt):
+        """All but the last token, which the answer begins from."""
+        return prompt - 1
+
+    def kept(self, prompt):
+        return min(super().kept(prompt), self.end(prompt))
+
+    def replay(self, before: list[int], prompt: list[int]) -> list[list[int]]:
+        """What is fed behind a prompt, dropped after each: the instruction `before` with a part of the prompt."""
+        return [[*before, *prompt[i : i + self.part]] for i in range(0, len(prompt), self.part)]
+
+    def most(self, prompt, tokens):
+        end = self.end(prompt)
+        fed = min(self.part, end) + len(self.instruction) if tokens >= end > self.kept(prompt) else 0
+        return max(super().most(prompt, tokens), end + fed)
+
+    def weigh(self, asked, prompts):
+        return (asked >= self.end(prompts)[:, None]).astype(jnp.float32)
+
+    def record(self, old, mass, queries):
+        return jnp.maximum(old, mass[..., None])
+
+    def worth(self, recorded, slots, length):
+        return recorded[..., 0]

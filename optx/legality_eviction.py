@@ -1,0 +1,80 @@
+"""What is known to break where cached tokens are thrown away: rows as in legality_facts.py."""
+
+from collections.abc import Sequence
+
+from flax import nnx
+
+from optx.legality_facts import Finding, Intent, StepFact, TreeFact
+from optx.passes.evict_kv import EvictKV
+
+
+def _windows_alone(intent: Intent) -> Sequence[Finding]:
+    windowed = [(path, attn.cache) for path, attn, _ in intent.sites if attn.cache.window is not None]
+    found = [Finding(path=path, got=str(cache)) for path, cache in windowed]
+    return found if len(found) == len(intent.sites) else []
+
+
+def _other_tokens_read(intent: Intent) -> Sequence[Finding]:
+    after = intent.applied()
+    readers = [(path, mixer.cache) for path, mixer in after.items() if mixer.cache.share is not None]
+    apart = [
+        (path, cache) for path, cache in readers if cache.evict != after[f"layers/{cache.share}/mixer"].cache.evict
+    ]
+    return [Finding(path=path, got=str(cache)) for path, cache in apart]
+
+
+def _mixers(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
+    return [(f"layers/{i}/mixer", layer.mixer) for i, layer in enumerate(model.layers) if layer.mixer is not None]
+
+
+def _first_tokens_lost(model: nnx.Module) -> Sequence[Finding]:
+    newest = [(p, m) for p, m in _mixers(model) if m.cache.evict is not None and m.cache.evict.reindexed]
+    return [Finding(path=p, got=str(m.cache)) for p, m in newest if not m.cache.evict.sinks and m.sinks is None]
+
+
+def _cannot_step_back(model: nnx.Module) -> Sequence[Finding]:
+    specs = [(path, mixer.cache) for path, mixer in _mixers(model)]
+    parts = {spec.evict.part for _, spec in specs if spec.evict is not None and spec.evict.replays}
+    apart = ((path, spec) for path, spec in specs if spec.evict is None or {spec.evict.part} != parts)
+    return [Finding(path=path, got=str(spec)) for path, spec in apart] if parts else []
+
+
+EVICTION_STEPS: tuple[StepFact, ...] = (
+    StepFact(
+        name="evict_under_windows",
+        of=(EvictKV,),
+        found=_windows_alone,
+        why="every layer that the pass takes keeps no more than its window already, so nothing would change",
+        fix="take the pass out of the recipe",
+        source="arithmetic: tokens that a window has passed are gone",
+        override=False,
+    ),
+    StepFact(
+        name="evict_over_shared_cache",
+        of=(EvictKV,),
+        found=_other_tokens_read,
+        why="the layer reads the cache of another, which would keep other tokens",
+        fix="give evict_kv one rule for both layers",
+        source="arithmetic: two layers read one page table, and one policy says what lies in it",
+        override=False,
+    ),
+)
+
+EVICTION_TREES: tuple[TreeFact, ...] = (
+    TreeFact(
+        name="stream_without_sinks",
+        found=_first_tokens_lost,
+        why="the first tokens are thrown away, on which heads trained with full attention put what they do not need",
+        fix="keep sinks: 4",
+        source="StreamingLLM, arXiv:2309.17453, table 1: Llama-2-13B perplexity 5.40 with 4 sinks, 5,158 without",
+    ),
+    TreeFact(
+        name="repetition_cannot_step_back",
+        found=_cannot_step_back,
+        why="the prompt is fed again through all layers before it is compacted, and dropped afterwards: a state, or a window "
+        "that has passed tokens, cannot go back to where it was, and under another policy, or none, there is no room for it",
+        fix="give all layers one kvzip, or take snapkv, which feeds nothing again",
+        source="arithmetic: a state is a sum over all tokens; KVzip, arXiv:2505.23416, is for full attention",
+        override=False,
+    ),
+)
