@@ -145,7 +145,7 @@ class CacheSpec:
             return None
         streams = tuple(dataclasses.replace(s, name=NEAR + s.name, format=None) for s in self.streams)
         window = max(self.recent, 1) + self.block - 1
-        return self.replace(streams=streams, format=None, window=window, sinks=first, recent=0, first=0)
+        return self.replace(streams=streams, format=None, window=window, sinks=first, recent=0, first=0, evict=None)
 
     @property
     def parts(self) -> tuple["CacheSpec", ...]:

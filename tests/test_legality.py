@@ -21,6 +21,8 @@ from optx.passes.quantize_weights import QuantizeWeights
 from optx.passes.rotate import Rotate
 from optx.passes.rotate_online import RotateOnline
 from optx.passes.sliding_window import SlidingWindow
+from optx.passes.split_key_bias import SplitKeyBias
+from optx.passes.turboquant import TurboQuant
 from optx.recipe import Recipe
 from optx.registry import Axis, PassOptions, Stage
 
@@ -153,12 +155,18 @@ APART = {
     "values_read_elsewhere": "test_smoothquant.py",
     "rotated_in_part": "test_rotate.py",
     "keys_rotated_apart": "test_rotate_online.py",
+    "keys_rotated_twice": "test_turboquant.py",
+    "codebook_of_gated_values": "test_turboquant.py",
+    "split_keys_read_by_others": "test_split_key_bias.py",
 }
 CASES = [
     ("stream_does_not_rotate", lambda: families.abstract("gemma3"), rotated(), "layers/0"),
     ("stream_does_not_rotate", llama, rotated(), None),
     ("rotated_in_part", llama, rotated(), None),
     ("keys_rotated_apart", llama, Recipe(fold=[RotateOnline()]), None),
+    ("keys_rotated_twice", llama, Recipe(fold=[RotateOnline()]), None),
+    ("codebook_of_gated_values", llama, Recipe(fold=[TurboQuant()]), None),
+    ("split_keys_read_by_others", lambda: llama(attention_bias=True), Recipe(fold=[SplitKeyBias()]), None),
     ("values_read_elsewhere", llama, kv(), None),
     ("activations_without_weights", llama, rounded_inputs(), "layers/0/mixer/q"),
     ("activations_without_weights", packed, rounded_inputs(), None),

@@ -42,7 +42,7 @@ def rotated_kv(
     A layer that reads the cache of another turns its queries and its o alike.
     """
     try:
-        cache = stored(site, attn, opt.formats(attn), first=opt.first, recent=opt.recent)
+        cache = stored(attn, opt.formats(attn), first=opt.first, recent=opt.recent)
     except (FormatError, PassError) as error:
         raise PassError(f"{site.path}: {error}") from None
     if isinstance(cache, Skipped) and attn.cache.share is None:
