@@ -10,6 +10,7 @@ memory beside the compiled one: a compile with calibration text holds both, one 
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -155,7 +156,7 @@ def _text(calibration: str | Path) -> str:
 def _is_path(text: str) -> bool:
     """Whether a string names a file or, being one word, can only be meant so."""
     short = len(text.encode(errors="replace")) < 1024 and "\0" not in text
-    return short and (len(text.split()) == 1 or Path(text).is_file())
+    return short and (len(text.split()) == 1 or os.path.isfile(text))  # Path.is_file raises for a long name
 
 
 def _steps(planned: Planned, text: Windows, progress: bool) -> Iterator[Step]:

@@ -280,3 +280,9 @@ def test_texts_that_cannot_be_scored(llama, tmp_path):
     few = source(families.concrete("llama", vocab_size=100, **TINY))
     with pytest.raises(RequestError, match="gave the id [0-9]+; the model has 100 ids"):
         quality.windows(TEXT, few)
+
+
+def test_a_text_longer_than_a_file_name_may_be_is_a_text(llama):
+    text = ("the quick brown fox " * 20).strip()
+    assert 255 < len(text) < 1024
+    assert sum(w.shape[1] for w in quality.windows(text, source(llama))) > 20
