@@ -285,4 +285,4 @@ def test_texts_that_cannot_be_scored(llama, tmp_path):
 def test_a_text_longer_than_a_file_name_may_be_is_a_text(llama):
     text = ("the quick brown fox " * 20).strip()
     assert 255 < len(text) < 1024
-    assert sum(w.shape[1] for w in quality.windows(text, source(llama))) > 20
+    assert sum(w.shape[1] for w in quality.windows(text, llama)) > 20
