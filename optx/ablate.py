@@ -178,10 +178,10 @@ class Workbench:
         try:
             planned = api.plan(self.source, recipe, self.study.target)
             compiled, seconds = self._compile(dataclasses.replace(planned, target=targets.get("auto")))
+            start = time.perf_counter()
+            found = self._evaluate(compiled)
         except REFUSALS as error:
             return _refused(recipe, f"{type(error).__name__}: {error}")
-        start = time.perf_counter()
-        found = self._evaluate(compiled)
         if not math.isfinite(found.kl):
             return _refused(recipe, f"its logits are no numbers: KL {found.kl}")
         passes = tuple(record_dict(record) for record in compiled.plan.records)
@@ -288,7 +288,8 @@ class Remembered:
 
     def __init__(self, compiled: api.Compiled):
         self.program, self.tokenizer = self, compiled.tokenizer
-        self.leaves, self.vocab, self.context = compiled.program.leaves, compiled.vocab, compiled.program.context
+        self.leaves, self.vocab, self.plan = compiled.program.leaves, compiled.vocab, compiled.program.plan
+        self.context = compiled.program.context
         self._forward = compiled.program.forward
         self._kept: dict[tuple[bytes, int], np.ndarray] = {}
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from optx.errors import RequestError
+from optx.errors import QualityError, RequestError
 
 
 class Model(Protocol):
@@ -69,15 +69,27 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of `model` on `text`. stride None: context, less the model's first token (every token scored once).
 
-    Raises: RequestError for a text too short to score, a context beyond the model's, other vocabularies than `against`'s.
+    Raises: RequestError for a text too short to score, a context beyond the model's, other vocabularies than `against`'s;
+    QualityError for a cache that throws tokens away.
     """
     windows = texts_of(model, text, context, stride, max_windows, against)
+    _check_whole(model, max(len(window) for window, _ in windows))
     total = np.zeros(4)
     bar = tqdm(windows, desc="evaluate", unit="window", disable=not progress)
     for window, fresh in bar:
         total += _score(model, against, window, fresh, context)
         bar.set_postfix(perplexity=f"{_perplexity(total[0] / total[3]):.4f}")
     return Evaluation(**figures(model, windows, total, against is not None))
+
+
+def _check_whole(model: Model, length: int) -> None:
+    """Raises QualityError where a forward, in which all tokens see all, would not show what the cache has kept."""
+    for spec in model.program.plan.groups:
+        if spec.evict is not None and spec.evict.held(length) < length:
+            raise QualityError(
+                f"evaluate: the cache throws tokens away ({spec.evict}), which one forward of {length} tokens does not show; "
+                "evaluate over pages: paged=True, or --paged"
+            )
 
 
 def texts_of(

@@ -21,12 +21,13 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from optx import evaluate, ir, pipeline
+from optx import evaluate, ir, pipeline, registry
 from optx.calibrate import Feed
 from optx.errors import QualityError, RecipeError, RequestError, did_you_mean, no_such_path
 from optx.lower import Program
 from optx.pipeline import Quality, Record
 from optx.recipe import Calibration, Recipe
+from optx.registry import Axis
 from optx.resume import Work
 from optx.watch import watch
 
@@ -178,9 +179,15 @@ def _steps(planned: Planned, text: Windows, progress: bool) -> Iterator[Step]:
 def _measured(planned: Planned, text: Windows, progress: bool) -> nnx.Module:
     """The model after all passes. Raises QualityError after the first that breaks the budget."""
     budget, spent, tree = planned.recipe.max_kl, {}, None
+    unseen = {r.name for r in planned.records if registry.PASSES[r.name].axis == Axis.DROP}
+    if budget is not None and unseen:
+        raise QualityError(
+            f"recipe.max_kl: {', '.join(unseen)} throws cached tokens away, which one forward does not show; leave max_kl out, "
+            "and measure with `optx eval --paged`"
+        )
     for step in _steps(planned, text, progress):
         tree = step.after
-        if step.record.exact:
+        if step.record.exact or step.record.name in unseen:
             continue
         step = dataclasses.replace(step, sites=sites_called(step, text[0]))
         step.record.quality = measure(step, text[:WINDOWS])

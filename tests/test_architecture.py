@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "watch": {"ir"},
     "calibrate": {"cache", "errors", "ir", "nn", "registry", "watch"},
     "resume": {"calibrate", "checkpoint", "errors", "ir", "pipeline", "recipe"},
-    "quality": {"resume", "calibrate", "errors", "ir", "evaluate", "lower", "pipeline", "recipe", "watch"},
+    "quality": {"resume", "calibrate", "errors", "ir", "evaluate", "lower", "pipeline", "recipe", "registry", "watch"},
     "bisect": {"checkpoint", "errors", "ir", "lower", "pipeline", "quality", "recipe", "registry"},
     "legality": {"errors", "legality_eviction", "legality_facts", "legality_heads", "legality_scales", "pipeline"}
     | {"registry", "recipe"},

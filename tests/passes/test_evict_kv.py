@@ -2,13 +2,14 @@
 
 import families
 import pytest
+import tiny
 
 import optx
 from optx import ir, lower
 from optx import target as targets
 from optx.engine.compaction import table_for
 from optx.engine.pages import PagePool, PageTable
-from optx.errors import FormatError, LegalityError, LoweringError, PassError
+from optx.errors import FormatError, LegalityError, LoweringError, PassError, QualityError
 from optx.eviction import POLICIES
 from optx.formats import Int
 from optx.passes.evict_kv import EvictKV
@@ -197,3 +198,16 @@ def test_windows_and_other_kinds_of_cache_hold_no_policy():
 def test_recipes_that_ship_plan(name):
     planned = optx.plan(families.abstract("llama"), Recipe.from_yaml(f"configs/{name}.yaml"))
     assert planned.tree.cache_plan().groups[0].evict is not None
+
+
+def test_one_forward_does_not_pass_for_what_the_cache_keeps(tmp_path):
+    source = optx.load(tiny.checkpoint(tmp_path / "tiny", num_hidden_layers=1))
+    rule = EvictKV(policy="streaming_llm", budget=16, sinks=2, slack=4)
+    compiled = optx.compile(source, Recipe(cache=(rule,)))
+    with pytest.raises(QualityError, match="throws tokens away.*--paged"):
+        compiled.evaluate(tiny.TEXT, context=64, max_windows=1)
+    assert compiled.evaluate(tiny.TEXT, context=20, max_windows=1).tokens == 19, "all that fits is kept"
+    with pytest.raises(QualityError, match="max_kl: evict_kv throws cached tokens away"):
+        optx.compile(source, Recipe(cache=(rule,), max_kl=1.0), calibration=tiny.TEXT)
+    measured = optx.compile(source, Recipe(cache=(rule,)), calibration=tiny.TEXT)
+    assert [record.quality for record in measured.plan.records] == [None]
