@@ -483,6 +483,14 @@ def test_the_shipped_ablation_of_weights_is_legal_on_a_published_model():
         assert optx.plan(source, ablate_config.for_model(wide, recipe), "h100").records
 
 
+def test_the_shipped_ablation_of_caches_is_legal_on_a_published_model():
+    ablation, folder = ablate_config.read("kv")
+    found = ablate_config.variants(ablation, folder)
+    assert len(found) == 16
+    for recipe in found:
+        assert optx.plan(optx.load("smollm3-3b"), recipe, "h100").records
+
+
 def test_the_shipped_ablation_is_legal_on_a_published_model():
     ablation, folder = ablate_config.read("formats")
     assert (ablation.name, ablation.models, ablation.text) == ("formats", (), None)
