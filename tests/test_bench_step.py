@@ -9,6 +9,7 @@ import pytest
 import optx
 from optx import cli, cost, ir
 from optx.bench import step
+from optx.cache import CacheSpec, Stream
 from optx.errors import UsageError
 from optx.nn import Experts, MoE, Router
 from optx.recipe import Recipe
@@ -86,7 +87,7 @@ def test_rows_of_the_step_take_different_experts(config):
     planned = optx.plan(optx.load_config(config))
     program = optx.lower.Program.of(optx.lower.lower(step.random_weights(planned.tree), planned.target))
     stepper = step.Stepper(program, [step.Layout(pages=8, page_size=64, slots=8)], 8)
-    assert len(set(step.ticks(stepper, 8, 20, 64).tokens.tolist())) > 4
+    assert len(set(step.ticks(stepper, [], 8, 20).tokens.tolist())) > 4
 
 
 @pytest.mark.parametrize("name", step.SHAPES)
@@ -105,3 +106,18 @@ def test_names_that_are_no_shape():
 def test_flags_of_another_bench(capsys):
     assert cli.run(["bench", "kernels", "--batch", "2"]) == 2
     assert "bench kernels: --batch says nothing here; allowed: op" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("context", [5, 32, 61])
+def test_rows_are_those_of_the_engine(context):
+    """Windows list the pages that a query may see, and every slot has its position."""
+    spec = CacheSpec(kind="paged", streams=(Stream(name="k", shape=(1, 8)),), window=16, sinks=2)
+    for kept in (spec, spec.replace(window=None, sinks=0)):
+        rows = step.rows_of(kept, 3, context, 8)
+        for row in range(3):
+            length = rows.lengths[0, row]
+            at = rows.positions[rows.table[0, row]].reshape(-1)[:length]
+            seen = [p for p in range(context) if kept.window is None or p > context - 1 - 16 or p < 2]
+            assert set(seen) <= set(at) and len(set(at)) == length and at[-1] == context - 1
+            assert length <= (context if kept.window is None else 16 + 2 * 8 + 8)
+            assert rows.positions.reshape(-1)[rows.newest[row]] == context - 1

@@ -28,9 +28,10 @@ from flax import nnx
 import optx
 from optx import ir, lower
 from optx.bench import timing
-from optx.cache import Layout, pages_for
+from optx.cache import CacheSpec, Layout
 from optx.checkpoint.source import Source
 from optx.configs import model_names, model_path
+from optx.engine.pages import PagePool, PageTable
 from optx.engine.step import Stepper, Tick
 from optx.errors import UsageError, did_you_mean
 from optx.recipe import Recipe
@@ -80,24 +81,59 @@ def _bits(shape, dtype, seed):
     return jax.random.bits(jax.random.key(seed), shape, f"uint{8 * dtype.itemsize}").astype(dtype)
 
 
-def ticks(stepper: Stepper, batch: int, context: int, page_size: int):
-    """The decode tick of `batch` rows whose pages lie in random order; the same context every time."""
-    width = pages_for(context, page_size)
-    pages = np.random.default_rng(0).permutation(batch * width).astype(np.int32).reshape(1, batch, width)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The pages of `batch` rows of `context` tokens in one token group, as the engine would have them, in random order."""
+
+    table: np.ndarray  # int32[1, B, pages]
+    lengths: np.ndarray  # int32[1, B]
+    newest: np.ndarray  # int32[B], flat slot of each row's last token
+    positions: np.ndarray  # int32[pages + 1, P]
+
+    @property
+    def pages(self) -> int:
+        return len(self.positions) - 1
+
+
+def rows_of(spec: CacheSpec, batch: int, context: int, page_size: int) -> Rows:
+    """Of a cache that throws tokens away: the most slots that rows hold, numbered from 0."""
+    tokens, spec = (spec.tokens(context), spec.replace(evict=None)) if spec.evict else (context, spec)
+    width = PageTable.width_for(spec, tokens, page_size, page_size)
+    table = PageTable(spec, PagePool(batch * width), rows=batch, width=width, page_size=page_size)
+    for start in range(0, tokens, page_size):
+        count = min(page_size, tokens - start)
+        slots = table.append_rows(np.arange(batch), np.full(batch, count))
+    order = np.random.default_rng(0).permutation(batch * width).astype(np.int32)
+    positions = np.zeros((batch * width + 1, page_size), np.int32)
+    for row in range(batch):
+        places = table.listed(row)
+        if tokens % page_size:
+            places |= {tokens // page_size: int(slots[(row + 1) * count - 1]) // page_size}
+        for place, page in places.items():
+            positions[order[page]] = place * page_size + np.arange(page_size)
+    newest = slots[count - 1 :: count]
+    return Rows(
+        table=order[table.table][None],
+        lengths=table.lengths[None].copy(),
+        newest=order[newest // page_size] * page_size + newest % page_size,
+        positions=positions,
+    )
+
+
+def ticks(stepper: Stepper, rows: Sequence[Rows], batch: int, context: int) -> Tick:
+    """The decode tick of `batch` rows; the same context every time."""
     tokens = np.random.default_rng(1).integers(
         0, stepper.program.vocab, batch
     )  # one for all would take the same experts
-    last = pages[0, :, (context - 1) // page_size] * page_size + (context - 1) % page_size
-    groups = len(stepper.program.plan.keys)
     return Tick(
         tokens=tokens.astype(np.int32),
         counts=np.ones(batch, np.int32),
         starts=np.full(batch, context - 1, np.int32),
         slots=np.arange(batch, dtype=np.int32),
         seeds=np.zeros(batch, np.uint32),
-        tables=(pages,) * groups,
-        lengths=(np.full((1, batch), context, np.int32),) * groups,
-        writes=(last.astype(np.int32)[None],) * groups,
+        tables=tuple(group.table for group in rows),
+        lengths=tuple(group.lengths for group in rows),
+        writes=tuple(group.newest[None] for group in rows),
         limits=np.full(batch, TICKS, np.int32),
         stops=np.full((batch, 1), -1, np.int32),
         prompts=np.zeros(batch, np.int32),
@@ -109,9 +145,13 @@ def ticks(stepper: Stepper, batch: int, context: int, page_size: int):
 def stepping(tree: nnx.Module, batch: int, context: int, page_size: int) -> Callable[[], object]:
     """The engine's tick of a lowered tree, greedy: a call runs one."""
     program = lower.Program.of(tree)
-    layout = Layout(pages=batch * pages_for(context, page_size), page_size=page_size, slots=batch)
-    stepper = Stepper(program, [layout] * max(len(program.plan.keys), 1), batch)
-    return functools.partial(stepper, ticks(stepper, batch, context, page_size), "greedy")
+    rows = [rows_of(spec, batch, context, page_size) for spec in program.plan.groups]
+    room = functools.partial(Layout, page_size=page_size, slots=batch)
+    stepper = Stepper(program, [room(pages=group.pages) for group in rows] or [room(pages=1)], batch)
+    stepper.caches = dataclasses.replace(
+        stepper.caches, positions=tuple(jnp.asarray(group.positions) for group in rows)
+    )
+    return functools.partial(stepper, ticks(stepper, rows, batch, context), "greedy")
 
 
 def timed(step: Callable[[], object]) -> tuple[float, float]:
