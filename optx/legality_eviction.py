@@ -6,6 +6,8 @@ from flax import nnx
 
 from optx.legality_facts import Finding, Intent, StepFact, TreeFact
 from optx.passes.evict_kv import EvictKV
+from optx.passes.kivi import Kivi
+from optx.passes.quantize_kv import QuantizeKV
 
 
 def _windows_alone(intent: Intent) -> Sequence[Finding]:
@@ -15,12 +17,30 @@ def _windows_alone(intent: Intent) -> Sequence[Finding]:
 
 
 def _other_tokens_read(intent: Intent) -> Sequence[Finding]:
+    if all(mixer.cache.share is None for mixer in intent.mixers().values()):
+        return []
     after = intent.applied()
     readers = [(path, mixer.cache) for path, mixer in after.items() if mixer.cache.share is not None]
     apart = [
         (path, cache) for path, cache in readers if cache.evict != after[f"layers/{cache.share}/mixer"].cache.evict
     ]
     return [Finding(path=path, got=str(cache)) for path, cache in apart]
+
+
+def _exact_beside_packed(intent: Intent) -> Sequence[Finding]:
+    """Either pass may come first."""
+    evicts = {path: isinstance(o, EvictKV) or attn.cache.evict is not None for path, attn, o in intent.sites}
+    exact = {
+        path: attn.cache.near is not None or isinstance(o, Kivi) or getattr(o, "first", 0) or getattr(o, "recent", 0)
+        for path, attn, o in intent.sites
+        if not isinstance(o, EvictKV) or attn.cache.near is not None
+    }
+    return [Finding(path=p, got=str(attn.cache)) for p, attn, _ in intent.sites if evicts[p] and exact.get(p)]
+
+
+def _split_keys(intent: Intent) -> Sequence[Finding]:
+    split = [(path, attn) for path, attn, _ in intent.sites if attn.key_bias is not None]
+    return [Finding(path=path, got=f"{attn.cache}, keys without their bias") for path, attn in split]
 
 
 def _mixers(model: nnx.Module) -> list[tuple[str, nnx.Module]]:
@@ -40,6 +60,24 @@ def _cannot_step_back(model: nnx.Module) -> Sequence[Finding]:
 
 
 EVICTION_STEPS: tuple[StepFact, ...] = (
+    StepFact(
+        name="evict_beside_exact_tokens",
+        of=(EvictKV, QuantizeKV, Kivi),
+        found=_exact_beside_packed,
+        why="eviction moves tokens one by one, and exact tokens beside packed ones, or scales that tokens share, stay behind",
+        fix="leave out recent, first and formats whose scales span tokens, or the eviction",
+        source="arithmetic: a group of tokens has one scale, and its tokens would part",
+        override=False,
+    ),
+    StepFact(
+        name="evict_under_split_keys",
+        of=(EvictKV,),
+        found=_split_keys,
+        why="keys get their bias at the position where they are read, and after an eviction slots stand for positions",
+        fix="leave out split_key_bias, and keep keys in 8 bits",
+        source="arithmetic: R_s b is not R_t b for a slot s that is not the position t",
+        override=False,
+    ),
     StepFact(
         name="evict_under_windows",
         of=(EvictKV,),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from optx import cache, formats, ir, tensor
+from optx import formats, ir, pools, tensor
 from optx.cache import Address, CacheSpec, Layout, Ragged, pages_for
 from optx.errors import FormatError
 from optx.nn import (
@@ -327,7 +327,7 @@ def test_a_ragged_batch_equals_each_row_alone(name, rng):
 
     Steps this wide store their tokens by a scatter, the narrow ones of the other tests one by one.
     """
-    assert TOKENS <= cache.FEW < WIDE
+    assert TOKENS <= pools.FEW < WIDE
     model = model_of(name)
     tokens = {row: text(rng, length) for row, length in (("a", 17), ("b", 9), ("c", 5), ("d", 12))}
     alone = {row: Rows(model, 5).run(row, ids, CHUNKS[1][:1] if len(ids) > 7 else []) for row, ids in tokens.items()}
@@ -664,7 +664,7 @@ def test_ragged_pads_and_unpads(rectangular):
 
 def test_plan_groups_layers_by_what_they_keep():
     plan = model_of("hybrid").cache_plan()
-    assert plan.keys == (("tokens", None, 0), ("tokens", WINDOW, SINKS), ("tokens", WINDOW, 0))
+    assert plan.keys == (("tokens", None, 0, None), ("tokens", WINDOW, SINKS, None), ("tokens", WINDOW, 0, None))
     assert [plan.group(i) for i in range(6)] == [0, None, 1, 0, 0, 2]
     assert [plan.owner(i) for i in range(6)] == [0, 1, 2, 3, 0, 5]
     assert [spec.window for spec in plan.groups] == [None, WINDOW, WINDOW]

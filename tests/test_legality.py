@@ -137,6 +137,14 @@ def repeated(**options):
     return Recipe(cache=[EvictKV(policy="kvzip", ratio=0.5, **options)])
 
 
+def exact():
+    return optx.plan(llama(), Recipe(cache=[QuantizeKV(format="int8", recent=4)]), "cpu").tree
+
+
+def split():
+    return optx.plan(llama(attention_bias=True), Recipe(fold=[SplitKeyBias()]), "cpu").tree
+
+
 def sink_logits():
     return with_mixers(with_sink_logits)
 
@@ -207,6 +215,10 @@ CASES = [
     ("evict_under_windows", lambda: families.abstract("gemma3"), evicted(), None),  # one layer is global
     ("evict_over_shared_cache", shared, evicted(match="layers/0/.*"), "layers/1/mixer"),
     ("evict_over_shared_cache", shared, evicted(), None),
+    ("evict_beside_exact_tokens", exact, evicted(), "layers/0/mixer"),
+    ("evict_beside_exact_tokens", lambda: cached(8), evicted(), None),  # a scale a token
+    ("evict_under_split_keys", split, evicted(), "layers/0/mixer"),
+    ("evict_under_split_keys", lambda: llama(attention_bias=True), evicted(), None),
     ("stream_without_sinks", llama, evicted(**NO_SINKS), "layers/0/mixer"),
     ("stream_without_sinks", llama, evicted(**NO_SINKS | {"sinks": 1}), None),
     ("stream_without_sinks", llama, evicted(), None),  # heavy hitters are kept by attention

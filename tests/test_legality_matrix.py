@@ -51,6 +51,9 @@ def sample() -> dict[str, list[str]]:
             todo -= set(CELLS[mine[-1]].names)
             left[mine[-1]] = 0
         chosen[family] = mine
+    apart = [name for name, wanted in left.items() if wanted and len(set(CELLS[name].names)) > 1]
+    for i, name in enumerate(apart):  # more pairs than that takes: the rest in turn
+        chosen[nightly.families()[i % len(chosen)]].append(name)
     return chosen
 
 

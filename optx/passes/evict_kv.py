@@ -55,11 +55,6 @@ def evict_kv(site: Site, attn: Attention, opt: EvictKV) -> Attention | Skipped:
         return Skipped(f"has a window of {attn.cache.window}")
     if attn.cache.evict is not None:
         raise PassError(f"evict_kv at {site.path}: its cache throws tokens away already ({attn.cache.evict})")
-    if attn.key_bias is not None:
-        raise PassError(
-            f"evict_kv at {site.path}: keys get their bias at the position where they are read, and here slots stand for "
-            "positions; leave out split_key_bias"
-        )
     try:
         policy = opt.build()
         return replace(attn, cache=attn.cache.replace(evict=policy, rotated=not policy.reindexed))

@@ -181,8 +181,10 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_rotating_twice_is_refused():
     once = optx.plan(families.abstract("llama"), Recipe(fold=[RotateOnline()])).tree
-    with pytest.raises(PassError, match="rotated already"):
+    with pytest.raises(LegalityError, match="keys_rotated_twice"):
         optx.plan(once, Recipe(fold=[RotateOnline()]))
+    with pytest.raises(PassError, match="rotated already"):
+        optx.plan(once, Recipe(fold=[RotateOnline(keys=False)]))
     assert isinstance(once.layers[0].mlp.down, Rotated)
 
 
