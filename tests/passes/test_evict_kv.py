@@ -165,7 +165,7 @@ def test_a_required_kernel_without_scores_is_refused_with_the_reason():
             "policy h2o: ratio says nothing to it; it takes budget, sinks, recent",
         ),
         (EvictKV(policy="tova"), "policy tova: budget is missing"),
-        (EvictKV(policy="snapkv", budget=64), "layers/0/mixer: snapkv: a budget of 64 tokens; allowed: above 64"),
+        (EvictKV(policy="snapkv", budget=64), r"layers/\d/mixer: snapkv: a budget of 64 tokens; allowed: above 64"),
         (EvictKV(policy="streaming_llm", budget=4), "a budget of 4 tokens; allowed: above 5, the 4 sinks and 1 recent"),
     ],
 )
