@@ -303,6 +303,7 @@ def test_the_reference_computes_a_window_once_while_there_is_room(model, monkeyp
     @dataclasses.dataclass
     class Counted:
         leaves, context, vocab = dense.program.leaves, dense.program.context, dense.vocab
+        plan = dense.program.plan
 
         def forward(self, *arguments):
             calls.append(arguments)
