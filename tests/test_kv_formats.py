@@ -1,15 +1,18 @@
 """Streams of one cache in formats of their own."""
 
 import dataclasses
+import re
 
 import families
+import jax
+import jax.numpy as jnp
 import pytest
 
 import optx
-from optx import ir
+from optx import ir, tensor
 from optx.cache import Layout
 from optx.errors import FormatError
-from optx.formats import Float8, Int
+from optx.formats import Affine, Codebook, CodebookQJL, Float8, Float8Block, Float8Static, Int, PerChannel
 from optx.pallas.attention.page_formats import cache_reason
 
 
@@ -46,3 +49,18 @@ def test_keys_and_values_differ(formats, text, unit):
 def test_a_stream_that_its_format_cannot_hold():
     with pytest.raises(FormatError, match=r"cache stream v\[2, 12\]: int3: axis of 12 is not a multiple of 8"):
         apart(families.abstract("llama", head_dim=12), v=Int(width=3))
+
+
+NARROW = [Float8(), Float8(kind="e5m2"), Float8Static(), Float8Block(), Int(width=4, symmetric=False), Affine(width=4)]
+NARROW += [PerChannel(width=2, group=32), Codebook(width=4), CodebookQJL(width=3)]
+
+
+@pytest.mark.parametrize("format_", NARROW, ids=str)
+def test_rounding_to_a_float_is_kept_by_compilers(format_):
+    """Each conversion to a float of fewer bits goes through a barrier: XLA drops one that is turned back at once."""
+    x = jnp.ones((32, 64))
+    text = jax.jit(lambda x: tensor.quantize(x, format_, axis=-1).dequantize()).lower(x).as_text()
+    names = re.findall(r"(%\w+) = stablehlo.convert .*-> tensor<[\dx]*f(?:8E4M3FN|8E5M2|16)>", text)
+    assert names
+    for name in names:
+        assert re.search(rf"optimization_barrier .*{name}\b", text), name

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from optx.errors import FormatError
-from optx.formats.base import Format, Parts, require, scale_of, spread
+from optx.formats.base import Format, Parts, narrow, require, scale_of, spread
 from optx.formats.ints import Int
 
 
@@ -57,7 +57,7 @@ class Affine(Format):
     def _range(self, x, axis):
         """-> (s, m) float16 over an axis."""
         low, high = jnp.min(x, axis=axis), jnp.max(x, axis=axis)
-        return scale_of(high - low, self.integers.levels, jnp.float16), low.astype(jnp.float16)
+        return scale_of(high - low, self.integers.levels, jnp.float16), narrow(low, jnp.float16)
 
     def steps(self, scale, zero, length):
         step = spread(scale.astype(jnp.float32), length)

@@ -97,6 +97,12 @@ def require(reason: str | None):
         raise FormatError(reason)
 
 
+def narrow(x: jax.Array, dtype) -> jax.Array:
+    """x rounded to a float of fewer bits. Without the barrier XLA may take the way there and back for nothing (on GPUs it does:
+    `xla_allow_excess_precision`), and a program would read numbers that were never rounded."""
+    return jax.lax.optimization_barrier(x.astype(dtype))
+
+
 def scale_of(span, levels, dtype):
     """span / levels in the range of `dtype`; 1 for a group of zeros, NaN for one with a NaN or an infinity in it.
 
@@ -105,7 +111,7 @@ def scale_of(span, levels, dtype):
     info = jnp.finfo(dtype)
     tiny = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))  # XLA may flush float32 subnormals
     scale = jnp.where(span > 0, jnp.clip(span / levels, tiny, float(info.max)), 1)
-    return jnp.where(jnp.isfinite(span), scale, jnp.nan).astype(dtype)
+    return narrow(jnp.where(jnp.isfinite(span), scale, jnp.nan), dtype)
 
 
 def pack_bits(codes, width):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.errors import FormatError
-from optx.formats.base import Format, Parts, pack_codes, require, unpack_codes
+from optx.formats.base import Format, Parts, narrow, pack_codes, require, unpack_codes
 
 WIDTHS = (1, 2, 3, 4)
 BYTES = {1: 8, 2: 4, 3: 8, 4: 2}  # numbers that fill whole bytes
@@ -80,12 +80,12 @@ class Codebook(Format):
         """[..., 1]: 0 of a vector of zeros, NaN of one with a NaN or an infinity in it."""
         lengths = [jnp.linalg.norm(y, axis=-1, keepdims=True) for y in (x, self.value(codes, 1, 0))]
         scale = jnp.minimum(lengths[0] / lengths[1], float(jnp.finfo(self.scale_dtype).max))
-        return jnp.where(jnp.isfinite(lengths[0]), scale, jnp.nan).astype(self.scale_dtype)
+        return narrow(jnp.where(jnp.isfinite(lengths[0]), scale, jnp.nan), self.scale_dtype)
 
     def grid(self, x, shrink=1.0):
         x = x.astype(jnp.float32)
         scale = self.scale(x, self.nearest(x)).astype(jnp.float32) * shrink
-        return scale.astype(self.scale_dtype), None
+        return narrow(scale, self.scale_dtype), None
 
     def steps(self, scale, zero, length):
         step = jnp.broadcast_to(scale.astype(jnp.float32), (*scale.shape[:-1], length))
@@ -147,7 +147,7 @@ class CodebookQJL(Format):
         signs = jnp.matmul(rest, _sketch(length).T, precision="highest") > 0
         factor = jnp.linalg.norm(rest, axis=-1, keepdims=True) * math.sqrt(math.pi / 2 / length)
         data = jnp.concatenate([parts.data, pack_codes(signs.astype(jnp.uint8), 1)], axis=-1)
-        return Parts(data=data, scale=jnp.concatenate([parts.scale, factor.astype(parts.scale.dtype)], axis=-1))
+        return Parts(data=data, scale=jnp.concatenate([parts.scale, narrow(factor, parts.scale.dtype)], axis=-1))
 
     def decode(self, parts, length, dtype):
         cut = self.coarse.packed(length)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from optx.errors import FormatError
-from optx.formats.base import Format, Parts, scale_of, spread
+from optx.formats.base import Format, Parts, narrow, scale_of, spread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,13 +55,13 @@ class Float8(Format):
         return step, jnp.zeros_like(step)
 
     def code(self, x, step, offset):
-        return jnp.clip(x / step, -self.top, self.top).astype(self.dtype).astype(jnp.float32)
+        return narrow(jnp.clip(x / step, -self.top, self.top), self.dtype).astype(jnp.float32)
 
     def value(self, code, step, offset):
         return code * step
 
     def assemble(self, codes, scale, zero):
-        return Parts(data=codes.astype(self.dtype), scale=scale)
+        return Parts(data=narrow(codes, self.dtype), scale=scale)
 
     def decode(self, parts, length, dtype):
         groups = self.grouped(length)
@@ -101,7 +101,7 @@ class Float8Static(Format):
         return None
 
     def encode(self, x):
-        return Parts(data=jnp.clip(x.astype(jnp.float32), -self.top, self.top).astype(self.dtype))
+        return Parts(data=narrow(jnp.clip(x.astype(jnp.float32), -self.top, self.top), self.dtype))
 
     def decode(self, parts, length, dtype):
         return parts.data.astype(dtype)
@@ -166,13 +166,13 @@ class Float8Block(Format):
         return step, jnp.zeros_like(step)
 
     def code(self, x, step, offset):
-        return jnp.clip(x / step, -self.top, self.top).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+        return narrow(jnp.clip(x / step, -self.top, self.top), jnp.float8_e4m3fn).astype(jnp.float32)
 
     def value(self, code, step, offset):
         return code * step
 
     def assemble(self, codes, scale, zero):
-        return Parts(data=codes.astype(jnp.float8_e4m3fn), scale=scale)
+        return Parts(data=narrow(codes, jnp.float8_e4m3fn), scale=scale)
 
     def decode(self, parts, length, dtype):
         step = self._step(parts.scale, parts.data.shape[-2], length)

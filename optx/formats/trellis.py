@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optx.errors import FormatError
-from optx.formats.base import Format, Parts, pack_bits, require, scale_of, unpack_bits
+from optx.formats.base import Format, Parts, narrow, pack_bits, require, scale_of, unpack_bits
 from optx.hadamard import Rotation
 
 STEP = 2  # bits a number
@@ -71,7 +71,7 @@ class Trellis(Format):
         """float16[..., 1], the scale of least error of rows ~ scale * values; weighted: values times the errors' weights."""
         best = jnp.sum(rows * weighted, axis=-1, keepdims=True) / jnp.sum(values * weighted, axis=-1, keepdims=True)
         fitted = scale_of(jnp.where(best > 0, best, scale), 1, jnp.float16)
-        return jnp.where(jnp.any(rows != 0, axis=-1, keepdims=True), fitted, 0).astype(jnp.float16)
+        return narrow(jnp.where(jnp.any(rows != 0, axis=-1, keepdims=True), fitted, 0), jnp.float16)
 
     def decode(self, parts, length, dtype):
         values = code_values(states(unpack_bits(parts.data, STEP), self.memory))

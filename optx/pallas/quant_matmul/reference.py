@@ -17,7 +17,7 @@ def quant_matmul(x: jax.Array, w: QTensor, activations: Format | None = None) ->
     """
     if activations is None:
         return tensor.matmul(x, w)
-    codes = jax.lax.optimization_barrier(tensor.quantize(x, activations, axis=-1))  # XLA drops a way to fp8 and back
+    codes = tensor.quantize(x, activations, axis=-1)
     if not (_plain(activations, w.length) and _plain(w.format, w.length) and codes.data.dtype == w.data.dtype):
         return tensor.matmul(codes.dequantize(), w)
     total = jnp.int32 if isinstance(activations, Int) else jnp.float32
