@@ -10,7 +10,7 @@ from flax import nnx
 from optx import formats
 from optx.cache import CacheSpec, Ragged
 from optx.errors import FormatError, PassError
-from optx.formats import Float8Static, Format, Parted
+from optx.formats import Affine, Float8Static, Format, Parted
 from optx.ir import replace
 from optx.nn.attention import Attention
 from optx.nn.mla import MLA
@@ -23,7 +23,7 @@ Name = Literal["int8", "int4", "int3", "int2", "fp8_e4m3", "fp8_e5m2"]
 class QuantizeKV(PassOptions):
     format: Name = "int8"  # of K, and of V where `values` does not say otherwise; of latents
     values: Name | None = None  # of V; None: as K
-    symmetric: bool = True  # False: a zero point beside each scale (integers only)
+    symmetric: bool = True  # False: the least number beside each scale, float16 (integers only)
     group: int | None = None  # numbers of a head that share a scale; None: the head
     # What has a scale: each token and head, stored with it; or (fp8 only) a head, or the layer, calibrated and stored once.
     scale: Literal["token", "head", "tensor"] = "token"
@@ -38,6 +38,8 @@ class QuantizeKV(PassOptions):
         """Format `name` as these options have it. Raises FormatError."""
         if self.scale == "token":
             more = {} if self.group is None else {"group": self.group}
+            if not self.symmetric and name.startswith("int"):
+                return Affine(width=int(name.removeprefix("int")), **more)
             return formats.writable(name, symmetric=self.symmetric, scale_dtype="float16", **more)
         if not name.startswith("fp8_") or self.group is not None or not self.symmetric:
             raise FormatError(
@@ -84,10 +86,10 @@ def quantize_kv(site: Site, attn: Attention | MLA, opt: QuantizeKV) -> Attention
     """K and V stored as `format` with one scale (float16) a token and head, dequantized where attention reads them.
 
     int8 costs 8 + 16 / H bits a number; int4 half of that and visibly more error in K (KIVI, arXiv:2402.02750, sections
-    3.1 and 3.2, shows why keys want scales a channel). Latents have a scale for the latent and one for the rotated key. `first`
-    and `recent` tokens are read unrounded, as in KVQuant (arXiv:2401.18079, section 3.5) and KIVI. fp8 with one calibrated
-    scale a head or layer (vLLM's `kv_cache_dtype: fp8`) stores no scales: k / s_k and v / s_v, s = absmax / largest fp8 number
-    on calibration text, with s_k folded into q and s_v into what attention returns.
+    3.1 and 3.2, shows why keys want scales a channel); without symmetry 32 / H for 16 / H. Latents have a scale for the latent
+    and one for the rotated key. `first` and `recent` tokens are read unrounded, as in KVQuant (arXiv:2401.18079, section 3.5)
+    and KIVI. fp8 with one calibrated scale a head or layer (vLLM's `kv_cache_dtype: fp8`) stores no scales: k / s_k and
+    v / s_v, s = absmax / largest fp8 number on calibration text, with s_k folded into q and s_v into what attention returns.
     """
     try:
         cache = stored(attn, opt.formats(attn), recent=opt.recent, first=opt.first)

@@ -9,7 +9,7 @@ import pytest
 import optx
 from optx import ir, pipeline, tensor
 from optx.errors import FormatError, PassError, RecipeError
-from optx.formats import Float8, Float8Static, Int
+from optx.formats import Affine, Float8, Float8Static, Int
 from optx.passes.fuse_projections import FuseProjections
 from optx.passes.quantize_kv import QuantizeKV
 from optx.recipe import Recipe
@@ -27,7 +27,7 @@ CausalLM context=128
   layers/0-1: Block
     mixer: Attention heads=4 kv_heads=2 head_dim=8 scale=0.25 rope=(rope 10000/8) cache=(paged int8 window 6)
   layers/2: Block
-    mixer: Attention heads=4 kv_heads=2 head_dim=8 scale=0.25 rope=(rope 1e+06/8) cache=(paged int4_asym)
+    mixer: Attention heads=4 kv_heads=2 head_dim=8 scale=0.25 rope=(rope 1e+06/8) cache=(paged int4_affine)
 """
 
 
@@ -78,7 +78,7 @@ def test_the_whole_forward_sees_what_the_cache_would_give_back(format):
     "options, format, unit",
     [
         (QuantizeKV(), Int(width=8), 2 * (16 + 2 * 2)),
-        (QuantizeKV(symmetric=False), Int(width=8, symmetric=False), 2 * (16 + 2 * 3)),
+        (QuantizeKV(symmetric=False), Affine(width=8), 2 * (16 + 2 * 4)),
         (QuantizeKV(format="int4"), Int(width=4), 2 * (8 + 2 * 2)),
         (QuantizeKV(format="fp8_e4m3"), Float8(kind="e4m3", scale_dtype="float16"), 2 * (16 + 2 * 2)),
         (QuantizeKV(format="fp8_e5m2"), Float8(kind="e5m2", scale_dtype="float16"), 2 * (16 + 2 * 2)),
@@ -201,5 +201,5 @@ def test_groups_and_widths_along_a_head():
     """int3 and int2 in groups of a head's numbers; K and V apart."""
     rule = QuantizeKV(format="int3", values="int2", group=8, symmetric=False)
     spec = optx.plan(families.abstract("qwen3"), Recipe(cache=[rule], allow=["gqa_kivi2"])).tree.layers[0].mixer.cache
-    assert str(spec) == "paged k int3_g8_asym, v int2_g8_asym"
-    assert spec.unit_bytes == 2 * (6 + 2 * 3) + 2 * (4 + 2 * 3)
+    assert str(spec) == "paged k int3_g8_affine, v int2_g8_affine"
+    assert spec.unit_bytes == 2 * (6 + 2 * 4) + 2 * (4 + 2 * 4)
