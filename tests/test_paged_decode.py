@@ -21,7 +21,17 @@ SMALL = [case for case in cases.CASES if case.small]
 LOWERED = [
     case
     for case in cases.CASES
-    if case.name in ("page16", "window_page128", "window_int4", "int8_zero_page128_dim256", "fp8_queries", "lists")
+    if case.name
+    in (
+        "page16",
+        "blocks_int8",
+        "newest",
+        "window_page128",
+        "window_int4",
+        "int8_zero_page128_dim256",
+        "fp8_queries",
+        "lists",
+    )
 ]
 TILES = kernel.Tiles(sms=2, stages=2, registers=False)
 name = lambda case: case.name  # noqa: E731

@@ -20,7 +20,7 @@ from optx.pallas.ragged_paged_attention import mosaic_gpu_sm90 as kernel
 
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
 SMALL = [case for case in cases.CASES if case.small]
-LOWERED = [case for case in cases.CASES if case.name in ("page64", "window_int4")]
+LOWERED = [case for case in cases.CASES if case.name in ("page64", "window_int4", "blocks_int8", "newest")]
 SMS = 4  # few, so that one computes several units, and enough to cut one
 name = lambda case: case.name  # noqa: E731
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from lanes import Lanes
 
-from optx import tensor
+from optx import near, tensor
 from optx.bench.cases import registry
 from optx.bench.cases import rotate_append as cases
 from optx.bench.timing import relative_error
@@ -28,24 +28,27 @@ from optx.passes.fuse_projections import join
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
 SMALL = [case for case in cases.CASES if case.small]
 STEPPED = [
-    c for c in SMALL if c.name in ("padding", "neighbours", "float16", "fp8", *cases.FORMATS) or "given" in c.name
+    c
+    for c in SMALL
+    if c.name in ("padding", "neighbours", "float16", "fp8", "exact_as_well", *cases.FORMATS) or "given" in c.name
 ]
 name = lambda case: case.name  # noqa: E731
 
 
-def on_lanes(q, k, v, pool, *, positions, writes, spec, rope, q_norm, k_norm):
+def on_lanes(q, k, v, pool, *, positions, writes, spec, rope, q_norm, k_norm, view=None, ragged=None):
     """The kernel's program on numpy arrays: what its launch would do."""
     plan = kernel._plan(q, k, v, pool, spec, rope, q_norm, k_norm)
     copied = lambda x: np.array(x)  # noqa: E731
     xs = [copied(x) for x in (q, k, v) if x is not None]
     angles = [] if rope is None else [np.concatenate(rope.turns(positions), axis=-1)]
     norms = [copied(norm.weight.get_value()) for norm in (q_norm, k_norm) if norm is not None]
-    pools = {key: [copied(x) for x in kernel._leaves(stream)] for key, stream in pool.items()}
+    pools = [[copied(x) for x in kernel._leaves(pool[store.name])] for store in plan.stores]
+    writes = [copied(x) for x in ([writes] if view is None else [writes, view.near.writes])]
     out = np.zeros((plan.tokens, plan.heads, plan.head_dim), q.dtype)
     blocks = -(-plan.tokens * plan.units // kernel.WARPS)
-    lanes = Lanes(blocks, [out, *(x for leaves in pools.values() for x in leaves)])
-    kernel._program(lanes, plan, xs, copied(writes), angles, norms, pools, out)
-    leaves = {key: [jnp.asarray(x) for x in found] for key, found in pools.items()}
+    lanes = Lanes(blocks, [out, *(x for leaves in pools for x in leaves)])
+    kernel._program(lanes, plan, xs, writes, angles, norms, pools, out)
+    leaves = {s.name: [jnp.asarray(x) for x in found] for s, found in zip(plan.stores, pools, strict=True)}
     return jnp.asarray(out), {key: kernel._rebuilt(pool[key], found) for key, found in leaves.items()}
 
 
@@ -64,7 +67,7 @@ def test_rounds_where_the_reference_does(case):
     args, kwargs = case.make(np.random.default_rng(0))
     (q, pool), (q_ref, pool_ref) = on_lanes(*args, **kwargs), stepwise(*args, **kwargs)
     parts = [(q, q_ref)]
-    for stream in ("k", "v"):
+    for stream in pool:
         both = zip(kernel._leaves(pool[stream]), kernel._leaves(pool_ref[stream]), strict=True)
         parts += [(x[:-1], y[:-1]) for x, y in both]
     for x, y in parts:
@@ -75,11 +78,13 @@ def test_rounds_where_the_reference_does(case):
         assert np.mean(x != y) <= (0.002 if kwargs["q_norm"] is not None else 0.0005 if x.dtype == np.uint8 else 0)
 
 
-def stepwise(q, k, v, pool, *, positions, writes, spec, rope, q_norm, k_norm):
+def stepwise(q, k, v, pool, *, positions, writes, spec, rope, q_norm, k_norm, view=None, ragged=None):
     """The reference, one operation a program: XLA keeps more than 16 bits between operations of one."""
     q, k, v = reference.separate(q, k, v, spec)
     with jax.disable_jit():
         q, k = (reference.rotate(x, norm, rope, positions) for x, norm in ((q, q_norm), (k, k_norm)))
+        if view is not None:
+            return q, near.append(spec, {"k": k, "v": v}, view, ragged)
         return q, spec.append(pool, {"k": k, "v": v}, writes)
 
 
@@ -151,7 +156,9 @@ def test_what_is_not_finite_stays_in_its_head(stored):
 
 
 LOWERED = [
-    c for c in SMALL if c.name in ("one_token", "part_turned", "neighbours", "float16", "int4_zero", "fp8", "int8")
+    c
+    for c in SMALL
+    if c.name in ("one_token", "exact_as_well", "part_turned", "neighbours", "float16", "int4_zero", "fp8", "int8")
 ]
 
 

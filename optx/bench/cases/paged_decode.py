@@ -114,13 +114,14 @@ def results(output, kwargs):
 
 
 def site(heads, kv_heads, head_dim, page_size, dtype="bfloat16", format=None, mask=Mask(), **facts):  # noqa: B008 - frozen
-    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=mask.window)
+    window = None if mask.window is None else max(mask.window, 1)
+    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=window)
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "page_size": page_size,
-        "cache": spec.replace(sinks=mask.sinks, format=format),
+        "cache": spec.replace(sinks=mask.sinks, format=format, recent=mask.lag or 0, first=mask.skip),
         "mask": mask,
         **facts,
     }
@@ -145,6 +146,9 @@ def case(name, lengths, *, heads=8, kv_heads=2, head_dim=128, page_size=64, smal
 RAGGED = [700, 1, 0, 64, 65, 333, 2000]
 FORMATS = {"int8": INT8, "int8_zero": INT8_ZERO, "int4": INT4, "int4_zero": INT4_ZERO, "fp8": FP8}
 SLIDING = Mask(window=90, sinks=4)
+PACKED, EXACT = Mask(lag=0, skip=4), Mask(window=0, sinks=4)  # what kv_int4 leaves to packed and to exact pages
+BLOCKS, NEWEST = Mask(lag=50, skip=9, block=32), Mask(window=50, sinks=9, block=32)
+ALL = Mask(window=300, sinks=20, lag=40, skip=10)
 LLAMA = {"heads": 32, "kv_heads": 8}
 OSS = {"heads": 64, "kv_heads": 8, "head_dim": 64, "sink_logits": True}
 TINY = {"heads": 4, "kv_heads": 1, "head_dim": 64, "page_size": 16, "small": True}
@@ -155,6 +159,13 @@ CASES = (
     case("small_queries", [70, 3], **TINY, queries=3, asked=[3, 2], dtype="float16"),
     case("small_lists", [70, 30], **{**TINY, "kv_heads": 2}, lists=2, gaps=True),
     *(case(f"small_{name}", [70, 3], **TINY, format=value) for name, value in FORMATS.items()),
+    case("small_packed", [70, 0, 3], **TINY, mask=PACKED, format=INT4_ZERO),
+    case("small_exact", [70, 33, 0, 1], **TINY, mask=Mask(window=0, sinks=5)),
+    case("small_blocks", [70, 33, 0], **TINY, mask=Mask(lag=9, skip=5, block=8), format=INT8, queries=2, gaps=True),
+    case("small_newest", [70, 33, 0], **TINY, mask=Mask(window=9, sinks=5, block=8), queries=2, gaps=True),
+    case(
+        "small_all", [70, 33], **TINY, mask=Mask(window=40, sinks=7, lag=9, skip=5), format=INT8, queries=2, gaps=True
+    ),
     case("small_scores", [70, 3], **TINY, logit_scale=True, want_scores=True),
     *(case(f"page{size}", RAGGED, **LLAMA, page_size=size) for size in (16, 32, 64, 128)),
     *(case(f"fp16_dim{size}", RAGGED, head_dim=size, dtype="float16") for size in (64, 128, 256)),
@@ -169,6 +180,11 @@ CASES = (
     case("window_page16", RAGGED, **LLAMA, page_size=16, mask=SLIDING),
     case("window_page128", RAGGED, queries=3, page_size=128, mask=Mask(window=300), gaps=True),
     case("window_int4", RAGGED, format=INT4_ZERO, queries=2, mask=SLIDING, gaps=True, softcap=20.0, sink_logits=True),
+    case("packed_int4", RAGGED, **LLAMA, mask=PACKED, format=INT4_ZERO),
+    case("exact", RAGGED, **LLAMA, mask=EXACT),
+    case("blocks_int8", RAGGED, **LLAMA, mask=BLOCKS, format=INT8, queries=3, gaps=True, page_size=32),
+    case("newest", RAGGED, **LLAMA, mask=NEWEST, queries=3, gaps=True),
+    case("all_int4", RAGGED, mask=ALL, format=INT4, gaps=True, lists=2, page_size=16, softcap=20.0, sink_logits=True),
     case("lists", RAGGED, lists=2, gaps=True),
     case("lists_window", RAGGED, lists=2, gaps=True, mask=SLIDING, queries=2, page_size=32),
     *(

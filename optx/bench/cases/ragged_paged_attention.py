@@ -107,8 +107,10 @@ def in_float32(args):
 
 
 def site(heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None, format=None):  # noqa: B008 - frozen
-    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=mask.window).replace(sinks=mask.sinks)
-    spec = spec.replace(format=None if format is None else formats.parse(format))
+    window = None if mask.window is None else max(mask.window, 1)
+    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=window).replace(sinks=mask.sinks)
+    stored = None if format is None else formats.parse(format)
+    spec = spec.replace(format=stored, recent=mask.lag or 0, first=mask.skip)
     return {
         "heads": heads,
         "kv_heads": kv_heads,
@@ -157,12 +159,18 @@ CASES = (
         gaps=True,
         small=True,
     ),
+    case("small_packed", [5, 1], [50, 70], kv_heads=1, format="int8", mask=Mask(lag=9, skip=5, block=8), small=True),
+    case("small_exact", [5, 1], [50, 3], kv_heads=1, mask=Mask(window=0, sinks=5), small=True),
     case("group_of_1_short", [70, 1], [10, 130], heads=2),
     case("small_int8", [5, 1], [50, 70], kv_heads=1, format="int8_asym", small=True),
     *(case(f"page{size}", *MIXED, **LLAMA, page_size=size, padding=7) for size in (16, 32, 64, 128)),
     case("fp16", *MIXED, **LLAMA, page_size=64, dtype="float16"),
     case("window", *MIXED, **LLAMA, mask=SLIDING, gaps=True, softcap=20.0, sink_logits=_sinks),
     case("window_int4", *MIXED, **LLAMA, mask=SLIDING, gaps=True, sink_logits=_sinks, format="int4"),
+    case("packed_int4", *MIXED, **LLAMA, mask=Mask(lag=0, skip=4), format="int4_asym", page_size=64),
+    case("exact", *MIXED, **LLAMA, mask=Mask(window=0, sinks=4), page_size=64),
+    case("blocks_int8", *MIXED, **LLAMA, mask=Mask(lag=50, skip=9, block=32), format="int8", gaps=True, page_size=32),
+    case("newest", *MIXED, **LLAMA, mask=Mask(window=50, sinks=9, block=32), gaps=True, sink_logits=_sinks),
     case("not_causal", *MIXED, **LLAMA, mask=Mask(causal=False), logit_scale=True),
     case("every_head_its_key", *MIXED, heads=8, kv_heads=8, head_dim=128, page_size=32),
     case("group_of_2", *MIXED, heads=8, kv_heads=4, head_dim=128, page_size=64),

@@ -19,8 +19,4 @@ def cache_reason(cache: CacheSpec) -> str | None:
     """Why no kernel over pages takes caches like this one, whatever its format, or None."""
     if any(stream.format is not None for stream in cache.streams):
         return f"streams in formats of their own ({cache.storage}); allowed: one format for all streams"
-    if cache.near is not None:
-        return (
-            f"tokens kept exact beside packed ones ({cache}): masks with lag, skip or block; allowed: recent 0, first 0"
-        )
     return None

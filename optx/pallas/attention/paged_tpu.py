@@ -242,10 +242,11 @@ def schedule(items: Items, lengths, mask: Mask, slots: int) -> jax.Array:
     before `first`, next step that has blocks (or -1), blocks of all steps before, queries."""
     groups, b = lengths.shape
     line = jnp.arange(groups, dtype=jnp.int32)[:, None] * b + items.rows
-    first = jnp.maximum(items.low - mask.window + 1, 0) // slots if mask.window else jnp.zeros_like(items.low)
     last = -(-items.high // slots)
-    first = jnp.minimum(first, last)
-    sinks = jnp.minimum(-(-mask.sinks // slots), first) if mask.window else jnp.zeros_like(first)
+    first = sinks = jnp.zeros_like(items.low)
+    if mask.window is not None:
+        first = jnp.minimum(jnp.maximum(items.low - mask.span + 1, 0) // slots if mask.span else last, last)
+        sinks = jnp.minimum(-(-mask.sinks // slots), first)
     count = jnp.where(items.counts > 0, jnp.maximum(sinks + last - first, 0), 0).ravel()
     steps = count.shape[0]
     busy = jnp.where(count > 0, jnp.arange(steps, dtype=jnp.int32), steps)

@@ -309,7 +309,8 @@ def _span(plan: Plan, length):
         zero = length * 0
         return zero, zero, last
     # Positions may have holes but no two slots share one: the window holds at most as many slots.
-    first = lax.div(jnp.maximum(length - (plan.mask.window + plan.queries - 1), 0), t)
+    first = lax.div(jnp.maximum(length - (plan.mask.span + plan.queries - 1), 0), t)
+    first = last if plan.mask.span == 0 else first
     sinks = jnp.minimum(first, -(-plan.mask.sinks // plan.tiles.tokens))
     return sinks, first, sinks + last - first
 
@@ -339,10 +340,30 @@ def _offset_of(plan: Plan, offsets):
     return lambda unit: sum(jnp.clip(unit - each * i, 0, each) * count for i, count in enumerate(counts))
 
 
+def _borders(plan: Plan, positions, table, lengths, q_positions):
+    """Positions ascend along a listing, so what `lag` and `skip` leave to a query are neighbouring slots: -> the slot where
+    they begin int32[G, B], and how many there are int32[G, B, Q]."""
+    at = jnp.take(positions, table, axis=0, mode="clip").reshape(*table.shape[:2], -1)
+    at = jnp.where(jnp.arange(at.shape[-1]) < lengths[..., None], at, jnp.iinfo(jnp.int32).max)
+    below = lambda border: jnp.sum(at[:, :, None] < border[..., None], axis=-1, dtype=jnp.int32)  # noqa: E731
+    skip = jnp.full((1, 1, 1), plan.mask.skip, jnp.int32)
+    first = below(skip)[..., 0] if plan.mask.skip else jnp.zeros_like(lengths)
+    if plan.mask.causal or plan.mask.lag is not None:
+        last = below(plan.mask.end(q_positions)[None])
+    else:
+        last = jnp.where(q_positions >= 0, lengths[..., None], 0)
+    return [first, jnp.maximum(last - first[..., None], 0)]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale):
-    offsets = _offsets(plan, lengths)
-    aux = [q_positions.reshape(-1), table.reshape(-1), lengths.reshape(-1), offsets]
+    aux, seen = [], lengths
+    if plan.mask.apart:
+        aux = _borders(plan, positions, table, lengths, q_positions)
+        seen = jnp.max(aux[1], axis=-1) + aux[0]
+    offsets = _offsets(plan, seen)
+    aux = [q_positions, table, seen, offsets, *aux]
+    aux = [x.reshape(-1) for x in aux]
     if plan.mask.window is not None:
         aux.append(positions)
     if is_qtensor(k_pool):
@@ -357,7 +378,7 @@ def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_posi
     scores = None
     if want_scores:
         small = plan.batch * plan.slots * plan.kv_heads * 4 < 1 << 31
-        if plan.tiles.registers and plan.rows <= TILE and small:
+        if plan.tiles.registers and plan.rows <= TILE and small and not plan.mask.apart:
             scores = _scores(plan, q, pools, positions, table, lengths, q_positions, lse)
         else:
             scores = _scores_by_xla(plan, q, k_pool, positions, table, lengths, q_positions, lse, logit_scale)
@@ -421,6 +442,7 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
         refs[pool_count : pool_count + aux_count],
         refs[pool_count + aux_count :],
     )
+    border_g = [position_g.pop(0) for _ in range(2 if plan.mask.apart else 0)]
     t = plan.tiles
     sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
     consumer, producer = REGISTERS[t.wgs]
@@ -486,13 +508,16 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
 
         def unit_loop(unit, _):
             row, head, block = _locate(plan, unit)
-            offset, begin, end, _, length = enter(unit, start, stop)
-            asked = step.ask(q_g, q_s.at[wg], qpos_g, row, head, block, length)
+            offset, begin, end, listed, length = enter(unit, start, stop)
+            origin = border_g[0][listed] if plan.mask.apart else None  # slots are counted from there
+            asked = step.ask(q_g, q_s.at[wg], qpos_g, row, head, block, length, border_g[1:], listed)
+            count = length if origin is None else length - origin
 
             def tile_loop(i, state):
                 token, slot = first_token(i - offset, length), slot_of(wg, i - start)
                 buffers = [ref.at[slot] for ref in (k_s, v_s, *small_s)]
-                return step.tile(buffers, q_s.at[wg], asked, state, token, length, slot, i - start)
+                token = token if origin is None else token - origin
+                return step.tile(buffers, q_s.at[wg], asked, state, token, count, slot, i - start)
 
             state = lax.fori_loop(begin, end, tile_loop, step.empty())
 
@@ -551,16 +576,17 @@ class _Plain:
         zeros = jnp.zeros((kept, 1), jnp.float32)
         return zeros - jnp.inf, zeros, jnp.zeros((kept, self.plan.head_dim), jnp.float32)
 
-    def ask(self, q_g, q_s, qpos_g, row, head, block, length):
+    def ask(self, q_g, q_s, qpos_g, row, head, block, length, limits_g=(), listed=None):
         plan = self.plan
         q, limits, positions = [], [], []
         at = [qpos_g[row * plan.queries + i] for i in range(plan.queries)]
         for i, mine in enumerate(at):
             later = sum(jnp.int32(other > mine) for other in at)
-            limit = jnp.where(mine >= 0, length - (later if plan.mask.causal else 0), 0)
+            limit = length - (later if plan.mask.causal else 0)
+            limit = limits_g[0][listed * plan.queries + i] if limits_g else limit
             for g in range(plan.group):
                 q.append(q_g[row, i, head * plan.group + g])
-                limits.append(limit)
+                limits.append(jnp.where(mine >= 0, limit, 0))
                 positions.append(mine)
         pad = plan.blocks * plan.kept - len(q)
         stacked = [jnp.stack(x + x[-1:] * pad) for x in (q, limits, positions)]
@@ -593,10 +619,10 @@ class _Plain:
             logits = logits * self.row(small[name]) if name in small else logits
         if plan.softcap is not None:
             logits = plan.softcap * jnp.tanh(logits / plan.softcap)
-        seen = at[None] < limits[:, None]
+        seen = (at[None] >= 0) & (at[None] < limits[:, None])
         if plan.mask.window is not None:
             key = self.row(small["position"])
-            seen = seen & ((key > positions[:, None] - plan.mask.window) | (key < plan.mask.sinks))
+            seen = seen & ((key >= plan.mask.oldest(positions)[:, None]) | (key < plan.mask.sinks))
         logits = jnp.where(seen, logits * LOG2E, -jnp.inf)
         new = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
         base = jnp.where(new == -jnp.inf, 0.0, new)
@@ -671,6 +697,11 @@ def _fma(a, b, c):
 
 def _less(a, b):
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+
+
+def _below(a, b):
+    """0 <= a < b for b >= 0."""
+    return arith.cmpi(arith.CmpIPredicate.ult, a, b)
 
 
 def _choose(condition, a, b):
@@ -958,14 +989,17 @@ class _Warps:
 
         return make()
 
-    def ask(self, q_g, q_s, qpos_g, row, head, block, length):
-        """Of the thread's query rows: their share of q, how many slots they see, their position, the sum of q."""
-        plan = self.plan
-        refs = (plgpu.RefType(),) * 3
+    def ask(self, q_g, q_s, qpos_g, row, head, block, length, limits_g=(), listed=None):
+        """Of the thread's query rows: their share of q, how many slots they see, their position, the sum of q.
 
-        @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * 4), return_type=_threadwise(self.asked, jnp.int32))
-        def make(_, q, staged, qpos, *scalars):
-            row, head, block, length = (x.registers.item() for x in scalars)
+        limits_g: that number by listing and query, where it is not what causality gives."""
+        plan = self.plan
+        refs = (plgpu.RefType(),) * (3 + len(limits_g))
+        count = 5 if limits_g else 4
+
+        @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * count), return_type=_threadwise(self.asked, jnp.int32))
+        def make(_, q, staged, qpos, *rest):
+            row, head, block, length, *listed = (x.registers.item() for x in rest[len(limits_g) :])
             self.thread()
             if self.staged:
                 utils.warpgroup_barrier()  # the unit before has been read, by all warps
@@ -989,11 +1023,14 @@ class _Warps:
                 for i in range(1, plan.queries):
                     own = _choose(arith.cmpi(arith.CmpIPredicate.eq, query, _i32(i)), asked[i], own)
                 limit = length
-                if plan.mask.causal:
+                if limits_g:
+                    at = _add(_times(listed[0], plan.queries), query)
+                    [limit] = _load(rest[0], _times(at, 4), i32)
+                elif plan.mask.causal:
                     for other in asked if plan.queries > 1 else ():
                         limit = arith.subi(limit, arith.extui(i32, _less(own, other)))
                 limits.append(_choose(_less(own, _i32(0)), _i32(0), limit))
-                positions.append(own)
+                positions.append(self.reach(own))
                 total = _f32(0.0)
                 if plan.zero or plan.format == "int4":
                     for word in mine:
@@ -1007,7 +1044,15 @@ class _Warps:
                 words = [[], []]
             return _array([*words[0], *words[1], *limits, *positions, *sums], jnp.int32)
 
-        return make(q_g, q_s, qpos_g, row, head, block, length)
+        return make(q_g, q_s, qpos_g, *limits_g, row, head, block, length, *([listed] if limits_g else []))
+
+    def reach(self, position):
+        """The query's position, or one from which a window of that length begins where its own does, on the border of a block."""
+        mask = self.plan.mask
+        if mask.window is None or mask.block == 1 or mask.lag is not None:
+            return position
+        first = _times(arith.divsi(_add(position, 1 - mask.window), _i32(mask.block)), mask.block)
+        return _add(first, mask.window - 1)
 
     def left(self, words, s):
         """First operand of product s of q k^T, from the words of the thread's two rows."""
@@ -1196,7 +1241,7 @@ class _Warps:
                         grown = arith.addf(_exp2(arith.mulf(x, _f32(2 / plan.softcap))), _f32(1.0))
                         inverse = utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", grown, result_types=x.type)
                         x = _fma(inverse, _f32(-2 * cap), _f32(cap))
-                    seen = _less(places[j][e], limits[r])
+                    seen = _below(places[j][e], limits[r]) if plan.mask.apart else _less(places[j][e], limits[r])
                     if plan.mask.window is not None:
                         key = numbers["position"][j][e]
                         near = _less(_add(positions[r], -plan.mask.window), key)

@@ -15,6 +15,7 @@ Sources: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), Stream-K (Osama 
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,6 +145,16 @@ class Plan:
         return self.mask.window is not None
 
     @property
+    def placed(self) -> bool:
+        """Whether the mask asks for the positions of cached tokens."""
+        return self.windowed or self.mask.apart
+
+    @property
+    def borders(self) -> tuple[Any, ...]:
+        """Functions of a query's position that bound the positions it sees: from where, and to where."""
+        return (self.mask.oldest,) * self.windowed + (self.mask.end,) * (self.mask.lag is not None)
+
+    @property
     def piece(self) -> int:
         """Cached tokens of a step that one warpgroup takes in a decode: half of them, or all of every other step."""
         return max(ROWS, self.tiles.block_kv // 2)
@@ -161,7 +172,7 @@ class Plan:
     def scalars(self) -> tuple[int, ...]:
         """Bytes of what belongs to a cached token, number by number: scales, zero points, logit scale, position."""
         packed = (2, 2, *((1, 1) if self.zero else ())) if self.packed else ()
-        return packed + (4,) * (self.logit_scale + self.windowed)
+        return packed + (4,) * (self.logit_scale + self.placed)
 
     @property
     def shared(self) -> int:
@@ -362,8 +373,10 @@ def _schedule(plan: Plan, ragged: Ragged, lengths):
     stop = jnp.maximum(jnp.minimum(newest + number, length) if mask.causal else length, 1)
     stop = (stop + block - 1) // block
     skip = jnp.zeros_like(stop)
-    if plan.windowed:
-        skip = jnp.maximum(jnp.maximum(newest - mask.window + 1, 0) // block - plan.sink_blocks, 0)
+    if plan.windowed and mask.span == 0:
+        stop = jnp.minimum(stop, plan.sink_blocks)
+    elif plan.windowed:
+        skip = jnp.maximum(jnp.maximum(newest - mask.span + 1, 0) // block - plan.sink_blocks, 0)
     steps = jnp.where(real, jnp.maximum(stop - skip, 1), 0)
 
     cost, unit_cost = _costs(plan, decode, steps)
@@ -462,9 +475,9 @@ def _run(plan: Plan, q, k_pool, v_pool, ragged, positions, table, lengths, sink_
     if plan.sinks:
         sinks = sink_logits.astype(jnp.float32).reshape(k, g)[:, jnp.arange(ROWS) % g] * LOG2E
         extra.append(sinks)
-    if plan.windowed:
+    if plan.placed:
         per_token.append(positions)
-        extra += _query_positions(plan, ragged)
+        extra += _borders(plan, ragged)
     table = table.reshape(-1)
     out, lse, *parts = _attend(plan, q, pools, per_token, units, cuts, table, extra)
     out, lse = _merge(plan, out, lse, parts, units, cuts, sinks)
@@ -473,8 +486,8 @@ def _run(plan: Plan, q, k_pool, v_pool, ragged, positions, table, lengths, sink_
     return out, lse[where]
 
 
-def _query_positions(plan: Plan, ragged: Ragged):
-    """Positions of the rows of each tile of a chunk int32[chunks, 2, 64], and of all tokens."""
+def _borders(plan: Plan, ragged: Ragged):
+    """Each of `plan.borders` by row of each tile of a chunk int32[chunks, 2, 64], then each by token."""
     tiles_of = jnp.where(ragged.counts > 1, -(-ragged.counts // plan.tile), 0)
     ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
     at = jnp.arange(plan.chunks, dtype=jnp.int32)
@@ -482,7 +495,8 @@ def _query_positions(plan: Plan, ragged: Ragged):
     token = ragged.starts[row] + (at - (ends - tiles_of)[row]) * plan.tile
     inside = jnp.arange(COMPUTE)[:, None] * plan.per_wg + jnp.arange(ROWS) // plan.group
     token = jnp.clip(token[:, None, None] + inside, 0, plan.tokens - 1)
-    return [ragged.positions[token].astype(jnp.int32), ragged.positions.astype(jnp.int32)]
+    found = [border(ragged.positions.astype(jnp.int32)) for border in plan.borders]
+    return [*(x[token] for x in found), *found]
 
 
 # --- The kernel ------------------------------------------------------------------------------------------------------
@@ -581,7 +595,7 @@ class _Kernel:
         pools, per_token = take(2), take(self.per_token)
         units, cuts, table = take(3)
         sinks = take(1)[0] if plan.sinks else None
-        row_positions, q_positions = take(2) if plan.windowed else (None, None)
+        row_borders, borders = take(len(plan.borders)), take(len(plan.borders))
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
         begin, end = ([cuts[sm + i, j] for j in range(3)] for i in range(2))
         where = _Where(self, units, sm, begin, end)
@@ -589,7 +603,7 @@ class _Kernel:
         @pl.when(wg < COMPUTE)
         def _():
             plgpu.set_max_registers(plan.tiles.registers[0], action="increase")
-            _Compute(self, where, wg, sinks, row_positions, q_positions, refs, scratch).run()
+            _Compute(self, where, wg, sinks, row_borders, borders, refs, scratch).run()
 
         @pl.when(wg == COMPUTE)
         def _():
@@ -771,7 +785,7 @@ class _Copy:
 
         def small(full):
             for n, (ref, to) in enumerate(zip(self.per_token, s["token_s"], strict=True)):
-                by_head = not (plan.windowed and n == self.kernel.per_token - 1)
+                by_head = not (plan.placed and n == self.kernel.per_token - 1)
                 for i, page in enumerate(found):
                     row = page * plan.kv_heads + head if by_head else page
                     plgpu.copy_gmem_to_smem(ref.at[row, part(i)], to.at[small_slot, i, pl.ds(0, plan.box)], full)
@@ -812,9 +826,9 @@ def _widen(plan: Plan, codes, to, left):
 class _Compute:
     """A warpgroup that computes."""
 
-    def __init__(self, kernel, where, wg, sinks, row_positions, q_positions, outputs, scratch):
+    def __init__(self, kernel, where, wg, sinks, row_borders, borders, outputs, scratch):
         self.kernel, self.plan, self.where, self.wg, self.s = kernel, kernel.plan, where, wg, scratch
-        self.sinks, self.row_positions, self.q_positions = sinks, row_positions, q_positions
+        self.sinks, self.row_borders, self.borders = sinks, row_borders, borders
         self.out, self.lse, self.parts, self.marks, self.chunk_parts, self.chunk_marks = outputs
         self.q_me, self.stage = scratch["q_s"].at[wg], scratch["stage_s"].at[wg]
 
@@ -874,7 +888,7 @@ class _Compute:
         found = [load(ref) for ref in self.s["token_s"]]
         plan = self.plan
         names = (["k_scale", "v_scale"] if plan.packed else []) + (["k_zero", "v_zero"] if plan.zero else [])
-        names += ["logit_scale"] * plan.logit_scale + ["at"] * plan.windowed
+        names += ["logit_scale"] * plan.logit_scale + ["at"] * plan.placed
         named = dict(zip(names, found, strict=True))
         return {name: x if name == "at" else x.astype(jnp.float32) for name, x in named.items()}
 
@@ -959,13 +973,18 @@ class _Compute:
                 part[...] = jnp.where(at < left, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 
-    def near(self, given, asking, shape):
-        """Which cached tokens a window or the sinks hold; asking: position by row, or one for all."""
+    def near(self, given, borders, shape):
+        """Which cached tokens a window or the sinks hold, and no other call; borders: of `Plan.borders`, by row or for all."""
         mask = self.plan.mask
         at = _wide(given["at"], shape, 1)
-        oldest = asking - mask.window
-        near = at > (_wide(oldest, shape, 0) if oldest.shape else oldest)
-        return near | (at < mask.sinks) if mask.sinks else near
+        borders = [_wide(x, shape, 0) if x.shape else x for x in borders]
+        found = []
+        if self.plan.windowed:
+            near = at >= borders[0]
+            found.append(near | (at < mask.sinks) if mask.sinks else near)
+        found += [at < borders[-1]] if mask.lag is not None else []
+        found += [at >= mask.skip] if mask.skip else []
+        return functools.reduce(operator.and_, found)
 
     # --- Decodes ---------------------------------------------------------------------------------------------------
 
@@ -979,7 +998,7 @@ class _Compute:
         mine = pl.ds(pl.multiple_of(first_piece, piece), piece) if halved else slice(None)
         length, skip = facts[LENGTH], facts[SKIP]
         q_sum = self.q_sum()
-        asking = self.q_positions[facts[TOKEN]] if plan.windowed else None
+        asking = [border[facts[TOKEN]] for border in self.borders]
 
         def step(i, state):
             now = t + i - begin
@@ -997,7 +1016,7 @@ class _Compute:
             plgpu.barrier_arrive(s["k_free"].at[slot])
             at = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
             seen = at < length - first - first_piece
-            if plan.windowed:
+            if plan.placed:
                 seen = seen & self.near(given, asking, shape)
             logits = self.logits(logits, given, q_sum, seen)
             weights, (acc, *rest) = self.softmax(logits, given, seen, state)
@@ -1057,9 +1076,7 @@ class _Compute:
             mine, whole = _div(length + block - 1, block), _div(length, block)
         mine = jnp.where(number > 0, jnp.clip(mine - skip, begin, end), begin)
         whole = jnp.clip(whole - skip, begin, mine)
-        asking = None
-        if plan.windowed:
-            asking = plgpu.load(self.row_positions.at[facts[ITEM], wg], layout=BY_ROW, optimized=False)
+        asking = [plgpu.load(x.at[facts[ITEM], wg], layout=BY_ROW, optimized=False) for x in self.row_borders]
         step = functools.partial(
             self.chunk_step,
             length=length,
@@ -1116,7 +1133,7 @@ class _Compute:
             if plan.mask.causal:
                 bound = jnp.minimum(_div(iota(0), plan.group) + newest, bound)
             seen = iota(1) + first <= bound
-        if plan.windowed:
+        if plan.placed:
             near = self.near(given, asking, shape)
             seen = near if seen is None else seen & near
         logits = self.logits(logits, given, q_sum, seen)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from optx.cache import CacheSpec
+from optx.cache import NEAR, CacheSpec, Ragged, View
 from optx.errors import LoweringError
 from optx.pallas.attention.page_formats import cache_reason, page_kind
 from optx.pallas.threads_sm90 import SCALAR, Threads, across
@@ -45,6 +45,28 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Store:
+    """One pool that keys or values go to."""
+
+    name: str  # of the stream; what is kept exact is called near_<name>
+    format: str  # of pages: dense, int8, int4, fp8
+    pages: int  # without the one for padding
+    page: int
+    zero: bool = False
+    clip: float = 1.0  # share of the range that codes span
+    stored: str = "float16"  # dtype of dense pages, of scales
+
+    @property
+    def stream(self) -> str:
+        return self.name.removeprefix(NEAR)
+
+    @property
+    def levels(self) -> float:
+        """Steps of a scale: what absmax (int: twice absmax, or max - min) is divided by."""
+        return {"int8": 255.0, "int4": 15.0, "fp8": float(jnp.finfo(jnp.float8_e4m3fn).max)}[self.format]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What the kernel is specialised on; hashable, a static argument."""
 
@@ -58,21 +80,12 @@ class Plan:
     k_norm: Norm | None
     turned: int  # first numbers of a head that are rotated, 0: none
     interleaved: bool
-    pages: int  # without the one for padding
-    page: int
-    format: str  # of pages: dense, int8, int4, fp8
-    zero: bool
-    stored: str  # dtype of dense pages, of scales
+    stores: tuple[Store, ...]
 
     @property
     def units(self) -> int:
         """Heads of a token."""
         return self.heads + 2 * self.kv_heads
-
-    @property
-    def levels(self) -> float:
-        """Steps of a scale: what absmax (int: twice absmax, or max - min) is divided by."""
-        return {"int8": 255.0, "int4": 15.0, "fp8": float(jnp.finfo(jnp.float8_e4m3fn).max)}[self.format]
 
 
 def supports(args, target) -> str | None:
@@ -102,9 +115,7 @@ def _reason(cache: CacheSpec, head_dim: int, rope, *norms) -> str | None:
         return f"pages of {cache.format}; allowed: dense, int8, int4, fp8 e4m3, one scale a token and head"
     if cache.format is not None and cache.format.scale_dtype not in SCALES:
         return f"scales of {cache.format.scale_dtype}; allowed: {', '.join(SCALES)}"
-    if getattr(cache.format, "clip", 1) != 1:
-        return f"{cache.format}; allowed: codes over the whole range"
-    if cache.format is None and cache.dtype not in HALVES:
+    if (cache.format is None or cache.near is not None) and cache.dtype not in HALVES:
         return f"pages of {cache.dtype}; allowed: {', '.join(HALVES)}"
     for norm in norms:
         if norm is not None and norm.out is not None:
@@ -112,7 +123,21 @@ def _reason(cache: CacheSpec, head_dim: int, rope, *norms) -> str | None:
     return None
 
 
-def rotate_append(q, k, v, pool, *, positions, writes, spec: CacheSpec, rope=None, q_norm=None, k_norm=None):
+def rotate_append(
+    q,
+    k,
+    v,
+    pool,
+    *,
+    positions,
+    writes,
+    spec: CacheSpec,
+    rope=None,
+    q_norm=None,
+    k_norm=None,
+    view: View | None = None,
+    ragged: Ragged | None = None,
+):
     """As the reference, for bfloat16 and float16. The pool is updated in place where its buffer may be reused.
 
     rope: an object with `dim`, `interleaved` and `turns(positions) -> (cos, sin) float32[T, dim / 2]`; norms: objects with
@@ -122,10 +147,10 @@ def rotate_append(q, k, v, pool, *, positions, writes, spec: CacheSpec, rope=Non
     plan = _plan(q, k, v, pool, spec, rope, q_norm, k_norm)
     angles = [] if rope is None else [jnp.concatenate(rope.turns(positions), axis=-1)]
     norms = [norm.weight.get_value() for norm in (q_norm, k_norm) if norm is not None]
+    writes = [writes] if view is None else [writes, view.near.writes]
     inputs = ([q] if plan.joined else [q, k, v], writes, angles, norms)
-    leaves = {name: _leaves(pool[name]) for name in ("k", "v")}
-    q, leaves = _run(plan, inputs, leaves)
-    return q, {name: _rebuilt(pool[name], leaves[name]) for name in leaves}
+    q, leaves = _run(plan, inputs, [_leaves(pool[s.name]) for s in plan.stores])
+    return q, {s.name: _rebuilt(pool[s.name], found) for s, found in zip(plan.stores, leaves, strict=True)}
 
 
 def _leaves(stream) -> list[jax.Array]:
@@ -146,14 +171,14 @@ def _refuse(argument: str, got, allowed: str):
 
 def _plan(q, k, v, pool, spec, rope, q_norm, k_norm) -> Plan:
     t, n, h = q.shape
-    stream = pool["k"]
-    pages, kv_heads, page, _ = stream.shape
+    kv_heads = pool["k"].shape[1]
     if reason := _reason(spec, h, rope, q_norm, k_norm):
         _refuse("call", reason, "what `supports` takes")
     if str(q.dtype) not in HALVES or any(x is not None and x.dtype != q.dtype for x in (k, v)):
         _refuse("dtypes", ", ".join(str(x.dtype) for x in (q, k, v) if x is not None), " or ".join(HALVES) + " alike")
-    if pages * kv_heads * page >= 1 << 31:
-        _refuse("pool", stream.shape, "less than 2^31 tokens of a head")
+    for name, stream in pool.items():
+        if math.prod(stream.shape[:3]) >= 1 << 31:
+            _refuse(f"pool {name}", stream.shape, "less than 2^31 tokens of a head")
     return Plan(
         tokens=t,
         heads=n - 2 * kv_heads if k is None else n,
@@ -165,12 +190,17 @@ def _plan(q, k, v, pool, spec, rope, q_norm, k_norm) -> Plan:
         k_norm=_norm(k_norm),
         turned=0 if rope is None else rope.dim,
         interleaved=rope is not None and rope.interleaved,
-        pages=pages - 1,
-        page=page,
-        format=page_kind(spec.format),
-        zero=spec.format is not None and spec.format.has_zero,
-        stored=str((stream.scale if is_qtensor(stream) else stream).dtype),
+        stores=tuple(_store(name, pool[name]) for name in pool),
     )
+
+
+def _store(name: str, stream) -> Store:
+    pages, _, page, _ = stream.shape
+    if not is_qtensor(stream):
+        return Store(name=name, format="dense", pages=pages - 1, page=page, stored=str(stream.dtype))
+    facts = {"zero": stream.format.has_zero, "clip": getattr(stream.format, "clip", 1.0)}
+    kind = page_kind(stream.format)
+    return Store(name=name, format=kind, pages=pages - 1, page=page, stored=str(stream.scale.dtype), **facts)
 
 
 def _norm(norm) -> Norm | None:
@@ -227,8 +257,10 @@ def _program(m, plan: Plan, xs, writes, angles, norms, pools, out):
         with m.when(head < plan.heads):
             _Head(m, plan, lane).query(xs, token, head, angles, norms.get("q"), out)
         for name, norm in (("k", norms.get("k")), ("v", None)):
+            both = zip(plan.stores, pools, strict=True)
+            targets = [(s, writes[s.name != s.stream], pool) for s, pool in both if s.stream == name]
             with m.when((at[name] >= 0) & (at[name] < plan.kv_heads)):
-                _Head(m, plan, lane).store(name, xs, token, at[name], angles, norm, writes, pools[name])
+                _Head(m, plan, lane).store(name, xs, token, at[name], angles, norm, targets)
 
 
 class _Head:
@@ -260,25 +292,31 @@ class _Head:
         for (pair, has), word in zip(self.places, words, strict=True):
             self.m.store(out, base + self.m.wide(pair * 4), word, 4, has)
 
-    def store(self, name, xs, token, head, angles, norm, writes, pool):
-        m, plan = self.m, self.plan
-        [slot] = m.load(writes, m.wide(token * 4), 1)
+    def store(self, name, xs, token, head, angles, norm, targets):
+        """targets: (store, its refs of slots, of the pool's leaves)."""
+        m = self.m
+        slots = [m.load(writes, m.wide(token * 4), 1)[0] for _, writes, _ in targets]
         words = self._words(name, xs, token, head, angles if name == "k" else [], norm)
-        with m.when((slot >= 0) & (slot < plan.pages * plan.page)):
-            row = m.wide((slot // plan.page * plan.kv_heads + head) * plan.page + slot % plan.page)
-            numbers = [m.unpack(word, plan.dtype) for word in words]
-            if plan.format == "dense":
-                packed = words if plan.stored == plan.dtype else [m.pack(x, plan.stored) for x in numbers]
-                size = 4
-            else:
-                packed, scale, zero = self._codes(numbers)
-                size = 1 if plan.format == "int4" else 2
-                self._store_small(pool[1], row, scale, 4 if plan.stored == "float32" else 2)
-                if plan.zero:
-                    self._store_small(pool[2], row, m.int(zero), 1)
-            base = row * (plan.head_dim // 2 * size)
-            for (pair, has), word in zip(self.places, packed, strict=True):
-                m.store(pool[0], base + m.wide(pair * size), word, size, has)
+        for (to, _, pool), slot in zip(targets, slots, strict=True):
+            with m.when((slot >= 0) & (slot < to.pages * to.page)):
+                row = m.wide((slot // to.page * self.plan.kv_heads + head) * to.page + slot % to.page)
+                self._store(to, pool, row, words)
+
+    def _store(self, to: Store, pool, row, words):
+        m, plan = self.m, self.plan
+        numbers = [m.unpack(word, plan.dtype) for word in words]
+        if to.format == "dense":
+            packed = words if to.stored == plan.dtype else [m.pack(x, to.stored) for x in numbers]
+            size = 4
+        else:
+            packed, scale, zero = self._codes(to, numbers)
+            size = 1 if to.format == "int4" else 2
+            self._store_small(pool[1], row, scale, 4 if to.stored == "float32" else 2)
+            if to.zero:
+                self._store_small(pool[2], row, m.int(zero), 1)
+        base = row * (plan.head_dim // 2 * size)
+        for (pair, has), word in zip(self.places, packed, strict=True):
+            m.store(pool[0], base + m.wide(pair * size), word, size, has)
 
     def _store_small(self, ref, row, word, size):
         self.m.store(ref, row * size, word, size, self.lane < 1)
@@ -354,41 +392,39 @@ class _Head:
 
     # Codes, by the rules of optx/formats/ints.py
 
-    def _codes(self, numbers):
+    def _codes(self, to: Store, numbers):
         """-> (words of two codes by place, word of the scale, zero point or None)."""
-        m, plan = self.m, self.plan
+        m = self.m
         flat = [x for pair in numbers for x in pair]
-        if plan.zero:
-            low = m.minimum(self._across(functools.reduce(m.minimum, flat), m.minimum), 0.0)
-            span = m.maximum(self._across(functools.reduce(m.maximum, flat), m.maximum), 0.0) - low
+        clip = lambda x: x if to.clip == 1 else x * to.clip  # noqa: E731
+        if to.zero:
+            low = m.minimum(clip(self._across(functools.reduce(m.minimum, flat), m.minimum)), 0.0)
+            span = m.maximum(clip(self._across(functools.reduce(m.maximum, flat), m.maximum)), 0.0) - low
         else:
-            span = self._across(functools.reduce(m.maximum, [m.abs(x) for x in flat]), m.maximum)
-            span = span if plan.format == "fp8" else span * 2.0
-        word, scale = self._scale(span)
-        if plan.format == "fp8":
+            span = clip(self._across(functools.reduce(m.maximum, [m.abs(x) for x in flat]), m.maximum))
+            span = span if to.format == "fp8" else span * 2.0
+        word, scale = self._scale(to, span)
+        if to.format == "fp8":
             return [m.e4m3([x / scale for x in pair]) for pair in numbers], word, None
-        middle = 128.0 if plan.format == "int8" else 8.0
-        zero = self._clip(m.round((low * -1.0) / scale)) if plan.zero else None
+        within = lambda x: m.minimum(m.maximum(x, 0.0), to.levels)  # noqa: E731
+        middle = 128.0 if to.format == "int8" else 8.0
+        zero = within(m.round((low * -1.0) / scale)) if to.zero else None
         codes = [
-            [m.int(self._clip(m.round(x / scale) + (middle if zero is None else zero))) for x in pair]
-            for pair in numbers
+            [m.int(within(m.round(x / scale) + (middle if zero is None else zero))) for x in pair] for pair in numbers
         ]
-        if plan.format == "int4":
+        if to.format == "int4":
             return [a | (b << 4) for a, b in codes], word, zero
-        flip = 0 if plan.zero else 0x8080  # symmetric codes are stored signed
+        flip = 0 if to.zero else 0x8080  # symmetric codes are stored signed
         return [(a | (b << 8)) ^ flip for a, b in codes], word, zero
 
-    def _clip(self, x):
-        return self.m.minimum(self.m.maximum(x, 0.0), self.plan.levels)
-
-    def _scale(self, span):
+    def _scale(self, to: Store, span):
         """The scale as it is stored, and as a number: finite and not 0, or NaN where a number of the head is not finite."""
-        m, info = self.m, jnp.finfo(self.plan.stored)
+        m, info = self.m, jnp.finfo(to.stored)
         tiny = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-        scale = m.minimum(m.maximum(span / self.plan.levels, tiny), float(info.max))
+        scale = m.minimum(m.maximum(span / to.levels, tiny), float(info.max))
         scale = m.where(span > 0.0, scale, 1.0)
         scale = m.where(m.abs(span) < math.inf, scale, math.nan)
-        if self.plan.stored == "float32":
+        if to.stored == "float32":
             return m.bits(scale), scale
-        word = m.pack([scale, scale], self.plan.stored)
-        return word, m.unpack(word, self.plan.stored)[0]
+        word = m.pack([scale, scale], to.stored)
+        return word, m.unpack(word, to.stored)[0]
