@@ -83,7 +83,7 @@ def scheduled(counts, lengths, **changes):
     shape = jax.ShapeDtypeStruct
     q, pool = shape((tokens, 8, 128), jnp.bfloat16), shape((width + 1, 2, 16, 128), jnp.bfloat16)
     table = shape((1, len(counts), width), jnp.int32)
-    plan = kernel._plan(q, pool, ragged, table, Mask(), None, None, None, None, kernel.Tiles(**changes))
+    plan = kernel._plan(q, pool, pool, ragged, table, Mask(), None, None, None, None, kernel.Tiles(**changes))
     units, cuts, where = kernel._schedule(plan, ragged, jnp.asarray(lengths, jnp.int32))
     return plan, ragged, np.asarray(units), np.asarray(cuts), np.asarray(where)
 

@@ -31,6 +31,25 @@ from optx.errors import LoweringError
 from optx.formats.codebook import centroids
 from optx.pallas.attention.page_formats import Pages, pages_of, streams_of
 from optx.pallas.attention.reference import Mask, gather_pages
+from optx.pallas.attention.words_sm90 import PERMUTES, Codes
+from optx.pallas.attention.words_sm90 import add as _add
+from optx.pallas.attention.words_sm90 import and_ as _and
+from optx.pallas.attention.words_sm90 import choose as _choose
+from optx.pallas.attention.words_sm90 import f32 as _f32
+from optx.pallas.attention.words_sm90 import fma as _fma
+from optx.pallas.attention.words_sm90 import halves_of_f16 as _halves_of_f16
+from optx.pallas.attention.words_sm90 import i32 as _i32
+from optx.pallas.attention.words_sm90 import less as _less
+from optx.pallas.attention.words_sm90 import load as _load
+from optx.pallas.attention.words_sm90 import of_pairs as _pair
+from optx.pallas.attention.words_sm90 import or_ as _or
+from optx.pallas.attention.words_sm90 import permute as _permute
+from optx.pallas.attention.words_sm90 import pointer as _pointer
+from optx.pallas.attention.words_sm90 import right as _right
+from optx.pallas.attention.words_sm90 import rounded as _rounded
+from optx.pallas.attention.words_sm90 import spread as _spread
+from optx.pallas.attention.words_sm90 import store as _store
+from optx.pallas.attention.words_sm90 import times as _times
 from optx.tensor import is_qtensor
 
 OP = "paged_decode"
@@ -745,81 +764,9 @@ class _Plain:
 # gives thread 4 g + c rows g, g + 8 and columns 2 c, 2 c + 1. Which numbers of the head dim a product of 16 takes, and in
 # which order the columns of the output come, is free: a thread reads contiguous bytes of a token, and the queries follow.
 
-PERMUTES = {"low": 0x5410, "high": 0x7632}  # halves of two words
-
-
-def _i32(x: int):
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, x - (1 << 32) if x >= 1 << 31 else x))
-
-
-def _f32(x: float):
-    return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), x))
-
-
-def _add(a, b):
-    return arith.addi(a, _i32(b) if isinstance(b, int) else b)
-
-
-def _times(a, b: int):
-    return a if b == 1 else arith.muli(a, _i32(b))
-
-
-def _right(a, count: int):
-    return arith.shrui(a, _i32(count)) if count else a
-
-
-def _and(a, mask: int):
-    return arith.andi(a, _i32(mask))
-
-
-def _or(a, b):
-    return arith.ori(a, _i32(b) if isinstance(b, int) else b)
-
-
-def _permute(a, b, selector: int):
-    """Bytes of the words a (0 to 3) and b (4 to 7), the lowest nibble of `selector` choosing the lowest byte."""
-    i32 = ir.IntegerType.get_signless(32)
-    return utils.inline_ptx(f"prmt.b32 $0, $1, $2, 0x{selector:04x};", a, b, result_types=i32)
-
-
-def _picked(a, b, selector):
-    """Four of the bytes of the words a (0 to 3) and b (4 to 7), chosen by the lowest nibbles of `selector`."""
-    return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", a, b, selector, result_types=a.type)
-
-
-def _rounded(low, high):
-    """Two float32 -> a word of two bfloat16."""
-    i32 = ir.IntegerType.get_signless(32)
-    return utils.inline_ptx("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low, result_types=i32)
-
-
-def _halves_of_f16(word):
-    """A word of two float16 -> two float32."""
-    f32 = ir.F32Type.get()
-    ptx = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
-    return list(utils.inline_ptx(ptx, word, result_types=[f32, f32]))
-
-
-def _spread(steps, words):
-    """As many of `steps` as there are words, each for as many neighbours."""
-    return [steps[i * len(steps) // len(words)] for i in range(len(words))]
-
-
-def _pair(op, a, b):
-    return utils.inline_ptx(f"{op}.rn.bf16x2 $0, $1, $2;", a, b, result_types=a.type)
-
 
 def _exp2(x):
     return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=x.type)
-
-
-def _fma(a, b, c):
-    return utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, result_types=a.type)
-
-
-def _less(a, b):
-    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
 def _below(a, b):
@@ -827,35 +774,9 @@ def _below(a, b):
     return arith.cmpi(arith.CmpIPredicate.ult, a, b)
 
 
-def _choose(condition, a, b):
-    return arith.select(condition, a, b)
-
-
 def _finite_base(top):
     """The maximum, or 0 where nothing has been seen."""
     return _choose(arith.cmpf(arith.CmpFPredicate.OEQ, top, _f32(-math.inf)), _f32(0.0), top)
-
-
-def _pointer(ref, offset):
-    """Pointer `offset` bytes (i32) into a ref of shared or global memory."""
-    return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
-
-
-def _load(ref, offset, element, count: int = 1):
-    """`count` contiguous numbers as a list."""
-    vec = ir.VectorType.get((count,), element)
-    loaded = llvm.load(vec, _pointer(ref, offset), alignment=count * utils.bytewidth(element))
-    return [vector.extract(loaded, [], [i]) for i in range(count)]
-
-
-def _store(ref, offset, values, when=None):
-    """Stores float32 numbers side by side where `when` holds."""
-    pointer = _pointer(ref, offset)
-    space = "global" if pointer.type.address_space in (0, 1) else "shared"
-    names = ", ".join(f"${i + 1}" for i in range(len(values)))
-    names = f"{{{names}}}" if len(values) > 1 else names
-    kind = f"v{len(values)}.f32" if len(values) > 1 else "f32"
-    utils.inline_ptx(f"st.{space}.{kind} [$0], {names};", pointer, *values, predicate=when, has_side_effects=True)
 
 
 def _array(registers, dtype):
@@ -890,7 +811,7 @@ class _Warps:
         self.row_warps = plan.row_warps
         self.token_warps = 4 // self.row_warps
         self.mine = plan.tiles.tokens // self.token_warps  # tokens of a warp
-        self.itemsize, self.bits = plan.itemsize, plan.k.bits
+        self.itemsize, self.bits, self.codes = plan.itemsize, plan.k.bits, Codes(plan.k)
         self.swizzle = min(128, plan.wide * self.itemsize)  # bytes of a row of an SMEM tile
         self.columns = plan.wide * self.itemsize // self.swizzle
         self.numbers = plan.head_dim // self.columns  # of a row of an SMEM tile
@@ -979,7 +900,7 @@ class _Warps:
 
         def away(i):
             if stream.zero != "code":
-                return self.middle
+                return self.codes.middle
             low, *high = (arith.extui(i32, x) for x in load(f"{name}_zero", i))
             high = arith.shli(high[0] if high else low, _i32(16))
             return _add(_or(low, high), 0x43004300)
@@ -988,19 +909,9 @@ class _Warps:
         for i in range(max(1, share * groups // plan.head_dim)):
             scale, middle = numbers(f"{name}_scale", i), None
             if stream.zero == "least":
-                middle = self.middles(scale, numbers(f"{name}_zero", i))
+                middle = self.codes.middles(scale, numbers(f"{name}_zero", i))
             found.append((away(i), _rounded(scale[0], scale[-1]), middle))
         return found
-
-    def middles(self, scale, least):
-        """What the middle code stands for, as a word: of smaller numbers less is lost in 16 bits."""
-        found = [_fma(x, _f32(self.plan.shift), y) for x, y in zip(scale, least, strict=True)]
-        return _rounded(found[0], found[-1])
-
-    @property
-    def middle(self):
-        """The middle code + 128, twice."""
-        return _i32(0x43004300 + int(self.plan.shift) * 0x00010001)
 
     def of_channels(self, refs, token):
         """The same for each pair of `key_operands` of the thread's share of numbers, from the scales that `token` shares."""
@@ -1014,18 +925,9 @@ class _Warps:
             return [_halves_of_f16(w) for w in found]
 
         scales = pairs("k_scale")
-        middles = [self.middles(*both) for both in zip(scales, pairs("k_zero"), strict=True)]
+        middles = [self.codes.middles(*both) for both in zip(scales, pairs("k_zero"), strict=True)]
         words = (self.query_operands(x) for x in ([_rounded(*x) for x in scales], middles))
-        return [(self.middle, *both) for both in zip(*words, strict=True)]
-
-    def number(self, biased, steps):
-        """Two codes + 128 -> two numbers."""
-        away, scale, middle = steps
-        code = _pair("sub", biased, away)
-        if middle is None:
-            return _pair("mul", code, scale)
-        ptx = "fma.rn.bf16x2 $0, $1, $2, $3;"
-        return utils.inline_ptx(ptx, code, scale, middle, result_types=code.type)
+        return [(self.codes.middle, *both) for both in zip(*words, strict=True)]
 
     # Codes to 16-bit numbers
 
@@ -1039,28 +941,6 @@ class _Warps:
         bits = _or(_and(code, 0x80008000), _and(_right(code, 4), 0x07F007F0))
         return _pair("mul", bits, _i32(0x7B807B80))
 
-    def biased(self, word):
-        """Lowest nibbles of both halves -> two bfloat16: code + 128."""
-        ptx = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # (a & b) | c
-        mask = 0x00010001 * (2**self.bits - 1)
-        return utils.inline_ptx(ptx, word, _i32(mask), _i32(0x43004300), result_types=word.type)
-
-    def looked_up(self, word):
-        """Eight codes of the codebook -> four words of two centroids. It is symmetric: codes below 8 are negative, and count
-        down from the middle."""
-        table = [int(np.asarray(c, BF16).view(np.uint16)) for c in centroids(4)[8:]]
-        rows = [[x >> 8 * byte & 0xFF for x in table] for byte in range(2)]
-        low, high = ([_i32(sum(x << 8 * i for i, x in enumerate(row[at : at + 4]))) for at in (0, 4)] for row in rows)
-        below = _and(arith.xori(word, _i32(0xFFFFFFFF)), 0x88888888)
-        ones = _right(below, 3)
-        index = _and(arith.xori(word, arith.subi(below, ones)), 0x77777777)
-        found = []
-        for half in (0, 16):
-            at, sign = _right(index, half), _picked(_i32(0x8000), _i32(0), _right(ones, half))
-            both = _picked(*low, at), _or(_picked(*high, at), sign)
-            found += [_permute(*both, 0x5140), _permute(*both, 0x7362)]
-        return found
-
     def signed(self, word):
         """Asymmetric int8 as signed bytes."""
         return arith.xori(word, _i32(0x80808080)) if self.plan.format == "int8" and self.plan.k.zero else word
@@ -1070,13 +950,13 @@ class _Warps:
         if self.plan.format == "dense":
             return words
         if self.plan.format == "codebook4":
-            return [pair for w in words for pair in self.looked_up(w)]
+            return [pair for w in words for pair in self.codes.looked_up(w)]
         if self.bits < 8:
-            pairs = [self.biased(_right(w, self.bits * i)) for w in words for i in range(16 // self.bits)]
+            pairs = [pair for w in words for pair in self.codes.pairs(w)]
             return (
                 pairs
                 if steps is None
-                else [self.number(x, y) for x, y in zip(pairs, _spread(steps, pairs), strict=True)]
+                else [self.codes.number(x, y) for x, y in zip(pairs, _spread(steps, pairs), strict=True)]
             )
         return [self.bf16_of_bytes(self.signed(w), high) for w in words for high in (False, True)]
 
@@ -1103,12 +983,12 @@ class _Warps:
             if self.plan.format == "dense":
                 found += [_permute(a, b, s) for s in PERMUTES.values()]
             elif self.plan.format == "codebook4":
-                pairs = zip(self.looked_up(a), self.looked_up(b), strict=True)
+                pairs = zip(self.codes.looked_up(a), self.codes.looked_up(b), strict=True)
                 found += [_permute(*pair, s) for pair in pairs for s in PERMUTES.values()]
             elif self.bits < 8:
                 for byte in range(4):
                     both = _permute(a, b, 0x4400 + 0x1111 * byte)
-                    found += [self.biased(_right(both, i)) for i in range(0, 8, self.bits)]
+                    found += [self.codes.biased(_right(both, i)) for i in range(0, 8, self.bits)]
             else:
                 a, b = self.signed(a), self.signed(b)
                 for selector in (0x5140, 0x7362):
@@ -1117,9 +997,9 @@ class _Warps:
         if self.plan.format not in ("int4", "int2"):
             return found
         if steps is None:
-            middle = self.middle
+            middle = self.codes.middle
             return [_pair("sub", x, middle) for x in found]
-        return [self.number(x, y) for x, y in zip(found, _spread(steps, found), strict=True)]
+        return [self.codes.number(x, y) for x, y in zip(found, _spread(steps, found), strict=True)]
 
     def multiply(self, acc, a, b):
         f32 = ir.F32Type.get()
