@@ -8,8 +8,9 @@ from flax import nnx
 
 from optx import tensor
 from optx.bench.cases import Case, Shape
+from optx.bench.cases.paged_decode import both, stored
 from optx.cache import NEAR, Ragged, View
-from optx.formats import Float8, Format, Int
+from optx.formats import Affine, Codebook, Float8, Format, Int
 from optx.nn.attention import paged_spec
 from optx.nn.core import RMSNorm, Rope
 
@@ -19,7 +20,15 @@ INT8_ZERO, INT4_ZERO = Int(width=8, symmetric=False), Int(width=4, symmetric=Fal
 CONTEXT = 40960  # tokens: positions lie below
 # A rotated key is rounded to 16 bits before it gets its code, which tips some codes to the next one; the reference in float32
 # does not round. The reference itself, in bfloat16: 7e-3, 1.5e-2, 3.8e-2.
-TIPPED = {"int8": 1e-2, "fp8_e4m3": 3e-2, "int4": 5e-2}
+TIPPED = {
+    "int8": 1e-2,
+    "fp8_e4m3": 3e-2,
+    "int4": 5e-2,
+    "int4_g64": 5e-2,
+    "int4_g32_affine": 5e-2,
+    "codebook4": 5e-2,
+    "int2": 2e-1,
+}
 TIES = 0.02  # steps of a code
 TURNS = 6
 
@@ -33,7 +42,7 @@ def call(
     head_dim,
     page_size=16,
     dtype="bfloat16",
-    format: Format | None = None,
+    format=None,
     joined=False,
     padding=0,
     rope: Rope | None = None,
@@ -44,9 +53,10 @@ def call(
 
     first: of the cache; with it pages of exact tokens, other slots, are written as well."""
     pages = -(-2 * tokens // page_size)
-    spec = paged_spec(kv_heads, head_dim, dtype=dtype).replace(format=format, first=first)
+    spec = stored(paged_spec(kv_heads, head_dim, dtype=dtype), format).replace(first=first)
     shape = (pages + 1, kv_heads, page_size, head_dim)
-    pool = {name: _pool(rng.standard_normal(shape, np.float32), dtype, format) for name in "kv"}
+    formats = zip("kv", both(format), strict=True)
+    pool = {name: _pool(rng.standard_normal(shape, np.float32), dtype, each) for name, each in formats}
     x = rng.standard_normal((tokens, heads + 2 * kv_heads, head_dim), np.float32)
     x = jnp.asarray(x * np.exp(rng.standard_normal((tokens, heads + 2 * kv_heads, 1), np.float32)), dtype)
     x = x.at[0, -1].set(0)
@@ -117,7 +127,7 @@ def site(heads, kv_heads, head_dim, *, dtype="bfloat16", format=None, rope=None,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "dtype": dtype,
-        "cache": paged_spec(kv_heads, head_dim, dtype=dtype).replace(format=format, first=first),
+        "cache": stored(paged_spec(kv_heads, head_dim, dtype=dtype), format).replace(first=first),
         "rope": rope,
         "q_norm": norm,
         "k_norm": norm,
@@ -133,13 +143,19 @@ def case(name: str, tokens, heads, kv_heads, head_dim, *, small=True, turns=True
         name=name,
         make=functools.partial(call, tokens=tokens, **shape, **kwargs),
         site=site(**shape, **kwargs),
-        tolerance=tolerances.get(str(kwargs.get("format")).split("_asym")[0], 5e-3),
+        tolerance=tolerances.get(str(both(kwargs.get("format"))[1]).split("_asym")[0], 5e-3),
         small=small,
         pick=results,
     )
 
 
 FORMATS = {"int8": INT8, "int8_zero": INT8_ZERO, "int4": INT4, "int4_zero": INT4_ZERO, "fp8": FP8}
+FEW_BITS = {
+    "oscar2": tuple(Int(width=2, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
+    "int4_groups": Int(width=4, symmetric=False, group=64),
+    "affine": Affine(width=4, group=32),
+    "turbo4": Codebook(width=4),
+}
 QWEN = {"heads": 32, "kv_heads": 8, "head_dim": 128, "norm": {}, "joined": True}
 YARN = Rope(theta=1e4, dim=64, scaling="yarn", factor=8.0, attention_factor=1.2)
 
@@ -157,6 +173,7 @@ CASES = (
     case("page_of_24", 20, 2, 1, 64, page_size=24),
     *(case(f"{name}_as_given", 200, 4, 2, 64, turns=False, format=f, padding=2) for name, f in FORMATS.items()),
     *(case(name, 9, 4, 2, 128, format=f, norm={}, joined=True) for name, f in FORMATS.items()),
+    *(case(name, 9, 4, 2, 128, format=f, norm={}, joined=True) for name, f in FEW_BITS.items()),
     case("exact_as_well", 9, 4, 2, 128, format=INT4_ZERO, norm={}, joined=True, padding=2, first=4),
     case("bfloat16_scales", 9, 4, 2, 80, format=Int(width=4, scale_dtype="bfloat16"), joined=True),
     *(case(f"qwen_{t}", t, **QWEN, page_size=64, padding=t // 8, small=False) for t in (1, 32, 67, 2048)),
