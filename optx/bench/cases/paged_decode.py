@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.bench.cases import Case, Shape
-from optx.formats import Affine, Codebook, Float8, Format, Int, PerChannel
+from optx.formats import Affine, Codebook, Float8, Float8Static, Format, Int, PerChannel
 from optx.nn.attention import paged_spec
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
@@ -97,14 +97,16 @@ def _pool(x, written, format: Format | None, dtype):
         return jnp.asarray(np.where(mark, x, np.nan), dtype)
     parts = format.encode(jnp.asarray(x, jnp.float32))
     data = parts.data
-    if isinstance(format, Float8):
+    if isinstance(format, Float8 | Float8Static):
         data = jnp.where(mark, data.astype(jnp.float32), jnp.nan).astype(data.dtype)
+    kwargs = {"format": format, "length": x.shape[-1], "axis": -1, "dtype": jnp.dtype("float32")}
+    if parts.scale is None:
+        return QTensor(data=data, **kwargs)
     rows = parts.scale.shape[2]
     mark = written.reshape(*written.shape[:2], rows, -1).any(-1)[..., None]  # tokens that share scales
     poisoned = lambda part: jnp.where(mark, part, jnp.nan).astype(part.dtype)  # noqa: E731
     zero = parts.zero
     zero = poisoned(zero) if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating) else zero
-    kwargs = {"format": format, "length": x.shape[-1], "axis": -1, "dtype": jnp.dtype("float32")}
     return QTensor(data=data, scale=poisoned(parts.scale), zero=zero, **kwargs)
 
 
@@ -195,6 +197,7 @@ CASES = (
         "small_all", [70, 33], **TINY, mask=Mask(window=40, sinks=7, lag=9, skip=5), format=INT8, queries=2, gaps=True
     ),
     *(case(f"small_{name}", [70, 3], **NARROW, format=value) for name, value in FEW_BITS.items()),
+    case("small_fp8_static", [70, 3], **TINY, format=Float8Static()),
     case("small_scores", [70, 3], **TINY, logit_scale=True, want_scores=True),
     *(case(f"page{size}", RAGGED, **LLAMA, page_size=size) for size in (16, 32, 64, 128)),
     *(case(f"fp16_dim{size}", RAGGED, head_dim=size, dtype="float16") for size in (64, 128, 256)),
@@ -228,6 +231,7 @@ CASES = (
     *(case(name, RAGGED, **LLAMA, format=value) for name, value in FEW_BITS.items()),
     case("kivi4_queries", RAGGED, format=FEW_BITS["kivi4"], mask=BLOCKS, queries=6, softcap=30.0, page_size=32),
     case("oscar2_queries", RAGGED, format=FEW_BITS["oscar2"], mask=Mask(lag=64, skip=64), queries=6, sink_logits=True),
+    case("fp8_static", RAGGED, **LLAMA, format=Float8Static()),
     case("turbo4_dim64", RAGGED, **OSS, format=FEW_BITS["turbo4"], page_size=16),
     case("long", [40_000], **LLAMA),
     case("many", [int(n) for n in np.random.default_rng(0).integers(0, 900, 64)], heads=16, kv_heads=4),

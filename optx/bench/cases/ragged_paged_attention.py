@@ -11,7 +11,7 @@ from optx import formats
 from optx.bench.cases import Case, Shape
 from optx.bench.cases.paged_decode import FEW_BITS, both, stored
 from optx.cache import Ragged
-from optx.formats import Format
+from optx.formats import Float8Static, Format
 from optx.nn.attention import paged_spec
 from optx.pallas.attention.reference import Mask
 from optx.tensor import is_qtensor, quantize
@@ -174,6 +174,7 @@ CASES = (
     case("small_exact", [5, 1], [50, 3], kv_heads=1, mask=Mask(window=0, sinks=5), small=True),
     *(case(f"small_{name}", [5, 1], [50, 70], **NARROW, format=value, small=True) for name, value in FEW_BITS.items()),
     case("group_of_1_short", [70, 1], [10, 130], heads=2),
+    case("small_fp8_static", [5, 1], [50, 70], kv_heads=1, format=Float8Static(), small=True),
     case("small_int8", [5, 1], [50, 70], kv_heads=1, format="int8_asym", small=True),
     *(case(f"page{size}", *MIXED, **LLAMA, page_size=size, padding=7) for size in (16, 32, 64, 128)),
     case("fp16", *MIXED, **LLAMA, page_size=64, dtype="float16"),
@@ -184,6 +185,7 @@ CASES = (
     case("blocks_int8", *MIXED, **LLAMA, mask=Mask(lag=50, skip=9, block=32), format="int8", gaps=True, page_size=32),
     case("newest", *MIXED, **LLAMA, mask=Mask(window=50, sinks=9, block=32), gaps=True, sink_logits=_sinks),
     *(case(name, *MIXED, **LLAMA, format=value, page_size=64) for name, value in FEW_BITS.items()),
+    case("fp8_static", *MIXED, **LLAMA, format=Float8Static(), page_size=64),
     case("kivi4_page128", *MIXED, **LLAMA, format=FEW_BITS["kivi4"], page_size=128, mask=Mask(lag=128, block=32)),
     case("not_causal", *MIXED, **LLAMA, mask=Mask(causal=False), logit_scale=True),
     case("every_head_its_key", *MIXED, heads=8, kv_heads=8, head_dim=128, page_size=32),

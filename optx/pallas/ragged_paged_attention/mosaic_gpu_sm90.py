@@ -165,6 +165,11 @@ class Plan:
         return float(2 ** (self.k.bits - 1))
 
     @property
+    def k_scaled(self) -> bool:
+        """Whether scales act on logits."""
+        return self.packed and self.k.by_token and self.k.scaled
+
+    @property
     def k_zero(self) -> bool:
         """Whether zero points act on logits."""
         return self.k.by_token and self.k.zero is not None
@@ -210,7 +215,7 @@ class Plan:
     @property
     def names(self) -> tuple[str, ...]:
         """What belongs to cached tokens, in the order of their copies."""
-        found = [f"{x}_scale" for x in "kv"] * self.packed
+        found = [f"{x}_scale" for x in "kv" if self.packed and getattr(self, x).scaled]
         found += [f"{x}_zero" for x in "kv" if getattr(self, x).zero is not None]
         return (*found, *["logit_scale"] * self.logit_scale, *["at"] * self.placed)
 
@@ -289,12 +294,12 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
 
 def _layout_reason(k: Pages, v: Pages, head_dim: int) -> str | None:
     """Why pages are not read that lie so, or None."""
-    if not (k.scaled and v.scaled):
-        return "fp8 without scales; takes fp8_e4m3 with one scale a token and head"
     if k.bits * head_dim < 32 * 8:
         return f"{k.code} of {head_dim} numbers a head; takes at least 32 bytes a token and head"
     if k.code in ("int8", "int4") and k.by_token and v.by_token and k.zero != v.zero:
         return "zero points of keys or values alone; takes both or none"
+    if k.scaled != v.scaled:
+        return "scales of keys or values alone; takes both or none"
     if v.span is not None:
         return "scales by channel of values; takes those of keys"
     if k.span is not None and k.span not in SPANS:
@@ -1117,9 +1122,7 @@ class _Compute:
     def rate(self) -> float:
         """What is left to multiply logits by inside the exponent."""
         plan = self.plan
-        plain = (
-            plan.softcap is None and plan.scale > 0 and not (plan.packed and plan.k.by_token) and not plan.logit_scale
-        )
+        plain = plan.softcap is None and plan.scale > 0 and not plan.k_scaled and not plan.logit_scale
         return plan.scale * LOG2E if plain else 1.0
 
     def softmax(self, s, given, seen, state):
