@@ -182,6 +182,8 @@ FEW_BITS = {
     "int2_groups": Int(width=2, group=32, symmetric=False),
     "int4_groups": Int(width=4, group=64),
 }
+# Kernels make 16-bit numbers of these, which rounds each key and value: by 2.2e-3 to 3.3e-3 of it, either's share of the error.
+MADE = dict.fromkeys(("kivi4", "kivi2", "int2_groups", "int4_groups"), 8e-3)
 
 CASES = (
     case("small", [70, 0, 1], **TINY),
@@ -228,8 +230,17 @@ CASES = (
         case(f"{name}_queries", RAGGED, format=value, queries=6, softcap=30.0, sink_logits=True)
         for name, value in FORMATS.items()
     ),
-    *(case(name, RAGGED, **LLAMA, format=value) for name, value in FEW_BITS.items()),
-    case("kivi4_queries", RAGGED, format=FEW_BITS["kivi4"], mask=BLOCKS, queries=6, softcap=30.0, page_size=32),
+    *(case(name, RAGGED, **LLAMA, format=value, tolerance=MADE.get(name, 5e-3)) for name, value in FEW_BITS.items()),
+    case(
+        "kivi4_queries",
+        RAGGED,
+        tolerance=MADE["kivi4"],
+        format=FEW_BITS["kivi4"],
+        mask=BLOCKS,
+        queries=6,
+        softcap=30.0,
+        page_size=32,
+    ),
     case("oscar2_queries", RAGGED, format=FEW_BITS["oscar2"], mask=Mask(lag=64, skip=64), queries=6, sink_logits=True),
     case("fp8_static", RAGGED, **LLAMA, format=Float8Static()),
     case("turbo4_dim64", RAGGED, **OSS, format=FEW_BITS["turbo4"], page_size=16),

@@ -9,7 +9,7 @@ import numpy as np
 
 from optx import formats
 from optx.bench.cases import Case, Shape
-from optx.bench.cases.paged_decode import FEW_BITS, both, stored
+from optx.bench.cases.paged_decode import FEW_BITS, MADE, both, stored
 from optx.cache import Ragged
 from optx.formats import Float8Static, Format
 from optx.nn.attention import paged_spec
@@ -132,7 +132,18 @@ def site(heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None,
 
 
 def case(
-    name, counts, context, *, heads=8, kv_heads=2, head_dim=64, page_size=16, dtype="bfloat16", small=False, **more
+    name,
+    counts,
+    context,
+    *,
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    page_size=16,
+    dtype="bfloat16",
+    small=False,
+    tolerance=5e-3,
+    **more,
 ):
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
 
@@ -141,7 +152,8 @@ def case(
         return batch(rng, counts, context, **shape, page_size=page_size, dtype=dtype, **kwargs)
 
     asked = {key: more[key] for key in ("mask", "softcap", "format") if key in more}
-    return Case(op=OP, name=name, make=make, site=site(**shape, dtype=dtype, **asked), small=small, pick=real_tokens)
+    facts = {"site": site(**shape, dtype=dtype, **asked), "small": small, "tolerance": tolerance}
+    return Case(op=OP, name=name, make=make, pick=real_tokens, **facts)
 
 
 MIXED = ([40, 1, 1, 130, 0, 17], [100, 70, 300, 513, 0, 0])
@@ -184,9 +196,20 @@ CASES = (
     case("exact", *MIXED, **LLAMA, mask=Mask(window=0, sinks=4), page_size=64),
     case("blocks_int8", *MIXED, **LLAMA, mask=Mask(lag=50, skip=9, block=32), format="int8", gaps=True, page_size=32),
     case("newest", *MIXED, **LLAMA, mask=Mask(window=50, sinks=9, block=32), gaps=True, sink_logits=_sinks),
-    *(case(name, *MIXED, **LLAMA, format=value, page_size=64) for name, value in FEW_BITS.items()),
+    *(
+        case(name, *MIXED, **LLAMA, format=value, page_size=64, tolerance=MADE.get(name, 5e-3))
+        for name, value in FEW_BITS.items()
+    ),
     case("fp8_static", *MIXED, **LLAMA, format=Float8Static(), page_size=64),
-    case("kivi4_page128", *MIXED, **LLAMA, format=FEW_BITS["kivi4"], page_size=128, mask=Mask(lag=128, block=32)),
+    case(
+        "kivi4_page128",
+        *MIXED,
+        **LLAMA,
+        format=FEW_BITS["kivi4"],
+        page_size=128,
+        mask=Mask(lag=128, block=32),
+        tolerance=MADE["kivi4"],
+    ),
     case("not_causal", *MIXED, **LLAMA, mask=Mask(causal=False), logit_scale=True),
     case("every_head_its_key", *MIXED, heads=8, kv_heads=8, head_dim=128, page_size=32),
     case("group_of_2", *MIXED, heads=8, kv_heads=4, head_dim=128, page_size=64),

@@ -10,7 +10,7 @@ from optx import tensor
 from optx.bench.cases import Case, Shape
 from optx.bench.cases.paged_decode import both, stored
 from optx.cache import NEAR, Ragged, View
-from optx.formats import Affine, Codebook, Float8, Format, Int
+from optx.formats import Affine, Codebook, Float8, Int
 from optx.nn.attention import paged_spec
 from optx.nn.core import RMSNorm, Rope
 
@@ -185,19 +185,23 @@ CASES = (
 )
 
 
-def shape(tokens: int, stored: Format | None = None) -> Shape:
+def shape(tokens: int, stored=None, name: str | None = None, first: int = 0) -> Shape:
     """A layer of Qwen3-8B. A benchmark keeps its inputs, so copies of the (small) pool are in its time; a step makes none."""
     rope = Rope(theta=1e6, dim=128)
-    facts = {"heads": 32, "kv_heads": 8, "head_dim": 128, "format": stored, "rope": rope, "norm": {}}
+    facts = {"heads": 32, "kv_heads": 8, "head_dim": 128, "format": stored, "rope": rope, "norm": {}, "first": first}
     spec = site(**facts)["cache"]
     return Shape(
         op=OP,
-        name=f"{stored or 'bfloat16'}_{tokens}x32/8x128",
+        name=f"{name or stored or 'bfloat16'}_{tokens}x32/8x128",
         make=functools.partial(call, tokens=tokens, joined=True, page_size=64, **facts),
         site=site(**facts),
-        bytes=tokens * (2 * (48 + 32) * 128 + spec.unit_bytes + 4 * 128 + 8),
+        bytes=tokens * (2 * (48 + 32) * 128 + sum(part.unit_bytes for part in spec.parts) + 4 * 128 + 8),
         flops=tokens * 48 * 128 * 10,
     )
 
 
-SHAPES = tuple(shape(tokens, stored) for tokens in (1, 32, 512) for stored in (None, INT8, INT4))
+SHAPES = (
+    *(shape(tokens, stored) for tokens in (1, 32, 512) for stored in (None, INT8, INT4)),
+    shape(32, INT4_ZERO, "int4_exact_as_well", first=4),
+    *(shape(32, stored, name) for name, stored in FEW_BITS.items()),
+)
