@@ -25,17 +25,30 @@ def append(spec: CacheSpec, new: dict[str, jax.Array], view: View, ragged: Ragge
         {NEAR + name: x for name, x in new.items()},
         view.near.writes,
     )
-    spans = {s.name: f for s, f in zip(spec.streams, spec.formats, strict=True) if f and f.block_rows > 1}
+    spans = _spanning(spec)
     each = {name: x for name, x in new.items() if name not in spans}
     pool = spec.append({name: view.pool[name] for name in each}, each, view.writes)
-    for name, format_ in spans.items():
-        pool[name] = _pack_blocks(view.pool[name], exact[NEAR + name], format_, view, ragged)
-    return pool | exact
+    return with_blocks(spec, {name: view.pool[name] for name in spans} | pool | exact, view, ragged)
+
+
+def with_blocks(spec: CacheSpec, pool: Pool, view: View, ragged: Ragged) -> Pool:
+    """The layer's pools after an append to all streams but those whose scales span tokens, with the blocks of these that it
+    completes packed."""
+    packed = {
+        name: _pack_blocks(pool[name], pool[NEAR + name], format_, view, ragged)
+        for name, format_ in _spanning(spec).items()
+    }
+    return pool | packed
+
+
+def _spanning(spec: CacheSpec) -> dict[str, Format]:
+    """Formats of the streams whose scales span tokens."""
+    return {s.name: f for s, f in zip(spec.streams, spec.formats, strict=True) if f and f.block_rows > 1}
 
 
 def as_stored(spec: CacheSpec, new: dict[str, jax.Array], ragged: Ragged) -> dict[str, jax.Array]:
     """`new` [T, ...] of self-contained sequences as attention reads it back: packed, and exact under `near_<name>`."""
-    spans = {s.name: f for s, f in zip(spec.streams, spec.formats, strict=True) if f and f.block_rows > 1}
+    spans = _spanning(spec)
     stored = spec.as_stored({name: x for name, x in new.items() if name not in spans})
     stored |= {name: _blocks_as_stored(new[name], format_, ragged) for name, format_ in spans.items()}
     return stored if spec.near is None else stored | {NEAR + name: x for name, x in new.items()}

@@ -12,7 +12,7 @@ import pytest
 from optx.bench.cases import paged_decode as cases
 from optx.bench.timing import relative_error
 from optx.errors import LoweringError
-from optx.formats import Float8, Int
+from optx.formats import Affine, Float8, Int, PerChannel
 from optx.pallas.attention.reference import Mask
 from optx.pallas.paged_decode import mosaic_gpu_sm90 as kernel
 
@@ -21,7 +21,20 @@ SMALL = [case for case in cases.CASES if case.small]
 LOWERED = [
     case
     for case in cases.CASES
-    if case.name in ("page16", "window_page128", "window_int4", "int8_zero_page128_dim256", "fp8_queries", "lists")
+    if case.name
+    in (
+        "page16",
+        "blocks_int8",
+        "newest",
+        "oscar2",
+        "kivi4_queries",
+        "turbo4",
+        "window_page128",
+        "window_int4",
+        "int8_zero_page128_dim256",
+        "fp8_queries",
+        "lists",
+    )
 ]
 TILES = kernel.Tiles(sms=2, stages=2, registers=False)
 name = lambda case: case.name  # noqa: E731
@@ -72,7 +85,7 @@ def test_supports_its_shapes(shape):
 
 def test_tiles_fill_shared_memory():
     for head_dim in kernel.HEAD_DIMS:
-        for fmt in ("dense", "int8", "int4", "fp8"):
+        for fmt in ("dense", "int8", "int4", "fp8", "int2", "codebook4"):
             for rows in (1, 128):
                 for small in (0, 3072):
                     tiles = kernel.tiles(head_dim, fmt, small, rows)
@@ -91,7 +104,13 @@ SITE = cases.site(8, 2, 128, 64)
         ({"cache": SITE["cache"].replace(dtype="float32")}, "float32"),
         ({"cache": SITE["cache"].replace(dtype="float16", format=Int(width=8))}, "float16"),
         ({"cache": SITE["cache"].replace(format=Int(width=3))}, "int3"),
-        ({"cache": SITE["cache"].replace(format=Int(width=4, group=64))}, "int4_g64"),
+        ({"cache": SITE["cache"].replace(format=Int(width=8, group=64))}, "int8_g64"),
+        ({"cache": SITE["cache"].replace(format=Int(width=4, group=8))}, "groups of 8 numbers"),
+        ({"cache": SITE["cache"].replace(format=PerChannel(width=4, group=32))}, "of values"),
+        ({"cache": cases.stored(SITE["cache"], (PerChannel(width=4, group=16), Affine(width=4)))}, "by 16 tokens"),
+        ({"cache": cases.stored(SITE["cache"], (Int(width=4), Int(width=8)))}, "k int4, v int8"),
+        ({"cache": cases.stored(SITE["cache"], (Int(width=8), Int(width=8, symmetric=False)))}, "keys or values alone"),
+        ({"cache": SITE["cache"].replace(format=Int(width=2)), "head_dim": 64}, "int2 of 64 numbers"),
         ({"cache": SITE["cache"].replace(format=Float8(kind="e5m2"))}, "fp8_e5m2"),
         ({"cache": dataclasses.replace(SITE["cache"], kind="latent")}, "latent"),
     ],
@@ -134,10 +153,14 @@ def test_refuses(change, argument):
 
 def test_refuses_formats():
     (q, k_pool, v_pool), kwargs = next(c for c in SMALL if c.name == "small_int8").make(np.random.default_rng(0))
-    with pytest.raises(LoweringError, match="the same for both"):
+    with pytest.raises(LoweringError, match="alike for keys and values"):
         kernel.paged_decode(q, k_pool, v_pool.dequantize().astype(q.dtype), **kwargs)
     with pytest.raises(LoweringError, match="dtype of q float16"):
         kernel.paged_decode(q.astype(jnp.float16), k_pool, v_pool, **kwargs)
     grouped = [dataclasses.replace(x, format=Int(width=8, group=32)) for x in (k_pool, v_pool)]
     with pytest.raises(LoweringError, match="int8_g32"):
         kernel.paged_decode(q, *grouped, **kwargs)
+    (q, k_pool, v_pool), kwargs = next(c for c in SMALL if c.name == "small_kivi4").make(np.random.default_rng(0))
+    wide = dataclasses.replace(k_pool, format=PerChannel(width=4, group=64))
+    with pytest.raises(LoweringError, match="page size 32; allowed: a multiple of the 64 tokens"):
+        kernel.paged_decode(q, wide, v_pool, **kwargs)

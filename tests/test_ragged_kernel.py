@@ -20,7 +20,7 @@ from optx.pallas.ragged_paged_attention import mosaic_gpu_sm90 as kernel
 
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
 SMALL = [case for case in cases.CASES if case.small]
-LOWERED = [case for case in cases.CASES if case.name in ("page64", "window_int4")]
+LOWERED = [case for case in cases.CASES if case.name in ("page64", "window_int4", "blocks_int8", "newest")]
 SMS = 4  # few, so that one computes several units, and enough to cut one
 name = lambda case: case.name  # noqa: E731
 
@@ -83,7 +83,7 @@ def scheduled(counts, lengths, **changes):
     shape = jax.ShapeDtypeStruct
     q, pool = shape((tokens, 8, 128), jnp.bfloat16), shape((width + 1, 2, 16, 128), jnp.bfloat16)
     table = shape((1, len(counts), width), jnp.int32)
-    plan = kernel._plan(q, pool, ragged, table, Mask(), None, None, None, None, kernel.Tiles(**changes))
+    plan = kernel._plan(q, pool, pool, ragged, table, Mask(), None, None, None, None, kernel.Tiles(**changes))
     units, cuts, where = kernel._schedule(plan, ragged, jnp.asarray(lengths, jnp.int32))
     return plan, ragged, np.asarray(units), np.asarray(cuts), np.asarray(where)
 

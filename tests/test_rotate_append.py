@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,18 @@ import pytest
 from flax import nnx
 from lanes import Lanes
 
-from optx import tensor
+from optx import near, tensor
 from optx.bench.cases import registry
 from optx.bench.cases import rotate_append as cases
+from optx.bench.cases.paged_decode import stored
 from optx.bench.timing import relative_error
-from optx.cache import Layout, Ragged, View
+from optx.cache import CachePlan, Layout, Ragged, View
 from optx.errors import LoweringError
-from optx.formats import Float8, Int
-from optx.nn.attention import Attention, FusedAttention
+from optx.formats import Affine, Float8, Int, PerChannel
+from optx.hadamard import Rotation
+from optx.nn.attention import Attention, FusedAttention, paged_spec
 from optx.nn.core import RMSNorm, Rope
+from optx.nn.rotated import RotatedHeads
 from optx.pallas import dispatch
 from optx.pallas.rotate_append import mosaic_gpu_sm90 as kernel
 from optx.pallas.rotate_append import reference
@@ -28,25 +32,27 @@ from optx.passes.fuse_projections import join
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
 SMALL = [case for case in cases.CASES if case.small]
 STEPPED = [
-    c for c in SMALL if c.name in ("padding", "neighbours", "float16", "fp8", *cases.FORMATS) or "given" in c.name
+    c
+    for c in SMALL
+    if c.name in ("padding", "neighbours", "float16", "fp8", "exact_as_well", *cases.FORMATS, *cases.FEW_BITS)
+    or "given" in c.name
 ]
 name = lambda case: case.name  # noqa: E731
 
 
-def on_lanes(q, k, v, pool, *, positions, writes, spec, rope, q_norm, k_norm):
-    """The kernel's program on numpy arrays: what its launch would do."""
-    plan = kernel._plan(q, k, v, pool, spec, rope, q_norm, k_norm)
-    copied = lambda x: np.array(x)  # noqa: E731
-    xs = [copied(x) for x in (q, k, v) if x is not None]
-    angles = [] if rope is None else [np.concatenate(rope.turns(positions), axis=-1)]
-    norms = [copied(norm.weight.get_value()) for norm in (q_norm, k_norm) if norm is not None]
-    pools = {key: [copied(x) for x in kernel._leaves(stream)] for key, stream in pool.items()}
-    out = np.zeros((plan.tokens, plan.heads, plan.head_dim), q.dtype)
-    blocks = -(-plan.tokens * plan.units // kernel.WARPS)
-    lanes = Lanes(blocks, [out, *(x for leaves in pools.values() for x in leaves)])
-    kernel._program(lanes, plan, xs, copied(writes), angles, norms, pools, out)
-    leaves = {key: [jnp.asarray(x) for x in found] for key, found in pools.items()}
-    return jnp.asarray(out), {key: kernel._rebuilt(pool[key], found) for key, found in leaves.items()}
+def on_lanes(*args, **kwargs):
+    """The op with the kernel's program on numpy arrays: what its launch would do."""
+    with mock.patch.object(kernel, "_run", run_lanes):
+        return kernel.rotate_append(*args, **kwargs)
+
+
+def run_lanes(plan, inputs, leaves):
+    xs, writes, angles, norms = jax.tree.map(np.array, inputs)
+    pools = [[np.array(x) for x in found] for found in leaves]
+    out = np.zeros((plan.tokens, plan.heads, plan.head_dim), plan.dtype)
+    lanes = Lanes(-(-plan.tokens * plan.units // kernel.WARPS), [out, *(x for found in pools for x in found)])
+    kernel._program(lanes, plan, xs, writes, angles, norms, pools, out)
+    return jnp.asarray(out), [[jnp.asarray(x) for x in found] for found in pools]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=name)
@@ -64,7 +70,7 @@ def test_rounds_where_the_reference_does(case):
     args, kwargs = case.make(np.random.default_rng(0))
     (q, pool), (q_ref, pool_ref) = on_lanes(*args, **kwargs), stepwise(*args, **kwargs)
     parts = [(q, q_ref)]
-    for stream in ("k", "v"):
+    for stream in pool:
         both = zip(kernel._leaves(pool[stream]), kernel._leaves(pool_ref[stream]), strict=True)
         parts += [(x[:-1], y[:-1]) for x, y in both]
     for x, y in parts:
@@ -75,12 +81,49 @@ def test_rounds_where_the_reference_does(case):
         assert np.mean(x != y) <= (0.002 if kwargs["q_norm"] is not None else 0.0005 if x.dtype == np.uint8 else 0)
 
 
-def stepwise(q, k, v, pool, *, positions, writes, spec, rope, q_norm, k_norm):
+def stepwise(q, k, v, pool, *, positions, writes, spec, rope, q_norm, k_norm, view=None, ragged=None):
     """The reference, one operation a program: XLA keeps more than 16 bits between operations of one."""
     q, k, v = reference.separate(q, k, v, spec)
     with jax.disable_jit():
         q, k = (reference.rotate(x, norm, rope, positions) for x, norm in ((q, q_norm), (k, k_norm)))
+        if view is not None:
+            return q, near.append(spec, {"k": k, "v": v}, view, ragged)
         return q, spec.append(pool, {"k": k, "v": v}, writes)
+
+
+@pytest.mark.parametrize("tokens", [40, 70])
+def test_kivi_packs_the_blocks_that_a_step_completes(tokens):
+    """Values by the kernel; keys by XLA, of the exact tokens that the kernel has stored: two steps of a row."""
+    spec = stored(paged_spec(2, 128, dtype="bfloat16"), (PerChannel(width=4, group=32), Affine(width=4, group=32)))
+    spec = spec.replace(recent=32)
+    layout = Layout(pages=4, page_size=32, slots=1)
+    rng, pools = np.random.default_rng(0), [CachePlan(specs=(spec,)).init(layout).layers[0]] * 2
+    table = jnp.array([[[3, 0, 2, 1]]], jnp.int32)
+    for first, stop in ((0, tokens), (tokens, tokens + 30)):
+        x = jnp.asarray(rng.standard_normal((stop - first, 8, 128)), jnp.bfloat16)
+        at = np.arange(first, stop)
+        writes = jnp.asarray(np.asarray(table)[0, 0, at // 32] * 32 + at % 32, jnp.int32)
+        ragged = dataclasses.replace(Ragged.dense(1, stop - first), positions=jnp.asarray(at, jnp.int32))
+        for i, run in enumerate((on_lanes, reference.rotate_append)):
+            where = {"table": table, "lengths": jnp.full((1, 1), stop, jnp.int32), "writes": writes}
+            near_view = View(pool=pools[i], slots=jnp.zeros(1, jnp.int32), **where)
+            view = dataclasses.replace(near_view, near=near_view)
+            kwargs = {"positions": ragged.positions, "writes": writes, "spec": spec, "view": view, "ragged": ragged}
+            q, pools[i] = run(x, None, None, pools[i], **kwargs)
+    assert sorted(pools[0]) == sorted(pools[1]) == ["k", "near_k", "near_v", "v"]
+    for found, wanted in zip(*(jax.tree.leaves({n: jax.tree.map(lambda x: x[:-1], p[n]) for n in p}) for p in pools)):
+        tipped = np.mean(np.asarray(found) != np.asarray(wanted))
+        assert tipped < 2e-3, "the last bit of a division"
+    assert float(jnp.abs(tensor.dense(pools[0]["k"]).astype(jnp.float32)).max()) > 1, "blocks were packed"
+
+
+def test_a_rotation_behind_the_positions_is_xlas():
+    rope = RotatedHeads(rope=Rope(theta=1e6, dim=128), rotation=Rotation(d=128, seed=0, mixed=True))
+    case = cases.case("rotated", 9, 4, 2, 128, format=cases.FEW_BITS["turbo4"], norm={}, joined=True, rope=rope)
+    assert kernel.supports(case.site, HOPPER) is None
+    args, kwargs = case.make(np.random.default_rng(0))
+    for x, y in zip(case.pick(on_lanes(*args, **kwargs), kwargs), case.pick(stepwise(*args, **kwargs), kwargs)):
+        assert relative_error(x, y) < 5e-3
 
 
 def over_cache(attn, x):
@@ -151,7 +194,22 @@ def test_what_is_not_finite_stays_in_its_head(stored):
 
 
 LOWERED = [
-    c for c in SMALL if c.name in ("one_token", "part_turned", "neighbours", "float16", "int4_zero", "fp8", "int8")
+    c
+    for c in SMALL
+    if c.name
+    in (
+        "one_token",
+        "exact_as_well",
+        "oscar2",
+        "affine",
+        "turbo4",
+        "part_turned",
+        "neighbours",
+        "float16",
+        "int4_zero",
+        "fp8",
+        "int8",
+    )
 ]
 
 
@@ -188,7 +246,9 @@ SITE = cases.site(8, 2, 128, rope=Rope(theta=1e4, dim=128), norm={})
         ({"dtype": "float32"}, "activations of float32"),
         ({"cache": SITE["cache"].replace(dtype="float32")}, "pages of float32"),
         ({"cache": SITE["cache"].replace(format=Int(width=3))}, "int3"),
-        ({"cache": SITE["cache"].replace(format=Int(width=4, group=64))}, "int4_g64"),
+        ({"cache": SITE["cache"].replace(format=Int(width=4, group=16))}, "int4_g16"),
+        ({"cache": SITE["cache"].replace(format=Affine(width=4))}, "int4_affine"),
+        ({"cache": SITE["cache"].replace(format=Int(width=2)), "rope": Rope(theta=1e4, dim=20)}, "int2 of 128 numbers"),
         ({"cache": SITE["cache"].replace(format=Float8(kind="e5m2"))}, "fp8_e5m2"),
         ({"cache": SITE["cache"].replace(format=Int(width=8, scale_dtype="float8_e4m3fn"))}, "scales of float8_e4m3fn"),
         ({"cache": dataclasses.replace(SITE["cache"], kind="latent")}, "latent"),

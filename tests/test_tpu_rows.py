@@ -155,6 +155,9 @@ DECODE = {
     "int8_asym_lists_by_head": Paged(lists=2, format="int8_asym", page=32),
     "int4_turned": Paged(format="int4", page=128, lengths=(200, 1, 0, 300)),
     "int4_asym": Paged(format="int4_asym", head_dim=256),
+    "int2_packed": Paged(format="int2_asym", page=128, lengths=(200, 1, 0, 300), mask=Mask(lag=9, skip=4, block=8)),
+    "exact": Paged(mask=Mask(window=9, sinks=4, block=8), gaps=True),
+    "exact_first_tokens": Paged(mask=Mask(window=0, sinks=4)),
     "fp8": Paged(format="fp8_e4m3", page=32),
     "turned": Paged(head_dim=64, page=128, lengths=(200, 1, 0, 300)),
     "latents": Paged(kv_heads=1, head_dim=256, value_dim=128, logit_scale=True),
@@ -187,6 +190,8 @@ RAGGED = {
     "mixed": Paged(lengths=(70, 1, 0, 33, 20), counts=(19, 1, 0, 1, 20), heads=16, format="int8"),
     "masks": Paged(lengths=(70, 1, 0, 33), counts=(19, 1, 0, 1), mask=Mask(window=9, sinks=5), gaps=True, sink=True),
     "all_see_all": Paged(lengths=(40, 3), counts=(10, 3), mask=Mask(causal=False), lists=2),
+    "packed": Paged(lengths=(70, 1, 0, 33), counts=(19, 1, 0, 1), mask=Mask(lag=0, skip=4), format="int8_asym"),
+    "exact": Paged(lengths=(70, 1, 0, 33), counts=(19, 1, 0, 1), mask=Mask(window=9, sinks=4, block=8)),
 }
 
 
@@ -355,8 +360,9 @@ def test_quant_matmul_in_bfloat16(format_, rng):
 # What the rows decline and refuse.
 
 
-def attention_site(head_dim=128, format_=None, dtype="bfloat16", **facts):
+def attention_site(head_dim=128, format_=None, dtype="bfloat16", recent=0, first=0, **facts):
     spec = paged_spec(2, head_dim, dtype=dtype).replace(format=format_ and formats.parse(format_))
+    spec = spec.replace(recent=recent, first=first)
     return {"heads": 8, "kv_heads": 2, "head_dim": head_dim, "cache": spec, "page_size": 64, **facts}
 
 
@@ -370,6 +376,8 @@ TAKEN = [
     (paged_decode, attention_site()),
     (paged_decode, attention_site(256, "int8", page_size=16)),
     (paged_decode, attention_site(64, "int4", page_size=128)),
+    (paged_decode, attention_site(format_="int2_asym", page_size=128)),
+    (paged_decode, attention_site(format_="int4_asym", page_size=128, recent=128, first=4)),
     (paged_decode, attention_site(cache=LATENT, kv_heads=1, value_dim=512)),
     (ragged_attention, attention_site(format_="fp8_e4m3")),
     (ragged_attention, {key: fact for key, fact in attention_site().items() if key != "page_size"}),
@@ -387,7 +395,8 @@ DECLINED = [
     (paged_decode, attention_site(format_="int4_g32"), "one scale a token and head"),
     (paged_decode, attention_site(dtype="float16"), "pages of float16"),
     (paged_decode, attention_site(want_scores=True), "no scores"),
-    (ragged_attention, attention_site(format_="int2"), "pages in int2"),
+    (ragged_attention, attention_site(format_="int2"), "32 entries a head in pages of 64"),
+    (ragged_attention, attention_site(format_="int3"), "pages in int3"),
     (flash, attention_site(dtype="float16"), "activations in float16"),
     (flash, attention_site(100), "heads of 100 entries"),
     (quant, weight_site("int3", 512, 96), "weights in int3"),

@@ -125,6 +125,7 @@ MAIN = {  # for every generation
     "paged_decode/all_masks": paged(mask=SLIDING, softcap=30.0, sink=True, batch=16, queries=4, head_dim=64),
     "paged_decode/int8": paged(format_="int8", batch=16, page=64),
     "paged_decode/int4_asym": paged(format_="int4_asym", batch=16),
+    "paged_decode/int2_packed": paged(format_="int2_asym", batch=16, mask=Mask(lag=128, skip=64, block=32)),
     "paged_decode/latents": paged(heads=128, kv_heads=1, head_dim=576, value_dim=512, page=64),
     "ragged_paged_attention/all_masks": paged(tokens=64, page=64, mask=SLIDING, softcap=30.0, sink=True),
     "flash_attention/causal": flash_of(),
@@ -146,6 +147,8 @@ MORE = {  # for the first generation alone, whose unit is the smallest and whose
     "paged_decode/latents_int8": paged(
         heads=16, kv_heads=1, head_dim=640, value_dim=512, page=64, format_="int8", logit_scale=True
     ),
+    "paged_decode/exact": paged(mask=Mask(window=128, sinks=4, block=32), page=64, context=512),
+    "ragged_paged_attention/64_int2_packed": paged(tokens=64, format_="int2_asym", mask=Mask(lag=0, skip=4)),
     "ragged_paged_attention/2k_int4": paged(tokens=2048, batch=32, format_="int4"),
     "flash_attention/head256": flash_of(head_dim=256, heads=16),
     "flash_attention/192_128": flash_of(head_dim=192, value_dim=128, heads=16, kv_heads=16, mask=Mask(causal=False)),

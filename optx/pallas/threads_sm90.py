@@ -84,9 +84,9 @@ class Number:
         return self._compared(x, arith.CmpIPredicate.sge, arith.CmpFPredicate.OGE)
 
 
-def across(m, x, op):
-    """Reduction of x over the lanes of a warp, the same in all of them."""
-    for distance in (16, 8, 4, 2, 1):
+def across(m, x, op, lanes: int = 32):
+    """Reduction of x over each `lanes` neighbouring lanes of a warp, the same in all of them."""
+    for distance in (d for d in (16, 8, 4, 2, 1) if d < lanes):
         x = op(x, m.shuffle(x, distance))
     return x
 

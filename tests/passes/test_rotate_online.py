@@ -194,11 +194,11 @@ def test_keys_that_another_layer_reads_are_rotated_with_it():
     assert "layers/4/mixer" in str(error.value)
 
 
-def test_the_kernel_that_turns_by_positions_alone_declines():
-    attn = optx.plan(families.abstract("llama"), Recipe(fold=[RotateOnline()])).tree.layers[0].mixer
+def test_the_kernel_that_appends_takes_heads_that_xla_has_rotated():
+    attn = optx.plan(families.abstract("llama", "bfloat16"), Recipe(fold=[RotateOnline()])).tree.layers[0].mixer
     site = next(site for site in attn.op_sites() if site.op == "rotate_append")
-    reason = mosaic_gpu_sm90.supports(site.args, optx.target.get("h100"))
-    assert reason == "heads through rope 10000/8, H 8 seed 0; allowed: a rotary embedding alone"
+    assert str(site.args["rope"]) == "rope 10000/8, H 8 seed 0"
+    assert mosaic_gpu_sm90.supports(site.args, optx.target.get("h100")) is None
 
 
 def test_an_export_gives_the_same_logits(tmp_path):

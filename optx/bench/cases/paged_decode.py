@@ -1,5 +1,6 @@
 """Cases and benchmark shapes of `paged_decode`: up to 8 new tokens a row over paged keys and values."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.bench.cases import Case, Shape
-from optx.formats import Float8, Format, Int
+from optx.formats import Affine, Codebook, Float8, Float8Static, Format, Int, PerChannel
 from optx.nn.attention import paged_spec
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
@@ -67,7 +68,7 @@ def batch(
                 positions[page, : len(here)] = here
                 written[page, slice(None) if lists == 1 else group, : len(here)] = True
     shape = (total + 1, kv_heads, page_size, head_dim)
-    pools = [_pool(rng.standard_normal(shape), written, format, dtype) for _ in "kv"]
+    pools = [_pool(rng.standard_normal(shape), written, each, dtype) for each in both(format)]
     q = rng.standard_normal((size, queries, heads, head_dim))
     q[q_positions < 0] = np.nan
     if sink_logits:
@@ -84,6 +85,11 @@ def batch(
     }
 
 
+def both(format) -> tuple[Format | None, Format | None]:
+    """Of keys and of values: `format` is one for both, or a pair."""
+    return format if isinstance(format, tuple) else (format, format)
+
+
 def _pool(x, written, format: Format | None, dtype):
     """x [pages, K, P, H] as it is stored; what is not `written` cannot be read without harm."""
     mark = written[..., None]
@@ -91,11 +97,17 @@ def _pool(x, written, format: Format | None, dtype):
         return jnp.asarray(np.where(mark, x, np.nan), dtype)
     parts = format.encode(jnp.asarray(x, jnp.float32))
     data = parts.data
-    if isinstance(format, Float8):
+    if isinstance(format, Float8 | Float8Static):
         data = jnp.where(mark, data.astype(jnp.float32), jnp.nan).astype(data.dtype)
-    scale = jnp.where(mark, parts.scale, jnp.nan)
     kwargs = {"format": format, "length": x.shape[-1], "axis": -1, "dtype": jnp.dtype("float32")}
-    return QTensor(data=data, scale=scale, zero=parts.zero, **kwargs)
+    if parts.scale is None:
+        return QTensor(data=data, **kwargs)
+    rows = parts.scale.shape[2]
+    mark = written.reshape(*written.shape[:2], rows, -1).any(-1)[..., None]  # tokens that share scales
+    poisoned = lambda part: jnp.where(mark, part, jnp.nan).astype(part.dtype)  # noqa: E731
+    zero = parts.zero
+    zero = poisoned(zero) if zero is not None and jnp.issubdtype(zero.dtype, jnp.floating) else zero
+    return QTensor(data=data, scale=poisoned(parts.scale), zero=zero, **kwargs)
 
 
 def exact(args, kwargs):
@@ -113,14 +125,23 @@ def results(output, kwargs):
     return found if scores is None else [*found, scores]
 
 
+def stored(spec, format):
+    """A cache of paged keys and values in `format`, one for both or a pair."""
+    if not isinstance(format, tuple):
+        return spec.replace(format=format)
+    streams = zip(spec.streams, format, strict=True)
+    return spec.replace(streams=tuple(dataclasses.replace(stream, format=each) for stream, each in streams))
+
+
 def site(heads, kv_heads, head_dim, page_size, dtype="bfloat16", format=None, mask=Mask(), **facts):  # noqa: B008 - frozen
-    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=mask.window)
+    window = None if mask.window is None else max(mask.window, 1)
+    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=window)
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "page_size": page_size,
-        "cache": spec.replace(sinks=mask.sinks, format=format),
+        "cache": stored(spec.replace(sinks=mask.sinks), format).replace(recent=mask.lag or 0, first=mask.skip),
         "mask": mask,
         **facts,
     }
@@ -145,9 +166,24 @@ def case(name, lengths, *, heads=8, kv_heads=2, head_dim=128, page_size=64, smal
 RAGGED = [700, 1, 0, 64, 65, 333, 2000]
 FORMATS = {"int8": INT8, "int8_zero": INT8_ZERO, "int4": INT4, "int4_zero": INT4_ZERO, "fp8": FP8}
 SLIDING = Mask(window=90, sinks=4)
+PACKED, EXACT = Mask(lag=0, skip=4), Mask(window=0, sinks=4)  # what kv_int4 leaves to packed and to exact pages
+BLOCKS, NEWEST = Mask(lag=50, skip=9, block=32), Mask(window=50, sinks=9, block=32)
+ALL = Mask(window=300, sinks=20, lag=40, skip=10)
 LLAMA = {"heads": 32, "kv_heads": 8}
 OSS = {"heads": 64, "kv_heads": 8, "head_dim": 64, "sink_logits": True}
 TINY = {"heads": 4, "kv_heads": 1, "head_dim": 64, "page_size": 16, "small": True}
+NARROW = {**TINY, "head_dim": 128, "page_size": 32}
+FEW_BITS = {
+    "oscar2": tuple(Int(width=2, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
+    "int2": Int(width=2),
+    "kivi4": (PerChannel(width=4, group=32), Affine(width=4, group=32)),
+    "kivi2": (PerChannel(width=2, group=32), Affine(width=2, group=64)),
+    "turbo4": Codebook(width=4),
+    "int2_groups": Int(width=2, group=32, symmetric=False),
+    "int4_groups": Int(width=4, group=64),
+}
+# Kernels make 16-bit numbers of these, which rounds each key and value: by 2.2e-3 to 3.3e-3 of it, either's share of the error.
+MADE = dict.fromkeys(("kivi4", "kivi2", "int2_groups", "int4_groups"), 8e-3)
 
 CASES = (
     case("small", [70, 0, 1], **TINY),
@@ -155,6 +191,15 @@ CASES = (
     case("small_queries", [70, 3], **TINY, queries=3, asked=[3, 2], dtype="float16"),
     case("small_lists", [70, 30], **{**TINY, "kv_heads": 2}, lists=2, gaps=True),
     *(case(f"small_{name}", [70, 3], **TINY, format=value) for name, value in FORMATS.items()),
+    case("small_packed", [70, 0, 3], **TINY, mask=PACKED, format=INT4_ZERO),
+    case("small_exact", [70, 33, 0, 1], **TINY, mask=Mask(window=0, sinks=5)),
+    case("small_blocks", [70, 33, 0], **TINY, mask=Mask(lag=9, skip=5, block=8), format=INT8, queries=2, gaps=True),
+    case("small_newest", [70, 33, 0], **TINY, mask=Mask(window=9, sinks=5, block=8), queries=2, gaps=True),
+    case(
+        "small_all", [70, 33], **TINY, mask=Mask(window=40, sinks=7, lag=9, skip=5), format=INT8, queries=2, gaps=True
+    ),
+    *(case(f"small_{name}", [70, 3], **NARROW, format=value) for name, value in FEW_BITS.items()),
+    case("small_fp8_static", [70, 3], **TINY, format=Float8Static()),
     case("small_scores", [70, 3], **TINY, logit_scale=True, want_scores=True),
     *(case(f"page{size}", RAGGED, **LLAMA, page_size=size) for size in (16, 32, 64, 128)),
     *(case(f"fp16_dim{size}", RAGGED, head_dim=size, dtype="float16") for size in (64, 128, 256)),
@@ -169,6 +214,11 @@ CASES = (
     case("window_page16", RAGGED, **LLAMA, page_size=16, mask=SLIDING),
     case("window_page128", RAGGED, queries=3, page_size=128, mask=Mask(window=300), gaps=True),
     case("window_int4", RAGGED, format=INT4_ZERO, queries=2, mask=SLIDING, gaps=True, softcap=20.0, sink_logits=True),
+    case("packed_int4", RAGGED, **LLAMA, mask=PACKED, format=INT4_ZERO),
+    case("exact", RAGGED, **LLAMA, mask=EXACT),
+    case("blocks_int8", RAGGED, **LLAMA, mask=BLOCKS, format=INT8, queries=3, gaps=True, page_size=32),
+    case("newest", RAGGED, **LLAMA, mask=NEWEST, queries=3, gaps=True),
+    case("all_int4", RAGGED, mask=ALL, format=INT4, gaps=True, lists=2, page_size=16, softcap=20.0, sink_logits=True),
     case("lists", RAGGED, lists=2, gaps=True),
     case("lists_window", RAGGED, lists=2, gaps=True, mask=SLIDING, queries=2, page_size=32),
     *(
@@ -180,6 +230,20 @@ CASES = (
         case(f"{name}_queries", RAGGED, format=value, queries=6, softcap=30.0, sink_logits=True)
         for name, value in FORMATS.items()
     ),
+    *(case(name, RAGGED, **LLAMA, format=value, tolerance=MADE.get(name, 5e-3)) for name, value in FEW_BITS.items()),
+    case(
+        "kivi4_queries",
+        RAGGED,
+        tolerance=MADE["kivi4"],
+        format=FEW_BITS["kivi4"],
+        mask=BLOCKS,
+        queries=6,
+        softcap=30.0,
+        page_size=32,
+    ),
+    case("oscar2_queries", RAGGED, format=FEW_BITS["oscar2"], mask=Mask(lag=64, skip=64), queries=6, sink_logits=True),
+    case("fp8_static", RAGGED, **LLAMA, format=Float8Static()),
+    case("turbo4_dim64", RAGGED, **OSS, format=FEW_BITS["turbo4"], page_size=16),
     case("long", [40_000], **LLAMA),
     case("many", [int(n) for n in np.random.default_rng(0).integers(0, 900, 64)], heads=16, kv_heads=4),
     case("logit_scale", RAGGED, logit_scale=True, softcap=20.0),
@@ -200,18 +264,23 @@ def _random_codes(key, shape, format):
     *lead, length = shape
     data = jax.random.bits(codes, (*lead, format.packed(length)), jnp.uint8)
     size = 1 / 24
-    if isinstance(format, Float8):  # no code that is not a number: 0x7f and 0xff
+    rows = (*lead[:-1], lead[-1] // format.block_rows, format.grouped(length))
+    if isinstance(format, Codebook):
+        size = 1
+    elif isinstance(format, Float8):  # no code that is not a number: 0x7f and 0xff
         data = jax.lax.bitcast_convert_type(data & 0xF7, jnp.float8_e4m3fn)
         size = 1 / 128
     elif format.width == 8:
         data, size = data if format.has_zero else jax.lax.bitcast_convert_type(data, jnp.int8), 1 / 48
     else:
-        size = 1 / 4
-    scale = (size * jax.random.uniform(scales, (*lead, 1), minval=0.5)).astype(format.scale_dtype)
+        size = 4 / 2**format.width
+    scale = (size * jax.random.uniform(scales, rows, minval=0.5)).astype(getattr(format, "scale_dtype", "float16"))
     zero = None
-    if format.has_zero:
+    if isinstance(format, Affine):
+        zero = -(2.0 ** (format.width - 1)) * scale
+    elif format.has_zero:
         middle = 2 ** (format.width - 1)
-        zero = jax.random.randint(zeros, (*lead, 1), middle - 2, middle + 3).astype(jnp.uint8)
+        zero = jax.random.randint(zeros, rows, middle - middle // 4, middle + middle // 4 + 1).astype(jnp.uint8)
     kwargs = {"format": format, "length": length, "axis": -1, "dtype": jnp.dtype("bfloat16")}
     return QTensor(data=data, scale=scale, zero=zero, **kwargs)
 
@@ -230,10 +299,11 @@ def _fill(rng, lengths, *, heads, kv_heads, head_dim, page_size, queries, format
     positions[table] = np.arange(pages * page_size).reshape(pages, page_size)
     shape = (size * pages + 1, kv_heads, page_size, head_dim)
     seeds = [int(x) for x in rng.integers(2**31, size=3)]
-    if format is None:
-        pools = [_random(jax.random.key(seed), shape, jnp.bfloat16) for seed in seeds[:2]]
-    else:
-        pools = [_random_codes(jax.random.key(seed), shape, format) for seed in seeds[:2]]
+    keys = [jax.random.key(seed) for seed in seeds[:2]]
+    pools = [
+        _random(key, shape, jnp.bfloat16) if each is None else _random_codes(key, shape, each)
+        for key, each in zip(keys, both(format), strict=True)
+    ]
     args = (_random(jax.random.key(seeds[2]), (size, queries, heads, head_dim), jnp.bfloat16), *pools)
     return args, {
         "positions": jnp.asarray(positions),
@@ -260,8 +330,8 @@ def shape(
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
     mask = more.get("mask", Mask())
     seen = length if mask.window is None else min(length, mask.window + queries - 1 + mask.sinks)
-    token = 2 * head_dim if format is None else head_dim * format.bits(head_dim) / 8
-    read = size * seen * kv_heads * 2 * token + (4 * size * seen if mask.window is not None else 0)
+    token = sum(head_dim * (16 if each is None else each.bits(head_dim)) / 8 for each in both(format))
+    read = size * seen * kv_heads * token + (4 * size * seen if mask.window is not None else 0)
     return Shape(
         op=OP,
         name=f"{name}_page{page_size}",
@@ -281,6 +351,10 @@ SHAPES = (
     shape("1x40k", 1, 40_000),
     shape("1x1M", 1, 2**20),
     *(shape(f"32x8k_{name}", 32, 8192, format=value) for name, value in FORMATS.items()),
+    # A step over kv_int4 is the next two, and their merge.
+    shape("32x8k_packed_int4", 32, 8192, format=INT4_ZERO, mask=PACKED),
+    shape("32x128_exact", 32, 128, mask=EXACT),
+    *(shape(f"32x8k_{name}", 32, 8192, format=value) for name, value in FEW_BITS.items()),
     shape("32x8k_dim64", 32, 8192, heads=64, head_dim=64),
     shape("32x8k_dim256", 32, 8192, heads=16, head_dim=256),
     shape("32x8k_queries4", 32, 8192, queries=4),

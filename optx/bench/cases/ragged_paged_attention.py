@@ -9,7 +9,9 @@ import numpy as np
 
 from optx import formats
 from optx.bench.cases import Case, Shape
+from optx.bench.cases.paged_decode import FEW_BITS, MADE, both, stored
 from optx.cache import Ragged
+from optx.formats import Float8Static, Format
 from optx.nn.attention import paged_spec
 from optx.pallas.attention.reference import Mask
 from optx.tensor import is_qtensor, quantize
@@ -76,9 +78,7 @@ def batch(
         positions=jnp.asarray(asked, jnp.int32),
         longest=max(int(counts.max()), 1),
     )
-    pools = [jnp.asarray(pool, dtype) for pool in pools]
-    if format is not None:
-        pools = [quantize(pool, formats.parse(format), axis=-1) for pool in pools]
+    pools = [_packed(jnp.asarray(x, dtype), each) for x, each in zip(pools, _formats(format), strict=True)]
     args = (jnp.asarray(q, dtype), *pools)
     if logit_scale:
         scales = np.where(positions >= 0, rng.uniform(0.5, 1.5, positions.shape), np.nan)
@@ -91,6 +91,17 @@ def batch(
         "lengths": lengths,
         **kwargs,
     }
+
+
+def _formats(format) -> tuple[Format | None, Format | None]:
+    """Of keys and of values: `format` is one for both, or its name, or a pair."""
+    return both(formats.parse(format) if isinstance(format, str) else format)
+
+
+def _packed(pool, format: Format | None):
+    if format is None:
+        return pool
+    return quantize(pool if format.block_rows == 1 else jnp.nan_to_num(pool), format, axis=-1)
 
 
 def real_tokens(output, kwargs):
@@ -107,8 +118,9 @@ def in_float32(args):
 
 
 def site(heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None, format=None):  # noqa: B008 - frozen
-    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=mask.window).replace(sinks=mask.sinks)
-    spec = spec.replace(format=None if format is None else formats.parse(format))
+    window = None if mask.window is None else max(mask.window, 1)
+    spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=window).replace(sinks=mask.sinks)
+    spec = stored(spec, _formats(format) if format else None).replace(recent=mask.lag or 0, first=mask.skip)
     return {
         "heads": heads,
         "kv_heads": kv_heads,
@@ -120,7 +132,18 @@ def site(heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None,
 
 
 def case(
-    name, counts, context, *, heads=8, kv_heads=2, head_dim=64, page_size=16, dtype="bfloat16", small=False, **more
+    name,
+    counts,
+    context,
+    *,
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    page_size=16,
+    dtype="bfloat16",
+    small=False,
+    tolerance=5e-3,
+    **more,
 ):
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
 
@@ -129,12 +152,14 @@ def case(
         return batch(rng, counts, context, **shape, page_size=page_size, dtype=dtype, **kwargs)
 
     asked = {key: more[key] for key in ("mask", "softcap", "format") if key in more}
-    return Case(op=OP, name=name, make=make, site=site(**shape, dtype=dtype, **asked), small=small, pick=real_tokens)
+    facts = {"site": site(**shape, dtype=dtype, **asked), "small": small, "tolerance": tolerance}
+    return Case(op=OP, name=name, make=make, pick=real_tokens, **facts)
 
 
 MIXED = ([40, 1, 1, 130, 0, 17], [100, 70, 300, 513, 0, 0])
 LLAMA = {"heads": 32, "kv_heads": 8, "head_dim": 128}
 SLIDING = Mask(window=90, sinks=4)
+NARROW = {"heads": 4, "kv_heads": 1, "head_dim": 128, "page_size": 32}
 
 
 def _sinks(rng, heads=32):
@@ -157,12 +182,34 @@ CASES = (
         gaps=True,
         small=True,
     ),
+    case("small_packed", [5, 1], [50, 70], kv_heads=1, format="int8", mask=Mask(lag=9, skip=5, block=8), small=True),
+    case("small_exact", [5, 1], [50, 3], kv_heads=1, mask=Mask(window=0, sinks=5), small=True),
+    *(case(f"small_{name}", [5, 1], [50, 70], **NARROW, format=value, small=True) for name, value in FEW_BITS.items()),
     case("group_of_1_short", [70, 1], [10, 130], heads=2),
+    case("small_fp8_static", [5, 1], [50, 70], kv_heads=1, format=Float8Static(), small=True),
     case("small_int8", [5, 1], [50, 70], kv_heads=1, format="int8_asym", small=True),
     *(case(f"page{size}", *MIXED, **LLAMA, page_size=size, padding=7) for size in (16, 32, 64, 128)),
     case("fp16", *MIXED, **LLAMA, page_size=64, dtype="float16"),
     case("window", *MIXED, **LLAMA, mask=SLIDING, gaps=True, softcap=20.0, sink_logits=_sinks),
     case("window_int4", *MIXED, **LLAMA, mask=SLIDING, gaps=True, sink_logits=_sinks, format="int4"),
+    case("packed_int4", *MIXED, **LLAMA, mask=Mask(lag=0, skip=4), format="int4_asym", page_size=64),
+    case("exact", *MIXED, **LLAMA, mask=Mask(window=0, sinks=4), page_size=64),
+    case("blocks_int8", *MIXED, **LLAMA, mask=Mask(lag=50, skip=9, block=32), format="int8", gaps=True, page_size=32),
+    case("newest", *MIXED, **LLAMA, mask=Mask(window=50, sinks=9, block=32), gaps=True, sink_logits=_sinks),
+    *(
+        case(name, *MIXED, **LLAMA, format=value, page_size=64, tolerance=MADE.get(name, 5e-3))
+        for name, value in FEW_BITS.items()
+    ),
+    case("fp8_static", *MIXED, **LLAMA, format=Float8Static(), page_size=64),
+    case(
+        "kivi4_page128",
+        *MIXED,
+        **LLAMA,
+        format=FEW_BITS["kivi4"],
+        page_size=128,
+        mask=Mask(lag=128, block=32),
+        tolerance=MADE["kivi4"],
+    ),
     case("not_causal", *MIXED, **LLAMA, mask=Mask(causal=False), logit_scale=True),
     case("every_head_its_key", *MIXED, heads=8, kv_heads=8, head_dim=128, page_size=32),
     case("group_of_2", *MIXED, heads=8, kv_heads=4, head_dim=128, page_size=64),
@@ -198,7 +245,8 @@ def call(rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype="b
         table[0, row, : pages[row]] = listed
         positions[listed] = np.arange(pages[row] * page_size).reshape(-1, page_size)
     keys = jax.random.split(jax.random.key(int(rng.integers(2**31))), 3)
-    pool = lambda key: _pool(key, (total + 1, kv_heads, page_size, head_dim), dtype, format)  # noqa: E731
+    shape = (total + 1, kv_heads, page_size, head_dim)
+    pools = [_pool(key, shape, dtype, each) for key, each in zip(keys, _formats(format), strict=False)]
     ragged = Ragged(
         rows=jnp.asarray(np.repeat(np.arange(size), counts), jnp.int32),
         starts=jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
@@ -209,7 +257,7 @@ def call(rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype="b
         longest=int(counts.max()),
     )
     q = jax.random.normal(keys[2], (int(counts.sum()), heads, head_dim), dtype)
-    return (q, pool(keys[0]), pool(keys[1])), {
+    return (q, *pools), {
         "ragged": ragged,
         "positions": jnp.asarray(positions),
         "table": jnp.asarray(table),
@@ -222,13 +270,13 @@ def _pool(key, shape, dtype, format):
     made = jax.lax.map(
         lambda key: jax.random.normal(key, shape[1:], dtype), jax.random.split(key, shape[0]), batch_size=64
     )
-    return made if format is None else quantize(made, formats.parse(format), axis=-1)
+    return _packed(made, format)
 
 
 def shape(name, counts, context, page_size, *, heads=32, kv_heads=8, head_dim=128, format=None):
     counts, context = np.array(counts), np.array(context)
-    token = 2 * head_dim if format is None else head_dim * formats.parse(format).bits(head_dim) / 8
-    read = 2 * kv_heads * token * float(np.sum(counts + context))
+    token = sum(head_dim * (16 if each is None else each.bits(head_dim)) / 8 for each in _formats(format))
+    read = kv_heads * token * float(np.sum(counts + context))
     pairs = float(np.sum(counts * context + counts * (counts + 1) / 2))
     tokens = 2 * 2 * heads * head_dim * float(np.sum(counts))  # queries and results
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
@@ -252,4 +300,8 @@ SHAPES = (
     shape("int8_chunk2k_on_8k_and_64_decodes", [2048, *DECODES[0]], [8192, *DECODES[1]], 64, format="int8"),
     shape("int8_chunk2k_on_8k", [2048], [8192], 64, format="int8"),
     shape("int8_64_decodes_8k", *DECODES, 64, format="int8"),
+    *(
+        shape(f"{name}_chunk2k_on_8k", [2048], [8192], 64, format=FEW_BITS[name])
+        for name in ("oscar2", "kivi4", "turbo4")
+    ),
 )

@@ -8,7 +8,9 @@ from flax import nnx
 
 from optx import tensor
 from optx.bench.cases import Case, Shape
-from optx.formats import Float8, Format, Int
+from optx.bench.cases.paged_decode import both, stored
+from optx.cache import NEAR, Ragged, View
+from optx.formats import Affine, Codebook, Float8, Int
 from optx.nn.attention import paged_spec
 from optx.nn.core import RMSNorm, Rope
 
@@ -18,8 +20,16 @@ INT8_ZERO, INT4_ZERO = Int(width=8, symmetric=False), Int(width=4, symmetric=Fal
 CONTEXT = 40960  # tokens: positions lie below
 # A rotated key is rounded to 16 bits before it gets its code, which tips some codes to the next one; the reference in float32
 # does not round. The reference itself, in bfloat16: 7e-3, 1.5e-2, 3.8e-2.
-TIPPED = {"int8": 1e-2, "fp8_e4m3": 3e-2, "int4": 5e-2}
-NEAR = 0.02  # steps of a code
+TIPPED = {
+    "int8": 1e-2,
+    "fp8_e4m3": 3e-2,
+    "int4": 5e-2,
+    "int4_g64": 5e-2,
+    "int4_g32_affine": 5e-2,
+    "codebook4": 5e-2,
+    "int2": 2e-1,
+}
+TIES = 0.02  # steps of a code
 TURNS = 6
 
 
@@ -32,17 +42,21 @@ def call(
     head_dim,
     page_size=16,
     dtype="bfloat16",
-    format: Format | None = None,
+    format=None,
     joined=False,
     padding=0,
     rope: Rope | None = None,
     norm: dict | None = None,
+    first: int = 0,
 ):
-    """A call whose newest `padding` tokens are none. Half of the pool's slots keep what they hold; the last page holds NaN."""
+    """A call whose newest `padding` tokens are none. Half of the pool's slots keep what they hold; the last page holds NaN.
+
+    first: of the cache; with it pages of exact tokens, other slots, are written as well."""
     pages = -(-2 * tokens // page_size)
-    spec = paged_spec(kv_heads, head_dim, dtype=dtype).replace(format=format)
+    spec = stored(paged_spec(kv_heads, head_dim, dtype=dtype), format).replace(first=first)
     shape = (pages + 1, kv_heads, page_size, head_dim)
-    pool = {name: _pool(rng.standard_normal(shape, np.float32), dtype, format) for name in "kv"}
+    formats = zip("kv", both(format), strict=True)
+    pool = {name: _pool(rng.standard_normal(shape, np.float32), dtype, each) for name, each in formats}
     x = rng.standard_normal((tokens, heads + 2 * kv_heads, head_dim), np.float32)
     x = jnp.asarray(x * np.exp(rng.standard_normal((tokens, heads + 2 * kv_heads, 1), np.float32)), dtype)
     x = x.at[0, -1].set(0)
@@ -51,6 +65,13 @@ def call(
     real = tokens - padding
     writes[real:], positions[real:] = pages * page_size + np.arange(padding) * 5 * page_size, 0
     kwargs = {"positions": jnp.asarray(positions), "writes": jnp.asarray(writes), "spec": spec, "rope": rope}
+    if spec.near is not None:
+        pool |= {NEAR + name: _pool(rng.standard_normal(shape, np.float32), dtype, None) for name in "kv"}
+        exact = writes.copy()
+        exact[:real] = rng.permutation(pages * page_size)[:real]
+        view = functools.partial(View, pool=pool, slots=jnp.zeros(1, jnp.int32))
+        kwargs["view"] = view(writes=kwargs["writes"], near=view(writes=jnp.asarray(exact)))
+        kwargs["ragged"] = Ragged.dense(1, tokens)
     for name in ("q_norm", "k_norm"):
         kwargs[name] = None if norm is None else _norm(rng, head_dim, **norm)
     if rope is None and norm is None and isinstance(format, Int):
@@ -67,7 +88,7 @@ def _untied(x, format):
     x = jnp.where(jnp.take_along_axis(x, at, axis=-1) < 0, -x, x)
     for _ in range(TURNS):
         steps = x.astype(jnp.float32) / tensor.quantize(x, format, axis=-1).scale.astype(jnp.float32)
-        near = jnp.abs(steps - jnp.floor(steps) - 0.5) < NEAR
+        near = jnp.abs(steps - jnp.floor(steps) - 0.5) < TIES
         x = jnp.where(near, jnp.where(jnp.arange(x.shape[-1]) == at, x * (0.96 if format.has_zero else 1), 0), x)
     return x
 
@@ -89,24 +110,24 @@ def results(output, kwargs):
     """Queries; keys and values of the tokens' slots, and of all others: the page for padding is left out."""
     q, pool = output
     found = [q]
-    for stream in (pool["k"], pool["v"]):
-        stored = tensor.dense(stream)[:-1].astype(jnp.float32)
+    for name in sorted(pool):
+        stored = tensor.dense(pool[name])[:-1].astype(jnp.float32)
         flat = jnp.moveaxis(stored, 1, 2).reshape(-1, stored.shape[1], stored.shape[3])
-        writes = np.asarray(kwargs["writes"])
+        writes = np.asarray(kwargs["writes"] if name in "kv" else kwargs["view"].near.writes)
         writes = writes[writes < len(flat)]
         others = np.setdiff1d(np.arange(len(flat)), writes)
         found += [flat[writes], flat[others]]
     return found
 
 
-def site(heads, kv_heads, head_dim, *, dtype="bfloat16", format=None, rope=None, norm=None, **_) -> dict:
+def site(heads, kv_heads, head_dim, *, dtype="bfloat16", format=None, rope=None, norm=None, first=0, **_) -> dict:
     norm = None if norm is None else RMSNorm(head_dim, offset=norm.get("offset", 0.0))
     return {
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "dtype": dtype,
-        "cache": paged_spec(kv_heads, head_dim, dtype=dtype).replace(format=format),
+        "cache": stored(paged_spec(kv_heads, head_dim, dtype=dtype), format).replace(first=first),
         "rope": rope,
         "q_norm": norm,
         "k_norm": norm,
@@ -122,13 +143,19 @@ def case(name: str, tokens, heads, kv_heads, head_dim, *, small=True, turns=True
         name=name,
         make=functools.partial(call, tokens=tokens, **shape, **kwargs),
         site=site(**shape, **kwargs),
-        tolerance=tolerances.get(str(kwargs.get("format")).removesuffix("_asym"), 5e-3),
+        tolerance=tolerances.get(str(both(kwargs.get("format"))[1]).split("_asym")[0], 5e-3),
         small=small,
         pick=results,
     )
 
 
 FORMATS = {"int8": INT8, "int8_zero": INT8_ZERO, "int4": INT4, "int4_zero": INT4_ZERO, "fp8": FP8}
+FEW_BITS = {
+    "oscar2": tuple(Int(width=2, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
+    "int4_groups": Int(width=4, symmetric=False, group=64),
+    "affine": Affine(width=4, group=32),
+    "turbo4": Codebook(width=4),
+}
 QWEN = {"heads": 32, "kv_heads": 8, "head_dim": 128, "norm": {}, "joined": True}
 YARN = Rope(theta=1e4, dim=64, scaling="yarn", factor=8.0, attention_factor=1.2)
 
@@ -142,9 +169,12 @@ CASES = (
     case("neighbours_part", 6, 4, 2, 96, rope=Rope(theta=1e4, dim=40, interleaved=True), norm={}),
     case("stretched", 6, 4, 1, 80, rope=YARN, joined=True),
     case("float16", 6, 4, 2, 96, dtype="float16", norm={"dtype": "float16"}),
+    case("clipped", 9, 4, 2, 128, format=Int(width=4, symmetric=False, clip=0.9), norm={}, joined=True),
     case("page_of_24", 20, 2, 1, 64, page_size=24),
     *(case(f"{name}_as_given", 200, 4, 2, 64, turns=False, format=f, padding=2) for name, f in FORMATS.items()),
     *(case(name, 9, 4, 2, 128, format=f, norm={}, joined=True) for name, f in FORMATS.items()),
+    *(case(name, 9, 4, 2, 128, format=f, norm={}, joined=True) for name, f in FEW_BITS.items()),
+    case("exact_as_well", 9, 4, 2, 128, format=INT4_ZERO, norm={}, joined=True, padding=2, first=4),
     case("bfloat16_scales", 9, 4, 2, 80, format=Int(width=4, scale_dtype="bfloat16"), joined=True),
     *(case(f"qwen_{t}", t, **QWEN, page_size=64, padding=t // 8, small=False) for t in (1, 32, 67, 2048)),
     *(
@@ -155,19 +185,23 @@ CASES = (
 )
 
 
-def shape(tokens: int, stored: Format | None = None) -> Shape:
+def shape(tokens: int, stored=None, name: str | None = None, first: int = 0) -> Shape:
     """A layer of Qwen3-8B. A benchmark keeps its inputs, so copies of the (small) pool are in its time; a step makes none."""
     rope = Rope(theta=1e6, dim=128)
-    facts = {"heads": 32, "kv_heads": 8, "head_dim": 128, "format": stored, "rope": rope, "norm": {}}
+    facts = {"heads": 32, "kv_heads": 8, "head_dim": 128, "format": stored, "rope": rope, "norm": {}, "first": first}
     spec = site(**facts)["cache"]
     return Shape(
         op=OP,
-        name=f"{stored or 'bfloat16'}_{tokens}x32/8x128",
+        name=f"{name or stored or 'bfloat16'}_{tokens}x32/8x128",
         make=functools.partial(call, tokens=tokens, joined=True, page_size=64, **facts),
         site=site(**facts),
-        bytes=tokens * (2 * (48 + 32) * 128 + spec.unit_bytes + 4 * 128 + 8),
+        bytes=tokens * (2 * (48 + 32) * 128 + sum(part.unit_bytes for part in spec.parts) + 4 * 128 + 8),
         flops=tokens * 48 * 128 * 10,
     )
 
 
-SHAPES = tuple(shape(tokens, stored) for tokens in (1, 32, 512) for stored in (None, INT8, INT4))
+SHAPES = (
+    *(shape(tokens, stored) for tokens in (1, 32, 512) for stored in (None, INT8, INT4)),
+    shape(32, INT4_ZERO, "int4_exact_as_well", first=4),
+    *(shape(32, stored, name) for name, stored in FEW_BITS.items()),
+)

@@ -24,9 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
-from optx.pallas.attention.page_formats import cache_reason
 from optx.pallas.attention.reference import Mask
-from optx.pallas.tpu_common import LANES, VMEM, arch_reason, codes, float16_bits, number, offset_of
+from optx.pallas.tpu_common import LANES, VMEM, arch_reason, codes, float16_bits, number, offset_of, parts_of
 from optx.tensor import Tensor, is_qtensor, leaf_bytes
 
 PAGES = (16, 32, 64, 128)  # tokens a page
@@ -89,28 +88,30 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
         return "adds no bias to keys"
     if cache.dtype not in ("float32", "bfloat16"):
         return f"pages of {cache.dtype}; allowed: float32, bfloat16"
-    if reason := cache_reason(cache):
-        return reason
-    if cache.format is not None and (reason := format_reason(cache.format)):
-        return reason
-    if cache.format is not None and (args.get("value_dim") or 0) % 2:
-        return f"value_dim {args['value_dim']} of packed latents; allowed: an even number"
     for stream in cache.streams:
-        width = stream.shape[-1] if cache.format is None else cache.format.packed(stream.shape[-1])
-        size = 1 if cache.format is not None else jnp.dtype(cache.dtype).itemsize
-        reason = page_reason(args.get("page_size"), width, size)
-        if reason:
+        format_, width, size = cache.format_of(stream), stream.shape[-1], jnp.dtype(cache.dtype).itemsize
+        if format_ is not None and (reason := format_reason(format_)):
+            return reason
+        if format_ is not None and (args.get("value_dim") or 0) % parts_of(format_):
+            return f"value_dim {args['value_dim']} of packed latents; allowed: a multiple of {parts_of(format_)}"
+        if format_ is not None:
+            width, size = format_.packed(width), 1
+        if reason := page_reason(args.get("page_size"), width, size):
             return f"stream {stream.name}: {reason}"
+        if cache.near is not None and (
+            reason := page_reason(args.get("page_size"), stream.shape[-1], jnp.dtype(cache.dtype).itemsize)
+        ):
+            return f"stream {stream.name}, tokens kept exact: {reason}"
     return None
 
 
 def format_reason(format_: Format) -> str | None:
     """Why pages in this format cannot be read, or None."""
-    if isinstance(format_, Int) and format_.width in (4, 8) and format_.group is None:
+    if isinstance(format_, Int) and format_.width in (2, 4, 8) and format_.group is None:
         return None
     if isinstance(format_, Float8) and format_.kind == "e4m3" and format_.group is None:
         return None
-    return f"pages in {format_}; allowed: int8, int4, fp8_e4m3 with one scale a token and head"
+    return f"pages in {format_}; allowed: int8, int4, int2, fp8_e4m3 with one scale a token and head"
 
 
 def page_reason(page: int | None, width: int, itemsize: int) -> str | None:
@@ -166,8 +167,8 @@ def check(op: str, q, k_pool, v_pool, positions, table, lengths, sink_logits, lo
         refuse("q", list(q.shape), f"[..., a multiple of {kv_heads}, {width}] for k_pool {list(k_pool.shape)}")
     if v_pool is None and (value_dim is None or not 0 < value_dim <= width):
         refuse("value_dim", value_dim, f"1 to {width} where v_pool is None")
-    if v_pool is None and is_qtensor(k_pool) and value_dim % 2:
-        refuse("value_dim", value_dim, "an even number of packed latents")
+    if v_pool is None and is_qtensor(k_pool) and value_dim % (parts := parts_of(k_pool.format)):
+        refuse("value_dim", value_dim, f"a multiple of {parts} packed latents")
     if v_pool is not None and v_pool.shape[:3] != (pages, kv_heads, page):
         refuse("v_pool", list(v_pool.shape), f"[{pages}, {kv_heads}, {page}, Hv] as k_pool")
     if v_pool is not None and value_dim not in (None, v_pool.shape[-1]):
@@ -242,10 +243,11 @@ def schedule(items: Items, lengths, mask: Mask, slots: int) -> jax.Array:
     before `first`, next step that has blocks (or -1), blocks of all steps before, queries."""
     groups, b = lengths.shape
     line = jnp.arange(groups, dtype=jnp.int32)[:, None] * b + items.rows
-    first = jnp.maximum(items.low - mask.window + 1, 0) // slots if mask.window else jnp.zeros_like(items.low)
     last = -(-items.high // slots)
-    first = jnp.minimum(first, last)
-    sinks = jnp.minimum(-(-mask.sinks // slots), first) if mask.window else jnp.zeros_like(first)
+    first = sinks = jnp.zeros_like(items.low)
+    if mask.window is not None:
+        first = jnp.minimum(jnp.maximum(items.low - mask.span + 1, 0) // slots if mask.span else last, last)
+        sinks = jnp.minimum(-(-mask.sinks // slots), first)
     count = jnp.where(items.counts > 0, jnp.maximum(sinks + last - first, 0), 0).ravel()
     steps = count.shape[0]
     busy = jnp.where(count > 0, jnp.arange(steps, dtype=jnp.int32), steps)
@@ -275,7 +277,7 @@ class Spec:
     page: int  # tokens a page
     group: int  # query heads a kv head
     streams: tuple[str, ...]  # names of the pools that are copied, in order
-    k_parts: int  # 2 for int4: even and odd numbers of a head
+    k_parts: int  # 2 for int4: even and odd numbers of a head; 4 for int2
     v_parts: int
     k_turned: bool
     v_turned: bool
@@ -405,7 +407,7 @@ def _streams(pools: Pools, logit_scale) -> dict[str, jax.Array]:
 
 
 def _parts(pool: Tensor) -> int:
-    return 2 if is_qtensor(pool) and isinstance(pool.format, Int) and pool.format.width == 4 else 1
+    return parts_of(pool.format) if is_qtensor(pool) else 1
 
 
 def _format(pool: Tensor) -> Format | None:

@@ -39,23 +39,37 @@ class Mask:
     def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
         """Positions int32[..., Q, 1] and int32[..., 1, S] -> bool[..., Q, S]."""
         seen = key <= query if self.causal else jnp.ones(jnp.broadcast_shapes(query.shape, key.shape), bool)
-        seen = seen if self.lag is None else seen & (key < self._down(query + 1 - self.lag))
+        seen = seen if self.lag is None else seen & (key < self.end(query))
         seen = seen & (key >= self.skip) if self.skip else seen
         if self.window is None:
             return seen
-        return seen & ((key >= self._oldest(query)) | (key < self.sinks))
+        return seen & ((key >= self.oldest(query)) | (key < self.sinks))
 
     def _down(self, position):
         return position if self.block == 1 else position // self.block * self.block
 
-    def _oldest(self, query):
-        """First position of the query's window."""
+    def oldest(self, query):
+        """First position of the query's window, which there must be."""
         first = query + 1 - self.window
         return self._down(first) if self.lag is None else first
 
+    def end(self, query):
+        """The position behind the last that `lag`, or where there is none causality, lets the query see."""
+        return query + 1 if self.lag is None else self._down(query + 1 - self.lag)
+
+    @property
+    def apart(self) -> bool:
+        """Whether some of what a window and causality let a query see is left to another call."""
+        return self.lag is not None or self.skip > 0
+
+    @property
+    def span(self) -> int:
+        """Most positions of a window, which there must be."""
+        return self.window + (self.block - 1 if self.lag is None else 0)
+
     def reach(self, start: int, stop: int, length: int) -> tuple[int, int]:
         """Keys [first, last) outside which queries start .. stop - 1 of a sequence see nothing."""
-        first = max(0, self._oldest(start)) if self.window and not self.sinks else 0
+        first = max(0, self.oldest(start)) if self.window and not self.sinks else 0
         return min(first, length - 1), min(stop, length) if self.causal else length
 
 

@@ -4,8 +4,9 @@ The tiles of all (row, kv head) units form one list that is cut into equal parts
 lengths and small batches keep every SM busy. A part that covers several units, or a piece of one, leaves a partial
 result (weighted values, maximum, sum) for each; a second kernel merges them in a fixed order. Query heads of a kv head and
 query tokens are the 16 rows of mma.m16n8k16, whose operands a warp makes in registers from what lies in the pages: codes
-become 16-bit numbers there. Scales and zero points act on logits and probabilities: q.(k - z)s = s(q.k - z sum(q)), and
-sum_j w_j z_j leaves the output, w = p s.
+become 16-bit numbers there. Scales and zero points of tokens act on logits and probabilities: q.(k - z)s = s(q.k - z
+sum(q)), and sum_j w_j z_j leaves the output, w = p s; those of groups of numbers, or of channels over some tokens (KIVI, Liu et
+al. 2024, arXiv:2402.02750), make numbers of the codes first. Codes of a codebook are looked up in registers.
 
 The split follows Stream-K (Osama et al. 2023, arXiv:2301.03598); the online softmax FlashAttention-2 (Dao 2023,
 arXiv:2307.08691); the bit tricks of the codes Kim et al. 2022, arXiv:2211.10017.
@@ -27,8 +28,28 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from optx.errors import LoweringError
-from optx.pallas.attention.page_formats import cache_reason, page_kind
+from optx.formats.codebook import centroids
+from optx.pallas.attention.page_formats import Pages, pages_of, streams_of
 from optx.pallas.attention.reference import Mask, gather_pages
+from optx.pallas.attention.words_sm90 import PERMUTES, Codes
+from optx.pallas.attention.words_sm90 import add as _add
+from optx.pallas.attention.words_sm90 import and_ as _and
+from optx.pallas.attention.words_sm90 import choose as _choose
+from optx.pallas.attention.words_sm90 import f32 as _f32
+from optx.pallas.attention.words_sm90 import fma as _fma
+from optx.pallas.attention.words_sm90 import halves_of_f16 as _halves_of_f16
+from optx.pallas.attention.words_sm90 import i32 as _i32
+from optx.pallas.attention.words_sm90 import less as _less
+from optx.pallas.attention.words_sm90 import load as _load
+from optx.pallas.attention.words_sm90 import of_pairs as _pair
+from optx.pallas.attention.words_sm90 import or_ as _or
+from optx.pallas.attention.words_sm90 import permute as _permute
+from optx.pallas.attention.words_sm90 import pointer as _pointer
+from optx.pallas.attention.words_sm90 import right as _right
+from optx.pallas.attention.words_sm90 import rounded as _rounded
+from optx.pallas.attention.words_sm90 import spread as _spread
+from optx.pallas.attention.words_sm90 import store as _store
+from optx.pallas.attention.words_sm90 import times as _times
 from optx.tensor import is_qtensor
 
 OP = "paged_decode"
@@ -41,6 +62,8 @@ REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}  # by warpgroups: of each
 LOG2E = math.log2(math.e)
 FEW = 8  # lengths up to which kernels make the offsets of units themselves
 HEAD_DIMS, PAGES, GROUPS, QUERIES = (64, 128, 256), (16, 32, 64, 128), 16, 8
+SPANS = (32, 64, 128)
+BOX = 256  # numbers of an axis that a copy takes at most
 BF16 = jnp.dtype("bfloat16")
 
 
@@ -67,9 +90,9 @@ class Plan:
     page: int
     width: int  # pages a row in the table
     groups: int  # 1, or kv_heads where heads keep different pages
-    format: str  # dense, int8, int4, fp8
-    zero: bool
-    small: tuple[str, ...]  # numbers a token, in the order of their copies
+    k: Pages
+    v: Pages
+    small: tuple[str, ...]  # scales, zero points and the like, in the order of their copies
     small_dtypes: tuple[str, ...]
     dtype: str  # of queries, output and dense pools
     mask: Mask
@@ -122,26 +145,66 @@ class Plan:
         return self.tiles.sms * self.tiles.wgs
 
     @property
+    def format(self) -> str:
+        """Codes of keys and of values."""
+        return self.k.code
+
+    @property
     def wide(self) -> int:
         """Entries of a stored token along its last axis."""
-        return self.head_dim // 2 if self.format == "int4" else self.head_dim
+        return self.head_dim if self.format == "dense" else self.head_dim * self.k.bits // 8
 
     @property
     def itemsize(self) -> int:
         return 2 if self.format == "dense" else 1
 
+    @property
+    def shift(self) -> float:
+        """Code that is multiplied as 0 where it is not known which one stands for it."""
+        return float(2 ** (self.k.bits - 1))
+
+    def zeroed(self, stream: Pages) -> bool:
+        """Whether zero points act on logits or weights."""
+        return stream.by_token and stream.zero is not None
+
     def small_dtype(self, name: str) -> str:
         return self.small_dtypes[self.small.index(name)]
 
+    def numbers(self, name: str, tokens: int) -> int:
+        """How many of `small` there are in `tokens` tokens."""
+        if name in ("logit_scale", "position"):
+            return tokens
+        return (self.k if name[0] == "k" else self.v).scales(tokens, self.head_dim)
 
-def tiles(head_dim: int, format: str = "dense", small: int = 0, rows: int = TILE, window: int | None = None) -> Tiles:
+    def small_size(self, tokens: int) -> int:
+        """Bytes of shared memory that `small` takes in a step of so many tokens."""
+        piece = min(tokens, self.page)
+        sizes = [
+            self.numbers(n, piece) * jnp.dtype(x).itemsize for n, x in zip(self.small, self.small_dtypes, strict=True)
+        ]
+        return sum(-(-max(128, size) // 128) * 128 for size in sizes) * (tokens // piece)
+
+
+def tiles(
+    head_dim: int,
+    format: str = "dense",
+    small: int = 0,
+    rows: int = TILE,
+    window: int | None = None,
+    span: int | None = None,
+) -> Tiles:
     """As many steps in flight as SMEM holds. small: bytes of scales, zero points and positions of 64 tokens.
 
     128 tokens a step for 64, on an H100, 32 x 8k: 2.5% faster with bytes of 128 dims, 0.5% slower with int4 (one run); 1%
-    faster with 64 dense dims (across two runs: within their spread). Short windows take 64: a step is read whole.
+    faster with 64 dense dims (across two runs: within their spread). Short windows take 64: a step is read whole. With scales of
+    channels, shared by `span` tokens, a warp makes operands of them for 32 tokens of 128.
     """
-    step = 2 * 64 * head_dim * {"dense": 4, "int4": 1}.get(format, 2) // 2
-    longer = step == 16384 and format != "int4" and (window is None or window >= 512)
+    step = 2 * 64 * head_dim * Pages(code=format).bits // 8
+    longer = (
+        span is not None
+        or format == "int2"
+        or (step == 16384 and Pages(code=format).bits > 4 and (window is None or window >= 512))
+    )
     step = (step + small) * (2 if longer else 1)
     staged = (4 if rows > 2 * TILE else 2) * TILE * head_dim * 2 if head_dim > 128 else 512
     stages = {wgs: min(8, (SHARED // wgs - 4 * SHARE - 1024 - staged) // step) for wgs in (2, 1)}
@@ -159,16 +222,34 @@ def supports(args, target) -> str | None:
         return f"head_dim {args['head_dim']}; allowed: 64, 128, 256"
     if args["heads"] // args["kv_heads"] > GROUPS:
         return f"{args['heads'] // args['kv_heads']} query heads a kv head; at most {GROUPS}"
-    if reason := cache_reason(cache):
+    streams = streams_of(cache)
+    if isinstance(streams, str):
+        return streams
+    if reason := _layout_reason(*streams.values(), args["head_dim"]):
         return reason
-    if page_kind(cache.format) is None:
-        return f"pages of {cache.format}; allowed: dense, int8, int4, fp8 e4m3, one scale a token and head"
-    if cache.dtype not in (("bfloat16", "float16") if cache.format is None else ("bfloat16",)):
+    if cache.dtype not in (("bfloat16", "float16") if not cache.packed else ("bfloat16",)):
         return f"pages and queries of {cache.dtype}; allowed: bfloat16, and float16 where pages are dense"
     page = args.get("page_size")
     if page is not None and page not in PAGES:
         return f"page size {page}; allowed: 16, 32, 64, 128"
     return "adds no bias to keys" if args.get("key_bias") else None
+
+
+def _layout_reason(k: Pages, v: Pages, head_dim: int) -> str | None:
+    """Why pages are not read that lie so, or None."""
+    if k.bits * head_dim < 32 * 8:
+        return f"{k.code} of {head_dim} numbers a head; allowed: at least 32 bytes a token and head"
+    if k.code == "int8" and k.zero != v.zero:
+        return "zero points of keys or values alone; allowed: both or none in 8 bits"
+    if v.span is not None:
+        return "scales by channel of values; allowed: of keys"
+    if k.span is not None and k.span not in SPANS:
+        return f"scales shared by {k.span} tokens; allowed: {', '.join(map(str, SPANS))}"
+    least = head_dim // 8
+    for group in (k.group, v.group):
+        if group is not None and group % least:
+            return f"groups of {group} numbers; allowed: multiples of {least} with heads of {head_dim}"
+    return None
 
 
 def paged_decode(
@@ -191,7 +272,7 @@ def paged_decode(
 ):
     """Attention of Q = 1 .. 8 new tokens a row over its cached tokens, their own included.
 
-    q [B, Q, N, H]; pools [pages + 1, K, P, H], dense or QTensor (int8, int4, fp8 e4m3); positions int32[pages + 1, P];
+    q [B, Q, N, H]; pools [pages + 1, K, P, H], dense or QTensor (page_formats.py); positions int32[pages + 1, P];
     table int32[G, B, pages]; lengths int32[G, B]; q_positions int32[B, Q], -1 where there is no query: a row's queries are
     its newest slots; logit_scale [pages, K, P]. -> (out [B, Q, N, H], lse float32[B, Q, N], scores float32[B, S, K] or None).
     Scores cost one more pass over the keys (by XLA where query tokens x query heads a kv head exceed 16, or scores 2 GB).
@@ -241,11 +322,15 @@ def _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logit
         logit_scale.shape[1:] != (kv_heads, page) or logit_scale.dtype not in (jnp.float32, jnp.float16, BF16)
     ):
         _refuse("logit_scale", f"{logit_scale.dtype}{logit_scale.shape}", f"floating [pages, {kv_heads}, {page}]")
-    if is_qtensor(k_pool) != is_qtensor(v_pool) or (is_qtensor(k_pool) and k_pool.format != v_pool.format):
-        _refuse("formats of keys and values", f"{k_pool.dtype} and {v_pool.dtype}", "the same for both")
+    formats = [x.format if is_qtensor(x) else None for x in (k_pool, v_pool)]
+    k, v = (pages_of(x) for x in formats)
+    if k is None or v is None or k.code != v.code:
+        _refuse("formats", f"{formats[0]} and {formats[1]}", "what `supports` takes, codes alike for keys and values")
+    if reason := _layout_reason(k, v, h):
+        _refuse("formats", reason, "what `supports` takes")
+    if k.span is not None and page % k.span:
+        _refuse("page size", page, f"a multiple of the {k.span} tokens that share scales")
     if is_qtensor(k_pool):
-        if page_kind(k_pool.format) is None:
-            _refuse("format", k_pool.format, "int8, int4, fp8 e4m3, one scale a token and head")
         if q.dtype != BF16:
             _refuse("dtype of q", q.dtype, "bfloat16 over packed pages")
     elif not (q.dtype == k_pool.dtype == v_pool.dtype and q.dtype in (BF16, jnp.dtype("float16"))):
@@ -254,27 +339,21 @@ def _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logit
 
 def _plan(q, k_pool, v_pool, table, mask, scale, softcap, sinks, logit_scale, chosen) -> Plan:
     b, queries, n, h = q.shape
-    fmt = page_kind(k_pool.format) if is_qtensor(k_pool) else "dense"
-    small = {}
-    for part in ("scale", "zero") if is_qtensor(k_pool) else ():
-        small |= {f"{x}_{part}": getattr(pool, part) for x, pool in (("k", k_pool), ("v", v_pool))}
-    small = {name: str(x.dtype) for name, x in (small | {"logit_scale": logit_scale}).items() if x is not None}
+    small = {name: str(x.dtype) for name, x in _small(k_pool, v_pool, logit_scale).items()}
     if mask.window is not None:
         small["position"] = "int32"
-    page = k_pool.shape[2]
-    pieces = max(1, 64 // page)
-    size = sum(pieces * max(128, min(page, 64) * jnp.dtype(x).itemsize) for x in small.values())
-    return Plan(
+    k, v = (pages_of(x.format if is_qtensor(x) else None) for x in (k_pool, v_pool))
+    plan = Plan(
         batch=b,
         queries=queries,
         heads=n,
         kv_heads=k_pool.shape[1],
         head_dim=h,
-        page=page,
+        page=k_pool.shape[2],
         width=table.shape[2],
         groups=table.shape[0],
-        format=fmt,
-        zero=is_qtensor(k_pool) and k_pool.format.has_zero,
+        k=k,
+        v=v,
         small=tuple(small),
         small_dtypes=tuple(small.values()),
         dtype=str(q.dtype),
@@ -282,8 +361,19 @@ def _plan(q, k_pool, v_pool, table, mask, scale, softcap, sinks, logit_scale, ch
         scale=float(1 / math.sqrt(h) if scale is None else scale),
         softcap=None if softcap is None else float(softcap),
         sinks=sinks,
-        tiles=chosen or tiles(h, fmt, size, queries * n // k_pool.shape[1], mask.window),
+        tiles=chosen or Tiles(),
     )
+    rule = tiles(h, k.code, plan.small_size(64), queries * n // k_pool.shape[1], mask.window, k.span)
+    return dataclasses.replace(plan, tiles=chosen or rule)
+
+
+def _small(k_pool, v_pool, logit_scale) -> dict[str, jax.Array]:
+    """What belongs to tokens of a head beside their numbers, [pages, K, numbers of a page]."""
+    found = {}
+    for part in ("scale", "zero"):
+        found |= {f"{x}_{part}": getattr(pool, part) for x, pool in (("k", k_pool), ("v", v_pool)) if is_qtensor(pool)}
+    found["logit_scale"] = logit_scale
+    return {name: x.reshape(*x.shape[:2], -1) for name, x in found.items() if x is not None}
 
 
 def _check_plan(plan: Plan):
@@ -291,9 +381,10 @@ def _check_plan(plan: Plan):
     t = plan.tiles
     if t.wgs not in REGISTERS or t.tokens not in (64, 128) or t.stages < 2 or t.sms < 1:
         _refuse("tiles", t, f"wgs of {tuple(REGISTERS)}, tokens of 64, 128, stages of 2 or more")
-    piece = min(t.tokens, plan.page)
-    small = sum(max(128, piece * jnp.dtype(x).itemsize) for x in plan.small_dtypes) * t.tokens // piece
+    small = plan.small_size(t.tokens)
     size = t.stages * (2 * t.tokens * plan.wide * plan.itemsize + small + 16) + 4 * SHARE + 512 + 4 * plan.staged
+    if plan.k.span is not None and t.tokens % plan.k.span:
+        _refuse("tiles", t, f"tokens a multiple of the {plan.k.span} that share scales")
     if t.wgs * size > 226 * 1024:
         _refuse("tiles", f"{t}: {t.wgs * size} bytes of shared memory", f"{226 * 1024}")
     parts = (plan.workers + plan.units) * plan.kept * plan.head_dim * 4
@@ -309,7 +400,8 @@ def _span(plan: Plan, length):
         zero = length * 0
         return zero, zero, last
     # Positions may have holes but no two slots share one: the window holds at most as many slots.
-    first = lax.div(jnp.maximum(length - (plan.mask.window + plan.queries - 1), 0), t)
+    first = lax.div(jnp.maximum(length - (plan.mask.span + plan.queries - 1), 0), t)
+    first = last if plan.mask.span == 0 else first
     sinks = jnp.minimum(first, -(-plan.mask.sinks // plan.tiles.tokens))
     return sinks, first, sinks + last - first
 
@@ -339,25 +431,40 @@ def _offset_of(plan: Plan, offsets):
     return lambda unit: sum(jnp.clip(unit - each * i, 0, each) * count for i, count in enumerate(counts))
 
 
+def _borders(plan: Plan, positions, table, lengths, q_positions):
+    """Positions ascend along a listing, so what `lag` and `skip` leave to a query are neighbouring slots: -> the slot where
+    they begin int32[G, B], and how many there are int32[G, B, Q]."""
+    at = jnp.take(positions, table, axis=0, mode="clip").reshape(*table.shape[:2], -1)
+    at = jnp.where(jnp.arange(at.shape[-1]) < lengths[..., None], at, jnp.iinfo(jnp.int32).max)
+    below = lambda border: jnp.sum(at[:, :, None] < border[..., None], axis=-1, dtype=jnp.int32)  # noqa: E731
+    skip = jnp.full((1, 1, 1), plan.mask.skip, jnp.int32)
+    first = below(skip)[..., 0] if plan.mask.skip else jnp.zeros_like(lengths)
+    if plan.mask.causal or plan.mask.lag is not None:
+        last = below(plan.mask.end(q_positions)[None])
+    else:
+        last = jnp.where(q_positions >= 0, lengths[..., None], 0)
+    return [first, jnp.maximum(last - first[..., None], 0)]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale):
-    offsets = _offsets(plan, lengths)
-    aux = [q_positions.reshape(-1), table.reshape(-1), lengths.reshape(-1), offsets]
+    aux, seen = [], lengths
+    if plan.mask.apart:
+        aux = _borders(plan, positions, table, lengths, q_positions)
+        seen = jnp.max(aux[1], axis=-1) + aux[0]
+    offsets = _offsets(plan, seen)
+    aux = [q_positions, table, seen, offsets, *aux]
+    aux = [x.reshape(-1) for x in aux]
     if plan.mask.window is not None:
         aux.append(positions)
-    if is_qtensor(k_pool):
-        flat = lambda x: x.reshape(x.shape[:-1])  # noqa: E731
-        pools = [k_pool.data, v_pool.data, flat(k_pool.scale), flat(v_pool.scale)]
-        pools += [flat(k_pool.zero), flat(v_pool.zero)] if plan.zero else []
-    else:
-        pools = [k_pool, v_pool]
-    pools += [] if logit_scale is None else [logit_scale]
+    pools = [x.data if is_qtensor(x) else x for x in (k_pool, v_pool)]
+    pools += _small(k_pool, v_pool, logit_scale).values()
     parts, marks = _attend(plan, q, pools, aux)
     out, lse = _merge(plan, parts, marks, offsets, sink_logits)
     scores = None
     if want_scores:
         small = plan.batch * plan.slots * plan.kv_heads * 4 < 1 << 31
-        if plan.tiles.registers and plan.rows <= TILE and small:
+        if plan.tiles.registers and plan.rows <= TILE and small and not plan.mask.apart:
             scores = _scores(plan, q, pools, positions, table, lengths, q_positions, lse)
         else:
             scores = _scores_by_xla(plan, q, k_pool, positions, table, lengths, q_positions, lse, logit_scale)
@@ -385,7 +492,10 @@ def _attend(plan: Plan, q, pools, aux):
         "k_s": plgpu.SMEM((slots, t.tokens, wide), stored, transforms=layout),
         "v_s": plgpu.SMEM((slots, t.tokens, wide), stored, transforms=layout),
         # A copy's target must be 128-byte aligned: the numbers of a page lie apart.
-        "small_s": [plgpu.SMEM((slots, per, max(piece, 128 // x.dtype.itemsize)), x.dtype) for x in small],
+        "small_s": [
+            plgpu.SMEM((slots, per, max(plan.numbers(name, piece), 128 // x.dtype.itemsize)), x.dtype)
+            for name, x in zip(plan.small, small, strict=True)
+        ],
         "barriers": [
             plgpu.SMEM((2, slots, 2), jnp.int32)  # of words; filled, free again
             if t.registers
@@ -421,6 +531,7 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
         refs[pool_count : pool_count + aux_count],
         refs[pool_count + aux_count :],
     )
+    border_g = [position_g.pop(0) for _ in range(2 if plan.mask.apart else 0)]
     t = plan.tiles
     sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
     consumer, producer = REGISTERS[t.wgs]
@@ -486,13 +597,16 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
 
         def unit_loop(unit, _):
             row, head, block = _locate(plan, unit)
-            offset, begin, end, _, length = enter(unit, start, stop)
-            asked = step.ask(q_g, q_s.at[wg], qpos_g, row, head, block, length)
+            offset, begin, end, listed, length = enter(unit, start, stop)
+            origin = border_g[0][listed] if plan.mask.apart else None  # slots are counted from there
+            asked = step.ask(q_g, q_s.at[wg], qpos_g, row, head, block, length, border_g[1:], listed)
+            count = length if origin is None else length - origin
 
             def tile_loop(i, state):
                 token, slot = first_token(i - offset, length), slot_of(wg, i - start)
                 buffers = [ref.at[slot] for ref in (k_s, v_s, *small_s)]
-                return step.tile(buffers, q_s.at[wg], asked, state, token, length, slot, i - start)
+                token = token if origin is None else token - origin
+                return step.tile(buffers, q_s.at[wg], asked, state, token, count, slot, i - start)
 
             state = lax.fori_loop(begin, end, tile_loop, step.empty())
 
@@ -542,36 +656,63 @@ class _Plain:
 
         for j, page in enumerate(pages):
             for n, (source, target) in enumerate(zip(sources, to, strict=True)):
-                source = source.at[page] if n >= 2 and self.plan.small[n - 2] == "position" else source.at[page, head]
-                at = target.at[slot, pl.ds(j * self.piece, self.piece)] if n < 2 else target.at[slot, j, : self.piece]
-                plgpu.copy_gmem_to_smem(source.at[pl.ds(inside, self.piece)], at, self.full.at[slot])
+                name = self.plan.small[n - 2] if n >= 2 else None
+                source = source.at[page] if name == "position" else source.at[page, head]
+                count, first = self.piece, inside
+                if name:
+                    count = self.plan.numbers(name, self.piece)
+                    first = lax.div(inside, jnp.int32(self.piece)) * count
+                at = target.at[slot, j, :count] if name else target.at[slot, pl.ds(j * count, count)]
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(first, count)], at, self.full.at[slot])
 
     def empty(self):
         kept = self.plan.kept
         zeros = jnp.zeros((kept, 1), jnp.float32)
         return zeros - jnp.inf, zeros, jnp.zeros((kept, self.plan.head_dim), jnp.float32)
 
-    def ask(self, q_g, q_s, qpos_g, row, head, block, length):
+    def ask(self, q_g, q_s, qpos_g, row, head, block, length, limits_g=(), listed=None):
         plan = self.plan
         q, limits, positions = [], [], []
         at = [qpos_g[row * plan.queries + i] for i in range(plan.queries)]
         for i, mine in enumerate(at):
             later = sum(jnp.int32(other > mine) for other in at)
-            limit = jnp.where(mine >= 0, length - (later if plan.mask.causal else 0), 0)
+            limit = length - (later if plan.mask.causal else 0)
+            limit = limits_g[0][listed * plan.queries + i] if limits_g else limit
             for g in range(plan.group):
                 q.append(q_g[row, i, head * plan.group + g])
-                limits.append(limit)
+                limits.append(jnp.where(mine >= 0, limit, 0))
                 positions.append(mine)
         pad = plan.blocks * plan.kept - len(q)
         stacked = [jnp.stack(x + x[-1:] * pad) for x in (q, limits, positions)]
         return [lax.dynamic_slice_in_dim(x, block * plan.kept, plan.kept) for x in stacked]
 
-    def codes(self, ref):
-        x = ref[...]
-        if self.plan.format == "int4":
-            x = jnp.stack([x & 15, x >> 4], axis=-1).reshape(x.shape[0], -1).astype(jnp.int32)
-            return (x if self.plan.zero else x - 8).astype(jnp.float32)
-        return x.astype(jnp.int32).astype(jnp.float32) if self.plan.format == "int8" else x.astype(jnp.float32)
+    def values(self, stream: Pages, ref, scale, zero):
+        """[tokens, H] but for scales of tokens; what those scale is the code, less its zero point."""
+        x, bits = ref[...], stream.bits
+        if bits < 8:
+            x = jnp.stack([(x >> i) & (2**bits - 1) for i in range(0, 8, bits)], axis=-1)
+            x = x.reshape(x.shape[0], -1).astype(jnp.int32)
+        x = x.astype(jnp.int32) if stream.code == "int8" else x
+        if stream.code == "codebook4":
+            return sum(jnp.where(x == i, jnp.float32(c), 0) for i, c in enumerate(centroids(4)))
+        x = x.astype(jnp.float32)
+        if stream.zero is None:
+            return x if stream.code not in ("int4", "int2") else self.scaled(stream, x - self.plan.shift, scale)
+        if stream.zero == "least":
+            return self.scaled(stream, x, scale) + self.wide(stream, zero)
+        return self.scaled(stream, x - self.wide(stream, zero), scale)
+
+    def scaled(self, stream: Pages, x, scale):
+        return x if stream.by_token else x * self.wide(stream, scale)
+
+    def wide(self, stream: Pages, ref):
+        """Of scales or zero points: by number, float32[tokens, H], or by token where there is one a token."""
+        count, h = stream.scales(self.piece, self.plan.head_dim), self.plan.head_dim
+        found = jnp.concatenate([ref[j, :count] for j in range(self.per)]).astype(jnp.float32)
+        if stream.span is not None:
+            return jnp.repeat(found.reshape(-1, h), stream.span, axis=0)
+        found = found.reshape(self.plan.tiles.tokens, -1)
+        return found if stream.by_token else jnp.repeat(found, h // found.shape[1], axis=1)
 
     def row(self, ref):
         return jnp.concatenate([ref[j, : self.piece] for j in range(self.per)]).astype(jnp.float32)[None]
@@ -583,28 +724,32 @@ class _Plain:
         (q, limits, positions), (top, total, out) = asked, state
         at = token + jnp.arange(plan.tiles.tokens)
         small = dict(zip(plan.small, small, strict=True))
-        k, v = self.codes(k_s), self.codes(v_s)
         k, v = (
-            x if (f"{n}_zero") not in small else x - self.row(small[f"{n}_zero"]).T for n, x in (("k", k), ("v", v))
+            self.values(stream, ref, small.get(f"{n}_scale"), small.get(f"{n}_zero"))
+            for n, stream, ref in (("k", plan.k, k_s), ("v", plan.v, v_s))
         )
         v = jnp.where(at[:, None] < length, v, 0)
         logits = jnp.dot(q.astype(jnp.float32), k.T) * plan.scale
         for name in ("k_scale", "logit_scale"):
-            logits = logits * self.row(small[name]) if name in small else logits
+            logits = logits * self.row(small[name]) if name in small and self.each(name) else logits
         if plan.softcap is not None:
             logits = plan.softcap * jnp.tanh(logits / plan.softcap)
-        seen = at[None] < limits[:, None]
+        seen = (at[None] >= 0) & (at[None] < limits[:, None])
         if plan.mask.window is not None:
             key = self.row(small["position"])
-            seen = seen & ((key > positions[:, None] - plan.mask.window) | (key < plan.mask.sinks))
+            seen = seen & ((key >= plan.mask.oldest(positions)[:, None]) | (key < plan.mask.sinks))
         logits = jnp.where(seen, logits * LOG2E, -jnp.inf)
         new = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
         base = jnp.where(new == -jnp.inf, 0.0, new)
         p, alpha = jnp.exp2(logits - base), jnp.exp2(top - base)
         total = total * alpha + jnp.sum(p, axis=1, keepdims=True)
-        p = p if "v_scale" not in small else jnp.where(seen, p * self.row(small["v_scale"]), 0)
+        p = jnp.where(seen, p * self.row(small["v_scale"]), 0) if "v_scale" in small and self.each("v_scale") else p
         plgpu.barrier_arrive(self.free.at[slot])
         return new, total, out * alpha + jnp.dot(p.astype(plan.dtype).astype(jnp.float32), v)
+
+    def each(self, name: str) -> bool:
+        """Whether there is one a token."""
+        return name == "logit_scale" or (self.plan.k if name[0] == "k" else self.plan.v).by_token
 
     def finish(self, state, sum_s, top_s, parts_g, marks_g, part):
         top, total, out = state
@@ -619,89 +764,19 @@ class _Plain:
 # gives thread 4 g + c rows g, g + 8 and columns 2 c, 2 c + 1. Which numbers of the head dim a product of 16 takes, and in
 # which order the columns of the output come, is free: a thread reads contiguous bytes of a token, and the queries follow.
 
-PERMUTES = {"low": 0x5410, "high": 0x7632}  # halves of two words
-
-
-def _i32(x: int):
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, x - (1 << 32) if x >= 1 << 31 else x))
-
-
-def _f32(x: float):
-    return arith.constant(ir.F32Type.get(), ir.FloatAttr.get(ir.F32Type.get(), x))
-
-
-def _add(a, b):
-    return arith.addi(a, _i32(b) if isinstance(b, int) else b)
-
-
-def _times(a, b: int):
-    return a if b == 1 else arith.muli(a, _i32(b))
-
-
-def _right(a, count: int):
-    return arith.shrui(a, _i32(count)) if count else a
-
-
-def _and(a, mask: int):
-    return arith.andi(a, _i32(mask))
-
-
-def _or(a, b):
-    return arith.ori(a, _i32(b) if isinstance(b, int) else b)
-
-
-def _permute(a, b, selector: int):
-    """Bytes of the words a (0 to 3) and b (4 to 7), the lowest nibble of `selector` choosing the lowest byte."""
-    i32 = ir.IntegerType.get_signless(32)
-    return utils.inline_ptx(f"prmt.b32 $0, $1, $2, 0x{selector:04x};", a, b, result_types=i32)
-
-
-def _pair(op, a, b):
-    return utils.inline_ptx(f"{op}.rn.bf16x2 $0, $1, $2;", a, b, result_types=a.type)
-
 
 def _exp2(x):
     return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=x.type)
 
 
-def _fma(a, b, c):
-    return utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, result_types=a.type)
-
-
-def _less(a, b):
-    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
-
-
-def _choose(condition, a, b):
-    return arith.select(condition, a, b)
+def _below(a, b):
+    """0 <= a < b for b >= 0."""
+    return arith.cmpi(arith.CmpIPredicate.ult, a, b)
 
 
 def _finite_base(top):
     """The maximum, or 0 where nothing has been seen."""
     return _choose(arith.cmpf(arith.CmpFPredicate.OEQ, top, _f32(-math.inf)), _f32(0.0), top)
-
-
-def _pointer(ref, offset):
-    """Pointer `offset` bytes (i32) into a ref of shared or global memory."""
-    return utils.getelementptr(utils.memref_ptr(ref), [offset], ir.IntegerType.get_signless(8))
-
-
-def _load(ref, offset, element, count: int = 1):
-    """`count` contiguous numbers as a list."""
-    vec = ir.VectorType.get((count,), element)
-    loaded = llvm.load(vec, _pointer(ref, offset), alignment=count * utils.bytewidth(element))
-    return [vector.extract(loaded, [], [i]) for i in range(count)]
-
-
-def _store(ref, offset, values, when=None):
-    """Stores float32 numbers side by side where `when` holds."""
-    pointer = _pointer(ref, offset)
-    space = "global" if pointer.type.address_space in (0, 1) else "shared"
-    names = ", ".join(f"${i + 1}" for i in range(len(values)))
-    names = f"{{{names}}}" if len(values) > 1 else names
-    kind = f"v{len(values)}.f32" if len(values) > 1 else "f32"
-    utils.inline_ptx(f"st.{space}.{kind} [$0], {names};", pointer, *values, predicate=when, has_side_effects=True)
 
 
 def _array(registers, dtype):
@@ -736,7 +811,7 @@ class _Warps:
         self.row_warps = plan.row_warps
         self.token_warps = 4 // self.row_warps
         self.mine = plan.tiles.tokens // self.token_warps  # tokens of a warp
-        self.itemsize = plan.itemsize
+        self.itemsize, self.bits, self.codes = plan.itemsize, plan.k.bits, Codes(plan.k)
         self.swizzle = min(128, plan.wide * self.itemsize)  # bytes of a row of an SMEM tile
         self.columns = plan.wide * self.itemsize // self.swizzle
         self.numbers = plan.head_dim // self.columns  # of a row of an SMEM tile
@@ -796,6 +871,64 @@ class _Warps:
             return [arith.uitofp(f32, x) for x in found]
         return [arith.extf(f32, x) for x in found]
 
+    # Scales of groups of numbers and of channels, as words of two bfloat16 that numbers are made with
+
+    def place(self, name, token, at):
+        """Byte of number `at` (i32) of those that belong to token `token` (i32) of the step, in `name` of `small`."""
+        plan, itemsize = self.plan, jnp.dtype(self.plan.small_dtype(name)).itemsize
+        pitch = max(plan.numbers(name, self.piece) * itemsize, 128)
+        page = _times(_right(token, self.piece.bit_length() - 1), pitch)
+        return _add(page, _times(at, itemsize))
+
+    def of_group(self, name: str, refs, tokens, part, shares: int, real=None):
+        """(what codes are less, scale, number of the middle code or None) for each group in part `part` of `shares` of the
+        numbers of one token, or of two, one in each half; real: whether they are tokens of the row."""
+        plan, stream = self.plan, getattr(self.plan, name)
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        groups, share = plan.head_dim // (stream.group or plan.head_dim), plan.head_dim // shares
+        first = arith.divui(_times(part, share), _i32(plan.head_dim // groups))
+        inside = [_add(_times(_and(token, self.piece - 1), groups), first) for token in tokens]
+
+        def load(what, i):
+            ref, element = refs[what], utils.dtype_to_ir_type(jnp.dtype(plan.small_dtype(what)))
+            at = [self.place(what, token, _add(x, i)) for token, x in zip(tokens, inside, strict=True)]
+            return [_load(ref, x, element)[0] for x in at]
+
+        def numbers(what, i):
+            found = [x if x.type == f32 else arith.extf(f32, x) for x in load(what, i)]
+            return found if real is None else [_choose(r, x, _f32(0.0)) for r, x in zip(real, found, strict=True)]
+
+        def away(i):
+            if stream.zero != "code":
+                return self.codes.middle
+            low, *high = (arith.extui(i32, x) for x in load(f"{name}_zero", i))
+            high = arith.shli(high[0] if high else low, _i32(16))
+            return _add(_or(low, high), 0x43004300)
+
+        found = []
+        for i in range(max(1, share * groups // plan.head_dim)):
+            scale, middle = numbers(f"{name}_scale", i), None
+            if stream.zero == "least":
+                middle = self.codes.middles(scale, numbers(f"{name}_zero", i))
+            found.append((away(i), _rounded(scale[0], scale[-1]), middle))
+        return found
+
+    def of_channels(self, refs, token):
+        """The same for each pair of `key_operands` of the thread's share of numbers, from the scales that `token` shares."""
+        plan, i32 = self.plan, ir.IntegerType.get_signless(32)
+        share = plan.head_dim // 4
+        span = arith.divui(_and(token, self.piece - 1), _i32(plan.k.span))
+
+        def pairs(what):
+            at = self.place(what, token, _add(_times(span, plan.head_dim), _times(self.c, share)))
+            found = [w for i in range(0, share * 2, 16) for w in _load(refs[what], _add(at, i), i32, 4)]
+            return [_halves_of_f16(w) for w in found]
+
+        scales = pairs("k_scale")
+        middles = [self.codes.middles(*both) for both in zip(scales, pairs("k_zero"), strict=True)]
+        words = (self.query_operands(x) for x in ([_rounded(*x) for x in scales], middles))
+        return [(self.codes.middle, *both) for both in zip(*words, strict=True)]
+
     # Codes to 16-bit numbers
 
     def bf16_of_bytes(self, word, high: bool):
@@ -808,35 +941,33 @@ class _Warps:
         bits = _or(_and(code, 0x80008000), _and(_right(code, 4), 0x07F007F0))
         return _pair("mul", bits, _i32(0x7B807B80))
 
-    def biased(self, word):
-        """Lowest nibbles of both halves -> two bfloat16: code + 128."""
-        ptx = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # (a & b) | c
-        return utils.inline_ptx(ptx, word, _i32(0x000F000F), _i32(0x43004300), result_types=word.type)
-
-    def bf16_of_nibbles(self, word):
-        """Lowest nibbles of both halves -> two bfloat16: code - 8."""
-        return _pair("sub", self.biased(word), _i32(0x43084308))
-
     def signed(self, word):
         """Asymmetric int8 as signed bytes."""
-        return arith.xori(word, _i32(0x80808080)) if self.plan.format == "int8" and self.plan.zero else word
+        return arith.xori(word, _i32(0x80808080)) if self.plan.format == "int8" and self.plan.k.zero else word
 
-    def key_operands(self, words):
-        """Words of a token's share -> second operands, two a product of 16."""
+    def key_operands(self, words, steps=None):
+        """Words of a token's share -> second operands, two a product of 16; steps: of groups, or of each pair."""
         if self.plan.format == "dense":
             return words
-        if self.plan.format == "int4":
-            return [self.biased(_right(w, 4 * i)) for w in words for i in range(4)]
+        if self.plan.format == "codebook4":
+            return [pair for w in words for pair in self.codes.looked_up(w)]
+        if self.bits < 8:
+            pairs = [pair for w in words for pair in self.codes.pairs(w)]
+            return (
+                pairs
+                if steps is None
+                else [self.codes.number(x, y) for x, y in zip(pairs, _spread(steps, pairs), strict=True)]
+            )
         return [self.bf16_of_bytes(self.signed(w), high) for w in words for high in (False, True)]
 
     def query_operands(self, words):
         """Words (pairs) of a query's share in the order of `key_operands`."""
-        if self.plan.format != "int4":
+        if self.bits > 4 or self.plan.format == "codebook4":
             return words
-        found = []
-        for i in range(0, len(words), 4):
-            for a in (0, 1):
-                found += [_permute(words[i + a], words[i + a + 2], s) for s in PERMUTES.values()]
+        found, half = [], 8 // self.bits
+        for i in range(0, len(words), 2 * half):
+            for a in range(half):
+                found += [_permute(words[i + a], words[i + a + half], s) for s in PERMUTES.values()]
         return found
 
     def fresh(self, word):
@@ -845,22 +976,30 @@ class _Warps:
         ptx = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
         return utils.inline_ptx(ptx, word, lane, result_types=word.type, has_side_effects=True, convergent=True)
 
-    def value_operands(self, one, two):
-        """Words of two tokens' shares -> a word of both for each head dim."""
+    def value_operands(self, one, two, steps=None):
+        """Words of two tokens' shares -> a word of both for each head dim; steps: of groups."""
         found = []
         for a, b in zip(one, two, strict=True):
             if self.plan.format == "dense":
                 found += [_permute(a, b, s) for s in PERMUTES.values()]
-            elif self.plan.format == "int4":
+            elif self.plan.format == "codebook4":
+                pairs = zip(self.codes.looked_up(a), self.codes.looked_up(b), strict=True)
+                found += [_permute(*pair, s) for pair in pairs for s in PERMUTES.values()]
+            elif self.bits < 8:
                 for byte in range(4):
                     both = _permute(a, b, 0x4400 + 0x1111 * byte)
-                    found += [self.bf16_of_nibbles(both), self.bf16_of_nibbles(_right(both, 4))]
+                    found += [self.codes.biased(_right(both, i)) for i in range(0, 8, self.bits)]
             else:
                 a, b = self.signed(a), self.signed(b)
                 for selector in (0x5140, 0x7362):
                     both = _permute(a, b, selector)
                     found += [self.bf16_of_bytes(both, high) for high in (False, True)]
-        return found
+        if self.plan.format not in ("int4", "int2"):
+            return found
+        if steps is None:
+            middle = self.codes.middle
+            return [_pair("sub", x, middle) for x in found]
+        return [self.codes.number(x, y) for x, y in zip(found, _spread(steps, found), strict=True)]
 
     def multiply(self, acc, a, b):
         f32 = ir.F32Type.get()
@@ -908,7 +1047,8 @@ class _Warps:
         blocks = plgpu.RefType(self.transforms)
         count = 1 if plan.keys_only else 2
         size = count * tokens * plan.wide * self.itemsize
-        size += sum(tokens * jnp.dtype(x).itemsize for x in plan.small_dtypes)
+        sizes = zip(plan.small, plan.small_dtypes, strict=True)
+        size += sum(plan.numbers(name, tokens) * jnp.dtype(x).itemsize for name, x in sizes)
 
         @plgpu.inline_mgpu(
             arg_types=(
@@ -930,20 +1070,28 @@ class _Warps:
             full.arrive_expect_tx(size, predicate=lane)
             for j, page in enumerate(pages):
                 for n, (source, target) in enumerate(zip(sources, to, strict=True)):
-                    tokens = utils.DynamicSlice(index(inside), self.piece)
-                    shared = n >= count and plan.small[n - count] == "position"
-                    at = (index(page),) if shared else (index(page), index(head))
-                    kwargs = {"gmem_slice": (*at, tokens)}
-                    if n < count:
+                    name = plan.small[n - count] if n >= count else None
+                    at = (index(page),) if name == "position" else (index(page), index(head))
+                    copy = functools.partial(
+                        context.async_copy, src_ref=source, barrier=full, arrive=False, predicate=lane
+                    )
+                    if name is None:
                         groups = self.piece // 8
                         target = utils.memref_slice(target, (index(slot), utils.DynamicSlice(j * groups, groups)))
                         tiling = launch_context.TileTransform((8, self.swizzle // self.itemsize))
-                        kwargs |= {"gmem_transform": (tiling,), "swizzle": self.swizzle}
-                    else:
-                        target = utils.memref_slice(target, (index(slot), j, slice(0, self.piece)))
-                    context.async_copy(
-                        src_ref=source, dst_ref=target, barrier=full, arrive=False, predicate=lane, **kwargs
-                    )
+                        tokens = utils.DynamicSlice(index(inside), self.piece)
+                        kwargs = {"gmem_transform": (tiling,), "swizzle": self.swizzle}
+                        copy(dst_ref=target, gmem_slice=(*at, tokens), **kwargs)
+                        continue
+                    numbers = plan.numbers(name, self.piece)
+                    first = inside
+                    if numbers != self.piece:
+                        first = _times(arith.divui(inside, _i32(self.piece)), numbers)
+                    for start in range(0, numbers, BOX):
+                        stop = min(start + BOX, numbers)
+                        part = utils.memref_slice(target, (index(slot), j, slice(start, stop)))
+                        box = utils.DynamicSlice(index(_add(first, start) if start else first), stop - start)
+                        copy(dst_ref=part, gmem_slice=(*at, box))
             return ()
 
         start(list(sources), list(to), self.barriers, [head, inside, slot, step, *pages])
@@ -958,14 +1106,17 @@ class _Warps:
 
         return make()
 
-    def ask(self, q_g, q_s, qpos_g, row, head, block, length):
-        """Of the thread's query rows: their share of q, how many slots they see, their position, the sum of q."""
-        plan = self.plan
-        refs = (plgpu.RefType(),) * 3
+    def ask(self, q_g, q_s, qpos_g, row, head, block, length, limits_g=(), listed=None):
+        """Of the thread's query rows: their share of q, how many slots they see, their position, the sum of q.
 
-        @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * 4), return_type=_threadwise(self.asked, jnp.int32))
-        def make(_, q, staged, qpos, *scalars):
-            row, head, block, length = (x.registers.item() for x in scalars)
+        limits_g: that number by listing and query, where it is not what causality gives."""
+        plan = self.plan
+        refs = (plgpu.RefType(),) * (3 + len(limits_g))
+        count = 5 if limits_g else 4
+
+        @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * count), return_type=_threadwise(self.asked, jnp.int32))
+        def make(_, q, staged, qpos, *rest):
+            row, head, block, length, *listed = (x.registers.item() for x in rest[len(limits_g) :])
             self.thread()
             if self.staged:
                 utils.warpgroup_barrier()  # the unit before has been read, by all warps
@@ -989,13 +1140,16 @@ class _Warps:
                 for i in range(1, plan.queries):
                     own = _choose(arith.cmpi(arith.CmpIPredicate.eq, query, _i32(i)), asked[i], own)
                 limit = length
-                if plan.mask.causal:
+                if limits_g:
+                    at = _add(_times(listed[0], plan.queries), query)
+                    [limit] = _load(rest[0], _times(at, 4), i32)
+                elif plan.mask.causal:
                     for other in asked if plan.queries > 1 else ():
                         limit = arith.subi(limit, arith.extui(i32, _less(own, other)))
                 limits.append(_choose(_less(own, _i32(0)), _i32(0), limit))
-                positions.append(own)
+                positions.append(self.reach(own))
                 total = _f32(0.0)
-                if plan.zero or plan.format == "int4":
+                if plan.k.by_token and (plan.k.zero or plan.format in ("int4", "int2")):
                     for word in mine:
                         for half in (arith.shli(word, _i32(16)), _and(word, 0xFFFF0000)):
                             total = arith.addf(total, utils.bitcast(half, f32))
@@ -1007,7 +1161,15 @@ class _Warps:
                 words = [[], []]
             return _array([*words[0], *words[1], *limits, *positions, *sums], jnp.int32)
 
-        return make(q_g, q_s, qpos_g, row, head, block, length)
+        return make(q_g, q_s, qpos_g, *limits_g, row, head, block, length, *([listed] if limits_g else []))
+
+    def reach(self, position):
+        """The query's position, or one from which a window of that length begins where its own does, on the border of a block."""
+        mask = self.plan.mask
+        if mask.window is None or mask.block == 1 or mask.lag is not None:
+            return position
+        first = _times(arith.divsi(_add(position, 1 - mask.window), _i32(mask.block)), mask.block)
+        return _add(first, mask.window - 1)
 
     def left(self, words, s):
         """First operand of product s of q k^T, from the words of the thread's two rows."""
@@ -1044,18 +1206,15 @@ class _Warps:
             outs = [state[4 * i : 4 * i + 4] for i in range(self.outs)]
             top, total, zeros = (state[4 * self.outs + 2 * i : 4 * self.outs + 2 * i + 2] for i in range(3))
             small = dict(zip(plan.small, small, strict=True))
-            numbers = {
-                name: [self.small_numbers(ref, plan.small_dtype(name), j) for j in range(self.mine // 8)]
-                for name, ref in small.items()
-            }
+            numbers = self.by_token(small)
             places = [
                 [_add(_add(token, self.first), _add(_times(self.c, 2), 8 * j + e)) for e in range(2)]
                 for j in range(self.mine // 8)
             ]
-            logits = self.logits(k, q, sums)
+            logits = self.logits(k, q, sums, small)
             self.mask_(logits, numbers, places, limits, positions, sums)
             p, top, total, zeros, alpha = self.softmax(logits, numbers, places, length, top, total, zeros)
-            outs = self.values(v, p, self.decay(outs, alpha), places, length)
+            outs = self.values(v, p, self.decay(outs, alpha), places, length, small)
             self.release(barriers, slot)
             return _array([x for out in outs for x in out] + top + total + zeros, jnp.float32)
 
@@ -1113,12 +1272,10 @@ class _Warps:
                     self.magic = arith.xori(_i32(0x43434343), arith.shrsi(token, _i32(31)))
                 self.barrier(barriers, slot, free=False).wait_parity(self.parity(step, 0))
                 k, *small = buffers
-                numbers = {
-                    name: [self.small_numbers(ref, plan.small_dtype(name), j) for j in range(count)]
-                    for name, ref in zip(plan.small, small, strict=True)
-                }
+                small = dict(zip(plan.small, small, strict=True))
+                numbers = self.by_token(small)
                 q, limits, positions, q_sums = self.answers(_values(asked), staged)
-                logits = self.logits(k, q, q_sums)
+                logits = self.logits(k, q, q_sums, small)
                 self.mask_(logits, numbers, places, limits, positions, q_sums)
                 self.release(barriers, slot)
                 heights = _values(heights)
@@ -1162,14 +1319,33 @@ class _Warps:
         pitch = self.columns * 8 * self.swizzle
         return _add(_times(_right(self.first, 3), pitch), j * pitch)
 
-    def logits(self, k, q, sums):
-        """q k^T, of integers q (k - middle)^T: [tokens / 8][4] float32."""
-        found = []
+    def by_token(self, small) -> dict[str, list]:
+        """`small_numbers` of the warp's tokens, of what there is one a token of."""
+        streams = {"k": self.plan.k, "v": self.plan.v}
+        return {
+            name: [self.small_numbers(ref, self.plan.small_dtype(name), j) for j in range(self.mine // 8)]
+            for name, ref in small.items()
+            if name[:2] not in ("k_", "v_") or streams[name[0]].by_token
+        }
+
+    def key_steps(self, j: int, small, before):
+        """What makes numbers of the codes of keys 8 j .. 8 j + 7; before: of the last eight."""
+        stream, token = self.plan.k, _add(self.first, 8 * j)
+        if stream.by_token:
+            return None
+        if stream.span is None:
+            return self.of_group("k", small, [_add(token, self.g)], self.c, 4)
+        return before if 8 * j % stream.span else self.of_channels(small, token)
+
+    def logits(self, k, q, sums, small):
+        """q k^T, of codes with a scale a token q (k - middle)^T: [tokens / 8][4] float32."""
+        found, steps = [], None
         start = [_f32(0.0)] * 4
-        if self.plan.format == "int4":  # keys are code + 128
-            start = [arith.mulf(sums[r], _f32(-136.0)) for r in (0, 0, 1, 1)]
+        if self.plan.k.by_token and self.plan.format in ("int4", "int2"):  # keys are code + 128
+            start = [arith.mulf(sums[r], _f32(-128.0 - self.plan.shift)) for r in (0, 0, 1, 1)]
         for j in range(self.mine // 8):
-            b = self.key_operands(self.read(k, self.group(j), self.g, self.swizzle // 4, self.c))
+            steps = self.key_steps(j, small, steps)
+            b = self.key_operands(self.read(k, self.group(j), self.g, self.swizzle // 4, self.c), steps)
             chains = [start, [_f32(0.0)] * 4]  # two products wait for nothing but each other's loads
             for s in range(self.plan.head_dim // 16):
                 chains[s % 2] = self.multiply(chains[s % 2], q[s], b[2 * s : 2 * s + 2])
@@ -1179,7 +1355,6 @@ class _Warps:
     def mask_(self, logits, numbers, places, limits, positions, sums):
         """Scales logits (in powers of 2), and sets those that a row does not see to -inf, in place."""
         plan = self.plan
-        shift = 128.0 if plan.format == "int8" else 8.0
         for j, tile in enumerate(logits):
             for e in range(2):
                 factor = _f32(plan.scale * LOG2E)
@@ -1187,8 +1362,8 @@ class _Warps:
                     factor = arith.mulf(factor, numbers[name][j][e]) if name in numbers else factor
                 for r in range(2):
                     x = tile[2 * r + e]
-                    if plan.zero:
-                        away = arith.subf(_f32(shift), numbers["k_zero"][j][e])
+                    if "k_zero" in numbers:
+                        away = arith.subf(_f32(plan.shift), numbers["k_zero"][j][e])
                         x = _fma(sums[r], away, x)
                     x = arith.mulf(x, factor)
                     if plan.softcap is not None:  # c tanh(x / c) = c - 2 c / (1 + exp(2 x / c))
@@ -1196,7 +1371,7 @@ class _Warps:
                         grown = arith.addf(_exp2(arith.mulf(x, _f32(2 / plan.softcap))), _f32(1.0))
                         inverse = utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", grown, result_types=x.type)
                         x = _fma(inverse, _f32(-2 * cap), _f32(cap))
-                    seen = _less(places[j][e], limits[r])
+                    seen = _below(places[j][e], limits[r]) if plan.mask.apart else _less(places[j][e], limits[r])
                     if plan.mask.window is not None:
                         key = numbers["position"][j][e]
                         near = _less(_add(positions[r], -plan.mask.window), key)
@@ -1217,7 +1392,7 @@ class _Warps:
             base.append(_finite_base(new[r]))
             alpha.append(_exp2(arith.subf(top[r], base[r])))
         total = [arith.mulf(total[r], alpha[r]) for r in range(2)]
-        zeros = [arith.mulf(zeros[r], alpha[r]) if plan.zero else zeros[r] for r in range(2)]
+        zeros = [arith.mulf(zeros[r], alpha[r]) if "v_zero" in numbers else zeros[r] for r in range(2)]
         words = []
         for j, tile in enumerate(logits):
             real = [_less(at, length) for at in places[j]]
@@ -1230,11 +1405,10 @@ class _Warps:
                 ptx = f"cvt.rn.{self.kind}x2.f32 $0, $1, $2;"
                 word = utils.inline_ptx(ptx, p[1], p[0], result_types=ir.IntegerType.get_signless(32))
                 words.append(word)
-                if plan.zero:
-                    shift = 128.0 if plan.format == "int8" else 8.0
+                if "v_zero" in numbers:
                     kept = [arith.shli(word, _i32(16)), _and(word, 0xFFFF0000)]
                     for e in range(2):
-                        away = arith.subf(numbers["v_zero"][j][e], _f32(shift))
+                        away = arith.subf(numbers["v_zero"][j][e], _f32(plan.shift))
                         zeros[r] = _fma(utils.bitcast(kept[e], f32), away, zeros[r])
         return words, new, total, zeros, alpha
 
@@ -1253,7 +1427,7 @@ class _Warps:
         flat = list(branch.results)
         return [flat[i : i + 4] for i in range(0, len(flat), 4)]
 
-    def values(self, v, p, outs, places, length):
+    def values(self, v, p, outs, places, length, small):
         for s in range(self.mine // 16):
             tokens = []
             for j in (2 * s, 2 * s + 1):
@@ -1264,10 +1438,19 @@ class _Warps:
                         mask = _choose(_less(places[j][e], length), _i32(0xFFFFFFFF), _i32(0))
                         words = [arith.andi(w, mask) for w in words]
                     tokens.append(words)
-            first, second = self.value_operands(*tokens[:2]), self.value_operands(*tokens[2:])
+            steps = [self.value_steps(j, small, places, length) for j in (2 * s, 2 * s + 1)]
+            first, second = self.value_operands(*tokens[:2], steps[0]), self.value_operands(*tokens[2:], steps[1])
             a = p[4 * s : 4 * s + 4]  # rows g and g + 8 of eight tokens, then of the next eight
             outs = [self.multiply(out, a, b) for out, *b in zip(outs, first, second, strict=True)]
         return outs
+
+    def value_steps(self, j: int, small, places, length):
+        """What makes numbers of the codes of the thread's two values of 8 j .. 8 j + 7; past the length scales may be NaN."""
+        if self.plan.v.by_token:
+            return None
+        tokens = [_add(_add(self.first, 8 * j + e), _times(self.c, 2)) for e in range(2)]
+        real = [_less(at, length) for at in places[j]]
+        return self.of_group("v", small, tokens, self.g, 8, real)
 
     def finish(self, state, sum_s, top_s, parts_g, marks_g, part):
         plan = self.plan
@@ -1282,7 +1465,7 @@ class _Warps:
             outs = [state[4 * i : 4 * i + 4] for i in range(self.outs)]
             top, total, zeros = (state[4 * self.outs + 2 * i : 4 * self.outs + 2 * i + 2] for i in range(3))
             total = [self.across(x, arith.addf) for x in total]
-            if plan.zero:
+            if plan.zeroed(plan.v):
                 zeros = [self.across(x, arith.addf) for x in zeros]
                 outs = [[arith.subf(x, zeros[i // 2]) for i, x in enumerate(out)] for out in outs]
             rows = self.rows()

@@ -15,6 +15,7 @@ Sources: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), Stream-K (Osama 
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,11 +24,17 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
 
 from optx.cache import Ragged
 from optx.errors import LoweringError
-from optx.pallas.attention.page_formats import cache_reason, page_kind
+from optx.formats.codebook import centroids
+from optx.pallas.attention import words_sm90 as w
+from optx.pallas.attention.page_formats import Pages, pages_of, streams_of
 from optx.pallas.attention.reference import Mask
+from optx.pallas.attention.words_sm90 import Codes
 from optx.tensor import is_qtensor
 
 OP = "ragged_paged_attention"
@@ -42,6 +49,9 @@ FULL = Mask()
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)
 GROUPS = 16  # query heads a kv head
+SPANS = (32, 64)  # tokens that share scales of channels
+UNIT = 32  # numbers of a token that a thread makes of codes at a time
+BOX = 256  # numbers a copy takes
 WGMMA = plgpu.Layout.WGMMA
 BY_ROW, BY_TOKEN = WGMMA.reduce(1), WGMMA.reduce(0)
 # Columns of the table of units.
@@ -92,8 +102,8 @@ class Plan:
     pool_pages: int
     width: int  # pages a row in the table
     lists: int  # 1, or kv_heads where heads keep different pages
-    format: str  # dense, int8, int4, fp8
-    zero: bool
+    k: Pages
+    v: Pages
     dtype: str  # of queries, output and dense pools
     mask: Mask
     scale: float
@@ -131,17 +141,62 @@ class Plan:
         return self.kv_heads * (self.decodes + self.chunks)
 
     @property
+    def format(self) -> str:
+        """Codes of keys and of values."""
+        return self.k.code
+
+    @property
     def packed(self) -> bool:
         return self.format != "dense"
 
     @property
+    def made(self) -> bool:
+        """Whether threads make numbers of the codes word by word, in their order, with what scales are not a token's."""
+        return self.format in ("int2", "codebook4") or not (self.k.by_token and self.v.by_token)
+
+    @property
+    def split(self) -> bool:
+        """Whether even numbers of a head become the first half of a row, odd ones the second."""
+        return self.format == "int4" and not self.made
+
+    @property
+    def shift(self) -> float:
+        """Code that is multiplied as 0 where it is not known which one stands for it."""
+        return float(2 ** (self.k.bits - 1))
+
+    @property
+    def k_scaled(self) -> bool:
+        """Whether scales act on logits."""
+        return self.packed and self.k.by_token and self.k.scaled
+
+    @property
+    def k_zero(self) -> bool:
+        """Whether zero points act on logits."""
+        return self.k.by_token and self.k.zero is not None
+
+    @property
+    def v_zero(self) -> bool:
+        """Whether zero points act on weights."""
+        return self.v.by_token and self.v.zero is not None
+
+    @property
     def stored(self) -> int:
         """Entries of a stored token along its last axis."""
-        return self.head_dim // 2 if self.format == "int4" else self.head_dim
+        return self.head_dim * self.k.bits // 8 if self.packed else self.head_dim
 
     @property
     def windowed(self) -> bool:
         return self.mask.window is not None
+
+    @property
+    def placed(self) -> bool:
+        """Whether the mask asks for the positions of cached tokens."""
+        return self.windowed or self.mask.apart
+
+    @property
+    def borders(self) -> tuple[Any, ...]:
+        """Functions of a query's position that bound the positions it sees: from where, and to where."""
+        return (self.mask.oldest,) * self.windowed + (self.mask.end,) * (self.mask.lag is not None)
 
     @property
     def piece(self) -> int:
@@ -158,17 +213,28 @@ class Plan:
         return self.tiles.block_kv // self.box
 
     @property
-    def scalars(self) -> tuple[int, ...]:
-        """Bytes of what belongs to a cached token, number by number: scales, zero points, logit scale, position."""
-        packed = (2, 2, *((1, 1) if self.zero else ())) if self.packed else ()
-        return packed + (4,) * (self.logit_scale + self.windowed)
+    def names(self) -> tuple[str, ...]:
+        """What belongs to cached tokens, in the order of their copies."""
+        found = [f"{x}_scale" for x in "kv" if self.packed and getattr(self, x).scaled]
+        found += [f"{x}_zero" for x in "kv" if getattr(self, x).zero is not None]
+        return (*found, *["logit_scale"] * self.logit_scale, *["at"] * self.placed)
+
+    def numbers(self, name: str) -> int:
+        """How many of them a box of tokens has."""
+        return getattr(self, name[0]).scales(self.box, self.head_dim) if name[:2] in ("k_", "v_") else self.box
+
+    def itemsize(self, name: str) -> int:
+        if name[:2] not in ("k_", "v_"):
+            return 4
+        return 1 if name.endswith("zero") and getattr(self, name[0]).zero == "code" else 2
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory, without barriers and what lies between the buffers."""
         t, h = self.tiles, self.head_dim
         rows = COMPUTE * ROWS * (2 * h + 2 * self.stage_width + 4 * t.columns)
-        boxes = (t.stages + t.raw) * self.boxes * sum(max(self.box * size, 128) for size in self.scalars)
+        sizes = (max(self.numbers(name) * self.itemsize(name), 128) for name in self.names)
+        boxes = (t.stages + t.raw) * self.boxes * sum(sizes)
         return rows + boxes + 2 * t.block_kv * (2 * t.stages * h + t.raw * self.stored)
 
     @property
@@ -204,11 +270,12 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
     cache = args["cache"]
     if cache is None or cache.kind != "paged":
         return f"takes paged caches, not {cache.kind if cache is not None else 'none'}"
-    if reason := cache_reason(cache):
+    streams = streams_of(cache)
+    if isinstance(streams, str):
+        return streams
+    if reason := _layout_reason(*streams.values(), args["head_dim"]):
         return reason
-    if page_kind(cache.format) is None:
-        return f"pages of {cache.format}; takes dense, int8, int4, fp8_e4m3 with one scale a token and head"
-    if cache.dtype not in (("bfloat16", "float16") if cache.format is None else ("bfloat16",)):
+    if cache.dtype not in (("bfloat16", "float16") if not cache.packed else ("bfloat16",)):
         return f"takes bfloat16, and float16 where pages are dense, not {cache.dtype}"
     heads, kv_heads, head_dim = args["heads"], args["kv_heads"], args["head_dim"]
     if args.get("value_dim") not in (None, head_dim):
@@ -223,6 +290,26 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
     if args.get("key_bias"):
         return "adds no bias to keys"
     return "does not return scores" if args.get("want_scores") else None
+
+
+def _layout_reason(k: Pages, v: Pages, head_dim: int) -> str | None:
+    """Why pages are not read that lie so, or None."""
+    if k.bits * head_dim < 32 * 8:
+        return f"{k.code} of {head_dim} numbers a head; takes at least 32 bytes a token and head"
+    if k.code in ("int8", "int4") and k.by_token and v.by_token and k.zero != v.zero:
+        return "zero points of keys or values alone; takes both or none"
+    if k.scaled != v.scaled:
+        return "scales of keys or values alone; takes both or none"
+    if v.span is not None:
+        return "scales by channel of values; takes those of keys"
+    if k.span is not None and k.span not in SPANS:
+        return f"scales shared by {k.span} tokens; takes {', '.join(map(str, SPANS))}"
+    for pages in (k, v):
+        if pages.group is not None and pages.group % UNIT:
+            return f"groups of {pages.group} numbers; takes multiples of {UNIT}"
+        if not pages.by_token and pages.scales(ROWS, head_dim) > BOX:
+            return f"{pages.scales(ROWS, head_dim)} scales of {ROWS} tokens; takes at most {BOX}"
+    return None
 
 
 def ragged_paged_attention(
@@ -245,14 +332,14 @@ def ragged_paged_attention(
 ):
     """Attention of T ragged tokens over their rows' cached pages, causal inside a chunk.
 
-    q [T, N, H]; pools [pages + 1, K, P, H] in q's dtype, or QTensor (int8, int4, fp8 e4m3; q in bfloat16); positions
+    q [T, N, H]; pools [pages + 1, K, P, H] in q's dtype, or QTensor (page_formats.py; q in bfloat16); positions
     int32[pages + 1, P]; table int32[G, B, pages]; lengths int32[G, B]; sink_logits [N]; logit_scale [pages, K, P]. A
     row's tokens are its newest slots. H is 64, 128 or 256, P 16, 32, 64 or 128, at most 16 query heads a kv head.
     -> (out [T, N, H], lse float32[T, N], None); what padding tokens get is unspecified.
     Raises: LoweringError for arguments outside this, naming the argument.
     """
     _check(q, k_pool, v_pool, ragged, table, lengths, sink_logits, logit_scale, value_dim, want_scores)
-    plan = _plan(q, k_pool, ragged, table, mask, scale, softcap, sink_logits, logit_scale, tiles)
+    plan = _plan(q, k_pool, v_pool, ragged, table, mask, scale, softcap, sink_logits, logit_scale, tiles)
     return (*_run(plan, q, k_pool, v_pool, ragged, positions, table, lengths, sink_logits, logit_scale), None)
 
 
@@ -267,11 +354,15 @@ def _check(q, k_pool, v_pool, ragged, table, lengths, sink_logits, logit_scale, 
     tokens, heads, head_dim = q.shape
     if k_pool.ndim != 4 or k_pool.shape != v_pool.shape or k_pool.shape[-1] != head_dim:
         refuse("k_pool, v_pool", f"{list(k_pool.shape)}, {list(v_pool.shape)}", f"two of [pages + 1, K, P, {head_dim}]")
-    if is_qtensor(k_pool) != is_qtensor(v_pool) or (is_qtensor(k_pool) and k_pool.format != v_pool.format):
-        refuse("k_pool, v_pool", "of different formats", "the same for both")
+    formats = [x.format if is_qtensor(x) else None for x in (k_pool, v_pool)]
+    k, v = (pages_of(x) for x in formats)
+    if k is None or v is None or k.code != v.code:
+        refuse("k_pool, v_pool", f"of {formats[0]} and {formats[1]}", "what `supports` takes, codes alike for both")
+    if reason := _layout_reason(k, v, head_dim):
+        refuse("k_pool, v_pool", f"of {formats[0]} and {formats[1]}", reason)
+    if k.span is not None and k_pool.shape[2] % k.span:
+        refuse("k_pool", f"of page size {k_pool.shape[2]}", f"a multiple of the {k.span} tokens that share scales")
     if is_qtensor(k_pool):
-        if page_kind(k_pool.format) is None:
-            refuse("k_pool", f"of {k_pool.format}", "int8, int4, fp8_e4m3, one scale a token and head")
         if q.dtype != jnp.bfloat16:
             refuse("q", q.dtype, "bfloat16 over packed pages")
     elif k_pool.dtype != q.dtype or v_pool.dtype != q.dtype:
@@ -299,9 +390,9 @@ def _check(q, k_pool, v_pool, ragged, table, lengths, sink_logits, logit_scale, 
         refuse("want_scores", True, "False: a sum over all queries of a row needs a second pass that is not written")
 
 
-def _plan(q, k_pool, ragged, table, mask, scale, softcap, sink_logits, logit_scale, chosen) -> Plan:
+def _plan(q, k_pool, v_pool, ragged, table, mask, scale, softcap, sink_logits, logit_scale, chosen) -> Plan:
     tokens, heads, head_dim = q.shape
-    fmt = page_kind(k_pool.format) if is_qtensor(k_pool) else "dense"
+    k, v = (pages_of(x.format if is_qtensor(x) else None) for x in (k_pool, v_pool))
     plan = Plan(
         tokens=tokens,
         batch=ragged.batch,
@@ -312,15 +403,15 @@ def _plan(q, k_pool, ragged, table, mask, scale, softcap, sink_logits, logit_sca
         pool_pages=k_pool.shape[0],
         width=table.shape[2],
         lists=table.shape[0],
-        format=fmt,
-        zero=is_qtensor(k_pool) and k_pool.format.has_zero,
+        k=k,
+        v=v,
         dtype=str(q.dtype),
         mask=mask,
         scale=float(1 / math.sqrt(head_dim) if scale is None else scale),
         softcap=None if softcap is None else float(softcap),
         sinks=sink_logits is not None,
         logit_scale=logit_scale is not None,
-        tiles=chosen or tiles(head_dim, fmt),
+        tiles=chosen or tiles(head_dim, k.code),
     )
     while plan.shared > SHARED and plan.tiles.raw > 1:  # scalars of small pages take room: one step less in flight
         plan = dataclasses.replace(plan, tiles=dataclasses.replace(plan.tiles, raw=plan.tiles.raw - 1))
@@ -362,8 +453,10 @@ def _schedule(plan: Plan, ragged: Ragged, lengths):
     stop = jnp.maximum(jnp.minimum(newest + number, length) if mask.causal else length, 1)
     stop = (stop + block - 1) // block
     skip = jnp.zeros_like(stop)
-    if plan.windowed:
-        skip = jnp.maximum(jnp.maximum(newest - mask.window + 1, 0) // block - plan.sink_blocks, 0)
+    if plan.windowed and mask.span == 0:
+        stop = jnp.minimum(stop, plan.sink_blocks)
+    elif plan.windowed:
+        skip = jnp.maximum(jnp.maximum(newest - mask.span + 1, 0) // block - plan.sink_blocks, 0)
     steps = jnp.where(real, jnp.maximum(stop - skip, 1), 0)
 
     cost, unit_cost = _costs(plan, decode, steps)
@@ -442,17 +535,16 @@ def _run(plan: Plan, q, k_pool, v_pool, ragged, positions, table, lengths, sink_
     k, g, h = plan.kv_heads, plan.group, plan.head_dim
     lengths = jnp.minimum(lengths, plan.width * plan.page).astype(jnp.int32)
     units, cuts, where = _schedule(plan, ragged, lengths)
-    if plan.format == "int4":  # codes of even numbers become the first half of a row, odd ones the second
+    if plan.split:
         q = jnp.concatenate([q[..., 0::2], q[..., 1::2]], axis=-1)
     merge_rows = lambda x: x.reshape(x.shape[0] * k, *x.shape[2:])  # noqa: E731
     per_token = []  # by cached token, in the order in which the kernel reads them
     pools = [k_pool, v_pool]
     if plan.packed:
-        scalar = lambda x: merge_rows(x.reshape(x.shape[:-1]))  # noqa: E731
-        per_token += [scalar(k_pool.scale), scalar(v_pool.scale)]
-        per_token += [scalar(k_pool.zero), scalar(v_pool.zero)] if plan.zero else []
+        small = [x for part in ("scale", "zero") for x in (getattr(k_pool, part), getattr(v_pool, part))]
+        per_token += [merge_rows(x.reshape(*x.shape[:2], -1)) for x in small if x is not None]
         pools = [k_pool.data, v_pool.data]
-        if plan.format in ("int8", "int4"):
+        if plan.format in ("int8", "int4") and not plan.made:
             pools = [lax.bitcast_convert_type(x, jnp.int8) for x in pools]
     pools = [merge_rows(x) for x in pools]
     if plan.logit_scale:
@@ -462,19 +554,19 @@ def _run(plan: Plan, q, k_pool, v_pool, ragged, positions, table, lengths, sink_
     if plan.sinks:
         sinks = sink_logits.astype(jnp.float32).reshape(k, g)[:, jnp.arange(ROWS) % g] * LOG2E
         extra.append(sinks)
-    if plan.windowed:
+    if plan.placed:
         per_token.append(positions)
-        extra += _query_positions(plan, ragged)
+        extra += _borders(plan, ragged)
     table = table.reshape(-1)
     out, lse, *parts = _attend(plan, q, pools, per_token, units, cuts, table, extra)
     out, lse = _merge(plan, out, lse, parts, units, cuts, sinks)
-    if plan.format == "int4":
+    if plan.split:
         out = jnp.stack([out[..., : h // 2], out[..., h // 2 :]], axis=-1).reshape(out.shape)
     return out, lse[where]
 
 
-def _query_positions(plan: Plan, ragged: Ragged):
-    """Positions of the rows of each tile of a chunk int32[chunks, 2, 64], and of all tokens."""
+def _borders(plan: Plan, ragged: Ragged):
+    """Each of `plan.borders` by row of each tile of a chunk int32[chunks, 2, 64], then each by token."""
     tiles_of = jnp.where(ragged.counts > 1, -(-ragged.counts // plan.tile), 0)
     ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
     at = jnp.arange(plan.chunks, dtype=jnp.int32)
@@ -482,7 +574,8 @@ def _query_positions(plan: Plan, ragged: Ragged):
     token = ragged.starts[row] + (at - (ends - tiles_of)[row]) * plan.tile
     inside = jnp.arange(COMPUTE)[:, None] * plan.per_wg + jnp.arange(ROWS) // plan.group
     token = jnp.clip(token[:, None, None] + inside, 0, plan.tokens - 1)
-    return [ragged.positions[token].astype(jnp.int32), ragged.positions.astype(jnp.int32)]
+    found = [border(ragged.positions.astype(jnp.int32)) for border in plan.borders]
+    return [*(x[token] for x in found), *found]
 
 
 # --- The kernel ------------------------------------------------------------------------------------------------------
@@ -498,7 +591,7 @@ def _attend(plan: Plan, q, pools, per_token, units, cuts, table, extra):
     """-> out [T, N, H] and lse [rows of all units] of whole units, then partial results: of decodes values
     float32[parts, 2, 16, H] and (maximum, sum) float32[parts, 2, 2, 64], of chunks [2 sms, 2, 64, H] and the same."""
     t, h, dtype = plan.tiles, plan.head_dim, jnp.dtype(plan.dtype)
-    wide, f32 = _tiling(min(h, plan.stored), 16), jnp.float32
+    wide, f32 = _tiling(h if plan.made else min(h, plan.stored), 16), jnp.float32
     width = plan.stage_width
     ring = t.stages + t.raw
     copies = plan.boxes * (2 + len(per_token)) if plan.packed else plan.boxes * (1 + len(per_token))
@@ -510,7 +603,10 @@ def _attend(plan: Plan, q, pools, per_token, units, cuts, table, extra):
         "v_s": smem((t.stages, t.block_kv, h), dtype, transforms=wide),
         "part_s": smem((COMPUTE, ROWS, t.columns), f32),
         # A copy's target must be 128-byte aligned: what belongs to a box lies apart.
-        "token_s": [smem((ring, plan.boxes, max(plan.box, 128 // x.dtype.itemsize)), x.dtype) for x in per_token],
+        "token_s": [
+            smem((ring, plan.boxes, max(plan.numbers(name), 128 // x.dtype.itemsize)), x.dtype)
+            for name, x in zip(plan.names, per_token, strict=True)
+        ],
         "q_full": plgpu.Barrier(num_arrivals=1 if plan.group == 1 else plan.per_wg, num_barriers=COMPUTE),
         "q_one": plgpu.Barrier(num_barriers=COMPUTE),
         "q_free": plgpu.Barrier(num_arrivals=COMPUTE),
@@ -581,7 +677,7 @@ class _Kernel:
         pools, per_token = take(2), take(self.per_token)
         units, cuts, table = take(3)
         sinks = take(1)[0] if plan.sinks else None
-        row_positions, q_positions = take(2) if plan.windowed else (None, None)
+        row_borders, borders = take(len(plan.borders)), take(len(plan.borders))
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
         begin, end = ([cuts[sm + i, j] for j in range(3)] for i in range(2))
         where = _Where(self, units, sm, begin, end)
@@ -589,7 +685,7 @@ class _Kernel:
         @pl.when(wg < COMPUTE)
         def _():
             plgpu.set_max_registers(plan.tiles.registers[0], action="increase")
-            _Compute(self, where, wg, sinks, row_positions, q_positions, refs, scratch).run()
+            _Compute(self, where, wg, sinks, row_borders, borders, refs, scratch).run()
 
         @pl.when(wg == COMPUTE)
         def _():
@@ -681,7 +777,11 @@ class _Copy:
             left = cursor[5] - self.kernel.block(cursor[1], cursor[6]) * t_.block_kv
             for name in "kv":
                 plgpu.barrier_wait(self.s[f"{name}_free"].at[slot])
-                _widen(self.plan, self.s[f"{name}_raw"].at[raw], self.s[f"{name}_s"].at[slot], left)
+                codes, to = self.s[f"{name}_raw"].at[raw], self.s[f"{name}_s"].at[slot]
+                if self.plan.made:
+                    self.make(name, codes, to, left, _rem(t, self.kernel.ring))
+                else:
+                    _widen(self.plan, codes, to, left)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(self.s[f"{name}_full"].at[slot])
             ahead = maybe(t + t_.raw, ahead)
@@ -689,6 +789,14 @@ class _Copy:
 
         ahead = lax.fori_loop(0, t_.raw, maybe, tuple(self.first()))
         lax.fori_loop(0, steps, step, (tuple(self.first()), ahead))
+
+    def make(self, name, codes, to, left, slot):
+        """Numbers of the codes of a step, with their scales where those are not a token's; rows from `left` on as zeros."""
+        plan = self.plan
+        names = [x for x in plan.names if x[:2] == f"{name}_"]
+        small = {x[2:]: self.s["token_s"][plan.names.index(x)].at[slot] for x in names}
+        work = _make_plainly if plan.tiles.interpretable else _make_by_threads
+        work(plan, getattr(plan, name), small, codes, to, left)
 
     def unit(self, unit, first):
         """Cursor: unit, step in it, end of its steps, whether a unit begins, head, length, skip, row of the table."""
@@ -758,11 +866,13 @@ class _Copy:
         if plan.page > plan.box:
             first = _rem(self.kernel.block(cursor[1], cursor[6]) * plan.tiles.block_kv, plan.page)
 
-        def part(i):
+        def part(i, count=plan.box):
+            """Of a page the tokens of box i, or the `count` numbers that belong to them."""
             if plan.page == plan.box:
                 return inside
             at = _rem(first + i * plan.box, plan.page)
-            return pl.ds(pl.multiple_of(at, plan.box), plan.box)
+            at = at if count == plan.box else _div(at, plan.box) * count
+            return pl.ds(pl.multiple_of(at, count), count)
 
         def copy(pool, target, full):
             for i, page in enumerate(found):
@@ -770,11 +880,12 @@ class _Copy:
                 plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(i * plan.box, plan.box)], full)
 
         def small(full):
-            for n, (ref, to) in enumerate(zip(self.per_token, s["token_s"], strict=True)):
-                by_head = not (plan.windowed and n == self.kernel.per_token - 1)
+            for name, ref, to in zip(plan.names, self.per_token, s["token_s"], strict=True):
+                count = plan.numbers(name)
                 for i, page in enumerate(found):
-                    row = page * plan.kv_heads + head if by_head else page
-                    plgpu.copy_gmem_to_smem(ref.at[row, part(i)], to.at[small_slot, i, pl.ds(0, plan.box)], full)
+                    row = page if name == "at" else page * plan.kv_heads + head
+                    source = ref.at[row, part(i, count)]
+                    plgpu.copy_gmem_to_smem(source, to.at[small_slot, i, pl.ds(0, count)], full)
 
         if plan.packed:
             full = s["raw_full"].at[slot]
@@ -801,7 +912,7 @@ def _widen(plan: Plan, codes, to, left):
             to.at[rows, pl.ds(0, plan.stored)][...] = even
             to.at[rows, pl.ds(plan.stored, plan.stored)][...] = odd
         elif plan.format == "int8":
-            x = x ^ jnp.int8(-128) if plan.zero else x
+            x = x ^ jnp.int8(-128) if plan.k.zero else x
             to.at[rows][...] = x.astype(dtype)
         else:  # only fp8 has codes that are not a number
             x = x.astype(jnp.float16).astype(jnp.float32)
@@ -809,12 +920,117 @@ def _widen(plan: Plan, codes, to, left):
             to.at[rows][...] = jnp.where(at < left, x, 0.0).astype(dtype)
 
 
+def _make_plainly(plan: Plan, stream: Pages, small, codes, to, left):
+    """For the interpreter."""
+    tokens, h = plan.tiles.block_kv, plan.head_dim
+    x = codes[...]
+    x = jnp.stack([(x >> i) & (2**stream.bits - 1) for i in range(0, 8, stream.bits)], axis=-1).reshape(tokens, h)
+    x = x.astype(jnp.int32)
+    if stream.code == "codebook4":
+        x = sum(jnp.where(x == i, jnp.float32(c), 0) for i, c in enumerate(centroids(4)))
+    else:
+        x = x.astype(jnp.float32)
+
+    def wide(part):
+        count = stream.scales(plan.box, h)
+        found = jnp.concatenate([small[part][i, :count] for i in range(plan.boxes)]).astype(jnp.float32)
+        if stream.span is not None:
+            return jnp.repeat(found.reshape(-1, h), stream.span, axis=0)
+        return jnp.repeat(found.reshape(tokens, -1), h // (count // plan.box), axis=1)
+
+    if stream.by_token:
+        x = x if stream.code == "codebook4" else x - plan.shift
+    elif stream.zero == "least":
+        x = x * wide("scale") + wide("zero")
+    else:
+        x = (x - (wide("zero") if stream.zero else plan.shift)) * wide("scale")
+    to[...] = jnp.where(jnp.arange(tokens)[:, None] < left, x, 0).astype(plan.dtype)
+
+
+def _make_by_threads(plan: Plan, stream: Pages, small, codes, to, left):
+    """A thread makes 32 numbers of a token at a time."""
+    h, made = plan.head_dim, Codes(stream)
+    raw_tiling, wide_tiling = _tiling(plan.stored, 8), _tiling(h, 16)
+    refs = (plgpu.RefType(raw_tiling), plgpu.RefType(wide_tiling), *(plgpu.RefType(),) * len(small))
+
+    @plgpu.inline_mgpu(arg_types=(*refs, plgpu.Layout.WG_SPLAT()), return_type=())
+    def make(_, codes, to, *rest):
+        i32_ = ir.IntegerType.get_signless(32)
+        named, left = dict(zip(small, rest[:-1], strict=True)), rest[-1].registers.item()
+        thread = w.and_(utils.thread_idx(), 127)
+
+        def swizzled(row, byte, size):
+            """Byte of a row in shared memory whose rows have `size` bytes: tiles of 8 rows by 128 bytes at most."""
+            swizzle = min(128, size)
+            at = w.add(w.times(w.and_(row, 7), swizzle), w.and_(byte, swizzle - 1))
+            at = arith.xori(at, arith.shli(w.and_(w.right(at, 7), swizzle // 16 - 1), w.i32(4)))
+            tile = w.add(w.times(w.right(row, 3), size // swizzle), arith.divui(byte, w.i32(swizzle)))
+            return w.add(at, w.times(tile, 8 * swizzle))
+
+        def one(what, token, at, element=None, count=1):
+            """Numbers from `at` (i32) on of those that belong to the token's box."""
+            dtype = small[what].dtype
+            pitch = max(stream.scales(plan.box, h) * dtype.itemsize, 128)
+            page = w.times(arith.divui(token, w.i32(plan.box)), pitch)
+            element = element or utils.dtype_to_ir_type(dtype)
+            return w.load(named[what], w.add(page, w.times(at, dtype.itemsize)), element, count)
+
+        def steps(token, part):
+            """What makes numbers of 16 words of neighbours."""
+            inside = arith.remui(token, w.i32(plan.box))
+            real = w.less(token, left)
+            if stream.span is not None:
+                at = w.add(w.times(arith.divui(inside, w.i32(stream.span)), h), w.times(part, UNIT))
+
+                def pairs(what):
+                    found = [x for i in range(0, UNIT, 8) for x in one(what, token, w.add(at, i), i32_, 4)]
+                    return [[w.choose(real, x, w.f32(0.0)) for x in w.halves_of_f16(word)] for word in found]
+
+                scales, least = pairs("scale"), pairs("zero")
+                both = zip(scales, least, strict=True)
+                return [(made.middle, w.rounded(*x), made.middles(x, y)) for x, y in both]
+            groups = h // (stream.group or h)
+            group = arith.divui(w.times(part, UNIT), w.i32(h // groups))
+            at = w.add(w.times(inside, groups), group)
+            number = lambda what: _number(*one(what, token, at), real)  # noqa: E731
+            scale, away, middle = number("scale"), made.middle, None
+            if stream.zero == "least":
+                middle = made.middles([scale], [number("zero")])
+            elif stream.zero == "code":
+                zero = arith.extui(i32_, *one("zero", token, at))
+                away = w.add(w.or_(zero, arith.shli(zero, w.i32(16))), 0x43004300)
+            return [(away, w.rounded(scale, scale), middle)] * (UNIT // 2)
+
+        for i in range(plan.tiles.block_kv * h // UNIT // 128):
+            unit = w.add(thread, 128 * i)
+            token, part = arith.divui(unit, w.i32(h // UNIT)), arith.remui(unit, w.i32(h // UNIT))
+            size = UNIT * stream.bits // 8
+            words = w.load(codes, swizzled(token, w.times(part, size), plan.stored), i32_, size // 4)
+            found = [x for word in words for x in made.neighbours(word)]
+            if not stream.by_token:
+                found = [made.number(x, y) for x, y in zip(found, steps(token, part), strict=True)]
+            elif stream.code != "codebook4":
+                found = [w.of_pairs("sub", x, made.middle) for x in found]
+            for k in range(0, UNIT // 2, 4):
+                at = swizzled(token, w.add(w.times(part, 2 * UNIT), 4 * k), 2 * h)
+                w.store(to, at, [utils.bitcast(x, ir.F32Type.get()) for x in found[k : k + 4]])
+        return ()
+
+    make(codes, to, *small.values(), left)
+
+
+def _number(x, real):
+    """A number of 16 or 32 bits as float32, 0 where it is not `real`."""
+    x = x if x.type == ir.F32Type.get() else arith.extf(ir.F32Type.get(), x)
+    return w.choose(real, x, w.f32(0.0))
+
+
 class _Compute:
     """A warpgroup that computes."""
 
-    def __init__(self, kernel, where, wg, sinks, row_positions, q_positions, outputs, scratch):
+    def __init__(self, kernel, where, wg, sinks, row_borders, borders, outputs, scratch):
         self.kernel, self.plan, self.where, self.wg, self.s = kernel, kernel.plan, where, wg, scratch
-        self.sinks, self.row_positions, self.q_positions = sinks, row_positions, q_positions
+        self.sinks, self.row_borders, self.borders = sinks, row_borders, borders
         self.out, self.lse, self.parts, self.marks, self.chunk_parts, self.chunk_marks = outputs
         self.q_me, self.stage = scratch["q_s"].at[wg], scratch["stage_s"].at[wg]
 
@@ -851,10 +1067,10 @@ class _Compute:
         """Values, maximum, sum, and what zero points of values take away, of no token."""
         of = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), BY_ROW)  # noqa: E731
         values = plgpu.layout_cast(jnp.zeros((ROWS, self.plan.head_dim), jnp.float32), WGMMA)
-        return values, of(LOWEST), of(0.0), of(0.0) if self.plan.zero else jnp.int32(0)
+        return values, of(LOWEST), of(0.0), of(0.0) if self.plan.v_zero else jnp.int32(0)
 
     def q_sum(self):
-        if not self.plan.zero:
+        if not self.plan.k_zero:
             return None
         return jnp.sum(plgpu.load(self.q_me, layout=WGMMA).astype(jnp.float32), axis=1)
 
@@ -871,19 +1087,16 @@ class _Compute:
             ]
             return found[0] if count == 1 else jnp.concatenate(found)
 
-        found = [load(ref) for ref in self.s["token_s"]]
-        plan = self.plan
-        names = (["k_scale", "v_scale"] if plan.packed else []) + (["k_zero", "v_zero"] if plan.zero else [])
-        names += ["logit_scale"] * plan.logit_scale + ["at"] * plan.windowed
-        named = dict(zip(names, found, strict=True))
+        each = lambda name: name[:2] not in ("k_", "v_") or getattr(self.plan, name[0]).by_token  # noqa: E731
+        refs = zip(self.plan.names, self.s["token_s"], strict=True)
+        named = {name: load(ref) for name, ref in refs if each(name)}
         return {name: x if name == "at" else x.astype(jnp.float32) for name, x in named.items()}
 
     def logits(self, s, given, q_sum, seen):
         """Products -> logits in powers of 2 by `rate`, -inf where not seen."""
         plan = self.plan
-        shift = 128.0 if plan.format == "int8" else 8.0
-        if plan.zero:
-            s = s - _wide(q_sum, s.shape, 0) * _wide(given["k_zero"] - shift, s.shape, 1)
+        if plan.k_zero:
+            s = s - _wide(q_sum, s.shape, 0) * _wide(given["k_zero"] - plan.shift, s.shape, 1)
         factor = None
         for name in ("k_scale", "logit_scale"):
             if name in given:
@@ -909,7 +1122,7 @@ class _Compute:
     def rate(self) -> float:
         """What is left to multiply logits by inside the exponent."""
         plan = self.plan
-        plain = plan.softcap is None and plan.scale > 0 and not plan.packed and not plan.logit_scale
+        plain = plan.softcap is None and plan.scale > 0 and not plan.k_scaled and not plan.logit_scale
         return plan.scale * LOG2E if plain else 1.0
 
     def softmax(self, s, given, seen, state):
@@ -920,14 +1133,12 @@ class _Compute:
         shrink = jnp.exp2(top - higher)
         weights = jnp.exp2(s * rate - _wide(higher, s.shape, 0))
         total = total * shrink + weights.sum(axis=1)
-        if plan.packed:
+        if "v_scale" in given:
             weights = weights * _wide(given["v_scale"], s.shape, 1)
             weights = weights if seen is None else jnp.where(seen, weights, 0.0)  # past the length a scale may be NaN
         weights = weights.astype(plan.dtype)
-        if plan.zero:
-            away = weights.astype(jnp.float32) * _wide(
-                given["v_zero"] - (128.0 if plan.format == "int8" else 8.0), s.shape, 1
-            )
+        if plan.v_zero:
+            away = weights.astype(jnp.float32) * _wide(given["v_zero"] - plan.shift, s.shape, 1)
             zeros = zeros * shrink + jnp.sum(away if seen is None else jnp.where(seen, away, 0.0), axis=1)
         acc = acc * _wide(shrink, acc.shape, 0)
         return weights, (acc, higher, total, zeros)
@@ -959,13 +1170,18 @@ class _Compute:
                 part[...] = jnp.where(at < left, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 
-    def near(self, given, asking, shape):
-        """Which cached tokens a window or the sinks hold; asking: position by row, or one for all."""
+    def near(self, given, borders, shape):
+        """Which cached tokens a window or the sinks hold, and no other call; borders: of `Plan.borders`, by row or for all."""
         mask = self.plan.mask
         at = _wide(given["at"], shape, 1)
-        oldest = asking - mask.window
-        near = at > (_wide(oldest, shape, 0) if oldest.shape else oldest)
-        return near | (at < mask.sinks) if mask.sinks else near
+        borders = [_wide(x, shape, 0) if x.shape else x for x in borders]
+        found = []
+        if self.plan.windowed:
+            near = at >= borders[0]
+            found.append(near | (at < mask.sinks) if mask.sinks else near)
+        found += [at < borders[-1]] if mask.lag is not None else []
+        found += [at >= mask.skip] if mask.skip else []
+        return functools.reduce(operator.and_, found)
 
     # --- Decodes ---------------------------------------------------------------------------------------------------
 
@@ -979,7 +1195,7 @@ class _Compute:
         mine = pl.ds(pl.multiple_of(first_piece, piece), piece) if halved else slice(None)
         length, skip = facts[LENGTH], facts[SKIP]
         q_sum = self.q_sum()
-        asking = self.q_positions[facts[TOKEN]] if plan.windowed else None
+        asking = [border[facts[TOKEN]] for border in self.borders]
 
         def step(i, state):
             now = t + i - begin
@@ -997,7 +1213,7 @@ class _Compute:
             plgpu.barrier_arrive(s["k_free"].at[slot])
             at = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
             seen = at < length - first - first_piece
-            if plan.windowed:
+            if plan.placed:
                 seen = seen & self.near(given, asking, shape)
             logits = self.logits(logits, given, q_sum, seen)
             weights, (acc, *rest) = self.softmax(logits, given, seen, state)
@@ -1022,7 +1238,7 @@ class _Compute:
             last = (wg == 1) & (_rem(count, 2) == 1)
             pl.when(last)(lambda: self.pass_by(end - 1, None, offset=t - begin, turns=False))
         acc, top, total, zeros = state
-        if plan.zero:
+        if plan.v_zero:
             acc = acc - _wide(zeros, acc.shape, 0)
         part = self.where.sm + unit
         self.marks.at[part, wg, 0][...] = top
@@ -1057,9 +1273,7 @@ class _Compute:
             mine, whole = _div(length + block - 1, block), _div(length, block)
         mine = jnp.where(number > 0, jnp.clip(mine - skip, begin, end), begin)
         whole = jnp.clip(whole - skip, begin, mine)
-        asking = None
-        if plan.windowed:
-            asking = plgpu.load(self.row_positions.at[facts[ITEM], wg], layout=BY_ROW, optimized=False)
+        asking = [plgpu.load(x.at[facts[ITEM], wg], layout=BY_ROW, optimized=False) for x in self.row_borders]
         step = functools.partial(
             self.chunk_step,
             length=length,
@@ -1076,7 +1290,7 @@ class _Compute:
         lax.fori_loop(mine, end, functools.partial(self.pass_by, offset=t - begin), None)
         pl.when(wg == 0)(self.take_turn)
         acc, top, total, zeros = state
-        if plan.zero:
+        if plan.v_zero:
             acc = acc - _wide(zeros, acc.shape, 0)
         alone = facts[FROM] == facts[UPTO]
 
@@ -1116,7 +1330,7 @@ class _Compute:
             if plan.mask.causal:
                 bound = jnp.minimum(_div(iota(0), plan.group) + newest, bound)
             seen = iota(1) + first <= bound
-        if plan.windowed:
+        if plan.placed:
             near = self.near(given, asking, shape)
             seen = near if seen is None else seen & near
         logits = self.logits(logits, given, q_sum, seen)

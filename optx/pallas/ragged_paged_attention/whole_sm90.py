@@ -15,7 +15,7 @@ from optx.tensor import is_qtensor
 
 def ragged_paged_attention(q, k_pool, v_pool, **kwargs):
     """As `mosaic_gpu_sm90.ragged_paged_attention`."""
-    stored = kernel.page_kind(k_pool.format) if is_qtensor(k_pool) else "dense"
+    stored = kernel.pages_of(k_pool.format).code if is_qtensor(k_pool) else "dense"
     tiles = dataclasses.replace(kernel.tiles(q.shape[-1], stored), whole=True)
     return kernel.ragged_paged_attention(q, k_pool, v_pool, tiles=tiles, **kwargs)
 

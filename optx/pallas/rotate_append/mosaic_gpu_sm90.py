@@ -19,12 +19,17 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from optx.cache import CacheSpec
+from optx import near
+from optx.cache import NEAR, CacheSpec, Ragged, View
 from optx.errors import LoweringError
-from optx.pallas.attention.page_formats import cache_reason, page_kind
+from optx.formats import Format
+from optx.formats.codebook import centroids
+from optx.pallas.attention.page_formats import Pages, pages_of
+from optx.pallas.rotate_append.reference import rotate, separate
 from optx.pallas.threads_sm90 import SCALAR, Threads, across
 from optx.tensor import is_qtensor
 
@@ -45,6 +50,28 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Store:
+    """One pool that keys or values go to."""
+
+    name: str  # of the stream; what is kept exact is called near_<name>
+    kind: Pages
+    pages: int  # without the one for padding
+    page: int
+    clip: float = 1.0  # share of the range that codes span
+    stored: str = "float16"  # dtype of dense pages, of scales
+
+    @property
+    def stream(self) -> str:
+        return self.name.removeprefix(NEAR)
+
+    @property
+    def levels(self) -> float:
+        """Steps of a scale: what absmax (int: twice absmax, or max - min) is divided by."""
+        top = float(jnp.finfo(jnp.float8_e4m3fn).max)
+        return top if self.kind.code == "fp8" else float(2**self.kind.bits - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What the kernel is specialised on; hashable, a static argument."""
 
@@ -58,21 +85,12 @@ class Plan:
     k_norm: Norm | None
     turned: int  # first numbers of a head that are rotated, 0: none
     interleaved: bool
-    pages: int  # without the one for padding
-    page: int
-    format: str  # of pages: dense, int8, int4, fp8
-    zero: bool
-    stored: str  # dtype of dense pages, of scales
+    stores: tuple[Store, ...]
 
     @property
     def units(self) -> int:
         """Heads of a token."""
         return self.heads + 2 * self.kv_heads
-
-    @property
-    def levels(self) -> float:
-        """Steps of a scale: what absmax (int: twice absmax, or max - min) is divided by."""
-        return {"int8": 255.0, "int4": 15.0, "fp8": float(jnp.finfo(jnp.float8_e4m3fn).max)}[self.format]
 
 
 def supports(args, target) -> str | None:
@@ -91,20 +109,17 @@ def _reason(cache: CacheSpec, head_dim: int, rope, *norms) -> str | None:
     """Why the kernel does not store heads like these, or None."""
     if head_dim % 2 or head_dim > WIDEST:
         return f"head_dim {head_dim}; allowed: even, at most {WIDEST}"
-    if rope is not None and rope.rotation is not None:
-        return f"heads through {rope}; allowed: a rotary embedding alone"
-    if rope is not None and (rope.dim > head_dim or rope.dim % (2 if rope.interleaved else 4)):
+    if (
+        rope is not None
+        and rope.rotation is None
+        and (rope.dim > head_dim or rope.dim % (2 if rope.interleaved else 4))
+    ):
         how = "interleaved" if rope.interleaved else "by halves"
         return f"{rope.dim} numbers rotated {how}; allowed: at most {head_dim}, a multiple of 4 by halves"
-    if reason := cache_reason(cache):
-        return reason
-    if page_kind(cache.format) is None:
-        return f"pages of {cache.format}; allowed: dense, int8, int4, fp8 e4m3, one scale a token and head"
-    if cache.format is not None and cache.format.scale_dtype not in SCALES:
-        return f"scales of {cache.format.scale_dtype}; allowed: {', '.join(SCALES)}"
-    if getattr(cache.format, "clip", 1) != 1:
-        return f"{cache.format}; allowed: codes over the whole range"
-    if cache.format is None and cache.dtype not in HALVES:
+    for format_ in cache.formats:
+        if reason := format_ and _format_reason(format_, head_dim, rope):
+            return reason
+    if (not all(cache.formats) or cache.near is not None) and cache.dtype not in HALVES:
         return f"pages of {cache.dtype}; allowed: {', '.join(HALVES)}"
     for norm in norms:
         if norm is not None and norm.out is not None:
@@ -112,20 +127,60 @@ def _reason(cache: CacheSpec, head_dim: int, rope, *norms) -> str | None:
     return None
 
 
-def rotate_append(q, k, v, pool, *, positions, writes, spec: CacheSpec, rope=None, q_norm=None, k_norm=None):
+def _format_reason(format_: Format, head_dim: int, rope) -> str | None:
+    """Why codes of this format are not made, or None. Those whose scales span tokens are made by XLA, of the exact tokens."""
+    kind = pages_of(format_)
+    if kind is None or not kind.scaled:
+        return f"pages of {format_}; allowed: dense, fp8 e4m3, int8, int4, int2, codebook4, affine and KIVI's"
+    if kind.span is not None:
+        return None
+    if getattr(format_, "scale_dtype", "float16") not in SCALES:
+        return f"scales of {format_.scale_dtype}; allowed: {', '.join(SCALES)}"
+    turned = 0 if rope is None or rope.rotation is not None else rope.dim
+    if kind.code == "int2" and (head_dim % 4 or turned % 8):
+        return f"{format_} of {head_dim} numbers, {turned} of them rotated; allowed: multiples of 4 and of 8"
+    if not kind.by_token and (kind.group not in (32, 64) or head_dim % 128 or turned % 128):
+        return (
+            f"{format_} of {head_dim} numbers, {turned} of them rotated; allowed: groups of 32 or 64, multiples of 128"
+        )
+    return None
+
+
+def rotate_append(
+    q,
+    k,
+    v,
+    pool,
+    *,
+    positions,
+    writes,
+    spec: CacheSpec,
+    rope=None,
+    q_norm=None,
+    k_norm=None,
+    view: View | None = None,
+    ragged: Ragged | None = None,
+):
     """As the reference, for bfloat16 and float16. The pool is updated in place where its buffer may be reused.
 
+    Codes whose scales span tokens are made by XLA of what this kernel has kept exact, and a rotation of heads behind their
+    positions (`rope.rotation`) is XLA's before it.
     rope: an object with `dim`, `interleaved` and `turns(positions) -> (cos, sin) float32[T, dim / 2]`; norms: objects with
     `weight`, `eps`, `offset` and `out`. What is written past page `pages` - 1 is not stored.
     Raises: LoweringError for what the kernel does not take.
     """
+    if rope is not None and rope.rotation is not None:  # matrix products: by XLA
+        q, k, v = separate(q, k, v, spec)
+        q, k = (rotate(x, norm, rope, positions) for x, norm in ((q, q_norm), (k, k_norm)))
+        rope = q_norm = k_norm = None
     plan = _plan(q, k, v, pool, spec, rope, q_norm, k_norm)
     angles = [] if rope is None else [jnp.concatenate(rope.turns(positions), axis=-1)]
     norms = [norm.weight.get_value() for norm in (q_norm, k_norm) if norm is not None]
+    writes = [writes] if view is None else [writes, view.near.writes]
     inputs = ([q] if plan.joined else [q, k, v], writes, angles, norms)
-    leaves = {name: _leaves(pool[name]) for name in ("k", "v")}
-    q, leaves = _run(plan, inputs, leaves)
-    return q, {name: _rebuilt(pool[name], leaves[name]) for name in leaves}
+    q, leaves = _run(plan, inputs, [_leaves(pool[s.name]) for s in plan.stores])
+    found = {s.name: _rebuilt(pool[s.name], x) for s, x in zip(plan.stores, leaves, strict=True)}
+    return q, found if view is None else near.with_blocks(spec, pool | found, view, ragged)
 
 
 def _leaves(stream) -> list[jax.Array]:
@@ -146,14 +201,14 @@ def _refuse(argument: str, got, allowed: str):
 
 def _plan(q, k, v, pool, spec, rope, q_norm, k_norm) -> Plan:
     t, n, h = q.shape
-    stream = pool["k"]
-    pages, kv_heads, page, _ = stream.shape
+    kv_heads = pool["k"].shape[1]
     if reason := _reason(spec, h, rope, q_norm, k_norm):
         _refuse("call", reason, "what `supports` takes")
     if str(q.dtype) not in HALVES or any(x is not None and x.dtype != q.dtype for x in (k, v)):
         _refuse("dtypes", ", ".join(str(x.dtype) for x in (q, k, v) if x is not None), " or ".join(HALVES) + " alike")
-    if pages * kv_heads * page >= 1 << 31:
-        _refuse("pool", stream.shape, "less than 2^31 tokens of a head")
+    for name, stream in pool.items():
+        if math.prod(stream.shape[:3]) >= 1 << 31:
+            _refuse(f"pool {name}", stream.shape, "less than 2^31 tokens of a head")
     return Plan(
         tokens=t,
         heads=n - 2 * kv_heads if k is None else n,
@@ -165,12 +220,16 @@ def _plan(q, k, v, pool, spec, rope, q_norm, k_norm) -> Plan:
         k_norm=_norm(k_norm),
         turned=0 if rope is None else rope.dim,
         interleaved=rope is not None and rope.interleaved,
-        pages=pages - 1,
-        page=page,
-        format=page_kind(spec.format),
-        zero=spec.format is not None and spec.format.has_zero,
-        stored=str((stream.scale if is_qtensor(stream) else stream).dtype),
+        stores=tuple(_store(name, x) for name, x in pool.items() if not is_qtensor(x) or x.format.block_rows == 1),
     )
+
+
+def _store(name: str, stream) -> Store:
+    pages, _, page, _ = stream.shape
+    if not is_qtensor(stream):
+        return Store(name=name, kind=pages_of(None), pages=pages - 1, page=page, stored=str(stream.dtype))
+    facts = {"kind": pages_of(stream.format), "clip": getattr(stream.format, "clip", 1.0)}
+    return Store(name=name, pages=pages - 1, page=page, stored=str(stream.scale.dtype), **facts)
 
 
 def _norm(norm) -> Norm | None:
@@ -227,8 +286,10 @@ def _program(m, plan: Plan, xs, writes, angles, norms, pools, out):
         with m.when(head < plan.heads):
             _Head(m, plan, lane).query(xs, token, head, angles, norms.get("q"), out)
         for name, norm in (("k", norms.get("k")), ("v", None)):
+            both = zip(plan.stores, pools, strict=True)
+            targets = [(s, writes[s.name != s.stream], pool) for s, pool in both if s.stream == name]
             with m.when((at[name] >= 0) & (at[name] < plan.kv_heads)):
-                _Head(m, plan, lane).store(name, xs, token, at[name], angles, norm, writes, pools[name])
+                _Head(m, plan, lane).store(name, xs, token, at[name], angles, norm, targets)
 
 
 class _Head:
@@ -260,28 +321,50 @@ class _Head:
         for (pair, has), word in zip(self.places, words, strict=True):
             self.m.store(out, base + self.m.wide(pair * 4), word, 4, has)
 
-    def store(self, name, xs, token, head, angles, norm, writes, pool):
-        m, plan = self.m, self.plan
-        [slot] = m.load(writes, m.wide(token * 4), 1)
+    def store(self, name, xs, token, head, angles, norm, targets):
+        """targets: (store, its refs of slots, of the pool's leaves)."""
+        m = self.m
+        slots = [m.load(writes, m.wide(token * 4), 1)[0] for _, writes, _ in targets]
         words = self._words(name, xs, token, head, angles if name == "k" else [], norm)
-        with m.when((slot >= 0) & (slot < plan.pages * plan.page)):
-            row = m.wide((slot // plan.page * plan.kv_heads + head) * plan.page + slot % plan.page)
-            numbers = [m.unpack(word, plan.dtype) for word in words]
-            if plan.format == "dense":
-                packed = words if plan.stored == plan.dtype else [m.pack(x, plan.stored) for x in numbers]
-                size = 4
-            else:
-                packed, scale, zero = self._codes(numbers)
-                size = 1 if plan.format == "int4" else 2
-                self._store_small(pool[1], row, scale, 4 if plan.stored == "float32" else 2)
-                if plan.zero:
-                    self._store_small(pool[2], row, m.int(zero), 1)
-            base = row * (plan.head_dim // 2 * size)
-            for (pair, has), word in zip(self.places, packed, strict=True):
-                m.store(pool[0], base + m.wide(pair * size), word, size, has)
+        for (to, _, pool), slot in zip(targets, slots, strict=True):
+            with m.when((slot >= 0) & (slot < to.pages * to.page)):
+                row = m.wide((slot // to.page * self.plan.kv_heads + head) * to.page + slot % to.page)
+                self._store(to, pool, row, words)
 
-    def _store_small(self, ref, row, word, size):
-        self.m.store(ref, row * size, word, size, self.lane < 1)
+    def _store(self, to: Store, pool, row, words):
+        m, plan = self.m, self.plan
+        numbers = [m.unpack(word, plan.dtype) for word in words]
+        if to.kind.code == "dense":
+            packed = words if to.stored == plan.dtype else [m.pack(x, to.stored) for x in numbers]
+        else:
+            packed, grids = self._codes(to, numbers)
+            for (pair, _), (scale, *zero) in zip(self.places, grids, strict=False):
+                sizes = 4 if to.stored == "float32" else 2, 1 if to.kind.zero == "code" else 2
+                for ref, word, size in zip(pool[1:], (scale, *zero), sizes, strict=False):
+                    self._store_small(to, ref, row, pair, word, size)
+        if to.kind.bits == 2:
+            self._store_halves(pool[0], row, packed)
+            return
+        size = to.kind.bits // 4
+        base = row * (plan.head_dim // 2 * size)
+        for (pair, has), word in zip(self.places, packed, strict=True):
+            m.store(pool[0], base + m.wide(pair * size), word, size, has)
+
+    def _store_small(self, to: Store, ref, row, pair, word, size):
+        """One number a head, or one for each group of numbers."""
+        if to.kind.group is None:
+            self.m.store(ref, row * size, word, size, self.lane < 1)
+            return
+        at, lanes = self.m.wide(pair // (to.kind.group // 2)), to.kind.group // 2
+        at = row * (self.plan.head_dim // to.kind.group) + at
+        self.m.store(ref, at * size, word, size, (self.lane & (lanes - 1)) < 1)
+
+    def _store_halves(self, ref, row, words):
+        """Two lanes' pairs of codes in a byte, which the first of them stores."""
+        m, base = self.m, row * (self.plan.head_dim // 4)
+        for (pair, has), word in zip(self.places, words, strict=True):
+            both, first = word | (m.shuffle(word, 1) << 4), (self.lane & 1) < 1
+            m.store(ref, base + m.wide(pair >> 1), both, 1, first if has is None else first & has)
 
     # From the projection to what is stored
 
@@ -354,41 +437,85 @@ class _Head:
 
     # Codes, by the rules of optx/formats/ints.py
 
-    def _codes(self, numbers):
-        """-> (words of two codes by place, word of the scale, zero point or None)."""
-        m, plan = self.m, self.plan
+    def _codes(self, to: Store, numbers):
+        """-> (words of two codes by place, words of (scale, zero point) of all places, or by place where groups have theirs)."""
+        if to.kind.code == "codebook4":
+            return self._nearest(to, numbers)
+        parts = [numbers] if to.kind.group is None else [[pair] for pair in numbers]
+        found = [self._ranged(to, part) for part in parts]
+        return [word for words, _ in found for word in words], [grid for _, grid in found]
+
+    def _ranged(self, to: Store, numbers):
+        """Codes of numbers that share a scale."""
+        m, kind = self.m, to.kind
         flat = [x for pair in numbers for x in pair]
-        if plan.zero:
-            low = m.minimum(self._across(functools.reduce(m.minimum, flat), m.minimum), 0.0)
-            span = m.maximum(self._across(functools.reduce(m.maximum, flat), m.maximum), 0.0) - low
+        lanes = LANES if kind.group is None else kind.group // 2
+        over = lambda op, xs: across(m, functools.reduce(op, xs), op, lanes)  # noqa: E731
+        clip = lambda x: x if to.clip == 1 else x * to.clip  # noqa: E731
+        within = lambda x: m.minimum(m.maximum(x, 0.0), to.levels)  # noqa: E731
+        if kind.zero == "least":
+            low = over(m.minimum, flat)
+            word, scale = self._scale(to, over(m.maximum, flat) - low)
+            least = m.pack([low, low], "float16")
+            offset = (m.unpack(least, "float16")[0] * -1.0) / scale
+            codes = [[m.int(within(m.round(x / scale + offset))) for x in pair] for pair in numbers]
+            return [a | (b << kind.bits) for a, b in codes], (word, least)
+        if kind.zero == "code":
+            low = m.minimum(clip(over(m.minimum, flat)), 0.0)
+            span = m.maximum(clip(over(m.maximum, flat)), 0.0) - low
         else:
-            span = self._across(functools.reduce(m.maximum, [m.abs(x) for x in flat]), m.maximum)
-            span = span if plan.format == "fp8" else span * 2.0
-        word, scale = self._scale(span)
-        if plan.format == "fp8":
-            return [m.e4m3([x / scale for x in pair]) for pair in numbers], word, None
-        middle = 128.0 if plan.format == "int8" else 8.0
-        zero = self._clip(m.round((low * -1.0) / scale)) if plan.zero else None
-        codes = [
-            [m.int(self._clip(m.round(x / scale) + (middle if zero is None else zero))) for x in pair]
-            for pair in numbers
+            span = clip(over(m.maximum, [m.abs(x) for x in flat]))
+            span = span if kind.code == "fp8" else span * 2.0
+        word, scale = self._scale(to, span)
+        if kind.code == "fp8":
+            return [m.e4m3([x / scale for x in pair]) for pair in numbers], (word,)
+        zero = within(m.round((low * -1.0) / scale)) if kind.zero else None
+        middle = float(2 ** (kind.bits - 1)) if zero is None else zero
+        codes = [[m.int(within(m.round(x / scale) + middle)) for x in pair] for pair in numbers]
+        flip = 0x8080 if kind.code == "int8" and zero is None else 0  # symmetric codes are stored signed
+        words = [(a | (b << kind.bits)) ^ flip for a, b in codes]
+        return words, (word,) if zero is None else (word, m.int(zero))
+
+    def _nearest(self, to: Store, numbers):
+        """Codes of the nearest centroids, by the rules of optx/formats/codebook.py."""
+        m = self.m
+        length = self._length([x for pair in numbers for x in pair])
+        step = m.where(length > 0.0, length, 1.0) * (1 / math.sqrt(self.plan.head_dim))
+        found = [[self._centroid(x / step) for x in pair] for pair in numbers]
+        placed = [has for _, has in self.places]
+        values = [
+            x if has is None else m.where(has, x, 0.0) for has, pair in zip(placed, found, strict=True) for _, x in pair
         ]
-        if plan.format == "int4":
-            return [a | (b << 4) for a, b in codes], word, zero
-        flip = 0 if plan.zero else 0x8080  # symmetric codes are stored signed
-        return [(a | (b << 8)) ^ flip for a, b in codes], word, zero
+        scale = m.minimum(length / self._length(values), float(jnp.finfo(to.stored).max))
+        scale = m.where(length < math.inf, scale, math.nan)
+        word = m.bits(scale) if to.stored == "float32" else m.pack([scale, scale], to.stored)
+        return [m.int(a) | (m.int(b) << 4) for (a, _), (b, _) in found], [(word,)]
 
-    def _clip(self, x):
-        return self.m.minimum(self.m.maximum(x, 0.0), self.plan.levels)
+    def _centroid(self, x):
+        """(code, its centroid) of a number of the unit vector, times sqrt(H)."""
+        m, table = self.m, np.asarray(centroids(4))
+        edges = np.asarray((table[1:] + table[:-1]) / 2, np.float32)
+        none = m.float(m.bits(x) & 0)
+        code, value = none, none + float(table[0])
+        for i, edge in enumerate(edges):
+            beyond = x > float(edge)
+            code = m.where(beyond, none + float(i + 1), code)
+            value = m.where(beyond, none + float(table[i + 1]), value)
+        return code, value
 
-    def _scale(self, span):
+    def _length(self, numbers):
+        m = self.m
+        squares = self._across(functools.reduce(operator.add, [x * x for x in numbers]), operator.add)
+        return squares * m.rsqrt(m.maximum(squares, float(jnp.finfo(jnp.float32).tiny)))
+
+    def _scale(self, to: Store, span):
         """The scale as it is stored, and as a number: finite and not 0, or NaN where a number of the head is not finite."""
-        m, info = self.m, jnp.finfo(self.plan.stored)
+        m, info = self.m, jnp.finfo(to.stored)
         tiny = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
-        scale = m.minimum(m.maximum(span / self.plan.levels, tiny), float(info.max))
+        scale = m.minimum(m.maximum(span / to.levels, tiny), float(info.max))
         scale = m.where(span > 0.0, scale, 1.0)
         scale = m.where(m.abs(span) < math.inf, scale, math.nan)
-        if self.plan.stored == "float32":
+        if to.stored == "float32":
             return m.bits(scale), scale
-        word = m.pack([scale, scale], self.plan.stored)
-        return word, m.unpack(word, self.plan.stored)[0]
+        word = m.pack([scale, scale], to.stored)
+        return word, m.unpack(word, to.stored)[0]
