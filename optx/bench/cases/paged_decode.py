@@ -179,11 +179,12 @@ FEW_BITS = {
     "kivi4": (PerChannel(width=4, group=32), Affine(width=4, group=32)),
     "kivi2": (PerChannel(width=2, group=32), Affine(width=2, group=64)),
     "turbo4": Codebook(width=4),
+    "int4_affine": Affine(width=4),
     "int2_groups": Int(width=2, group=32, symmetric=False),
     "int4_groups": Int(width=4, group=64),
 }
 # Kernels make 16-bit numbers of these, which rounds each key and value: by 2.2e-3 to 3.3e-3 of it, either's share of the error.
-MADE = dict.fromkeys(("kivi4", "kivi2", "int2_groups", "int4_groups"), 8e-3)
+MADE = dict.fromkeys(("kivi4", "kivi2", "int2_groups", "int4_groups", "int4_affine"), 8e-3)
 
 CASES = (
     case("small", [70, 0, 1], **TINY),
@@ -352,7 +353,7 @@ SHAPES = (
     shape("1x1M", 1, 2**20),
     *(shape(f"32x8k_{name}", 32, 8192, format=value) for name, value in FORMATS.items()),
     # A step over kv_int4 is the next two, and their merge.
-    shape("32x8k_packed_int4", 32, 8192, format=INT4_ZERO, mask=PACKED),
+    *(shape(f"32x8k_packed_{f}", 32, 8192, format=f, mask=PACKED) for f in (INT4_ZERO, Affine(width=4))),
     shape("32x128_exact", 32, 128, mask=EXACT),
     *(shape(f"32x8k_{name}", 32, 8192, format=value) for name, value in FEW_BITS.items()),
     shape("32x8k_dim64", 32, 8192, heads=64, head_dim=64),

@@ -25,6 +25,7 @@ TIPPED = {
     "fp8_e4m3": 3e-2,
     "int4": 5e-2,
     "int4_g64": 5e-2,
+    "int4_affine": 5e-2,
     "int4_g32_affine": 5e-2,
     "codebook4": 5e-2,
     "int2": 2e-1,
@@ -154,6 +155,7 @@ FEW_BITS = {
     "oscar2": tuple(Int(width=2, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
     "int4_groups": Int(width=4, symmetric=False, group=64),
     "affine": Affine(width=4, group=32),
+    "affine_head": Affine(width=4),
     "turbo4": Codebook(width=4),
 }
 QWEN = {"heads": 32, "kv_heads": 8, "head_dim": 128, "norm": {}, "joined": True}

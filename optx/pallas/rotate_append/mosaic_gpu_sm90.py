@@ -139,7 +139,7 @@ def _format_reason(format_: Format, head_dim: int, rope) -> str | None:
     turned = 0 if rope is None or rope.rotation is not None else rope.dim
     if kind.code == "int2" and (head_dim % 4 or turned % 8):
         return f"{format_} of {head_dim} numbers, {turned} of them rotated; allowed: multiples of 4 and of 8"
-    if not kind.by_token and (kind.group not in (32, 64) or head_dim % 128 or turned % 128):
+    if kind.group is not None and (kind.group not in (32, 64) or head_dim % 128 or turned % 128):
         return (
             f"{format_} of {head_dim} numbers, {turned} of them rotated; allowed: groups of 32 or 64, multiples of 128"
         )
@@ -454,8 +454,8 @@ class _Head:
         clip = lambda x: x if to.clip == 1 else x * to.clip  # noqa: E731
         within = lambda x: m.minimum(m.maximum(x, 0.0), to.levels)  # noqa: E731
         if kind.zero == "least":
-            low = over(m.minimum, flat)
-            word, scale = self._scale(to, over(m.maximum, flat) - low)
+            low = over(m.minimum, self._placed(numbers, math.inf))
+            word, scale = self._scale(to, over(m.maximum, self._placed(numbers, -math.inf)) - low)
             least = m.pack([low, low], "float16")
             offset = (m.unpack(least, "float16")[0] * -1.0) / scale
             codes = [[m.int(within(m.round(x / scale + offset))) for x in pair] for pair in numbers]
@@ -476,16 +476,22 @@ class _Head:
         words = [(a | (b << kind.bits)) ^ flip for a, b in codes]
         return words, (word,) if zero is None else (word, m.int(zero))
 
+    def _placed(self, numbers, other: float):
+        """All numbers, `other` where a lane has none. Groups fill their lanes."""
+        if len(numbers) < len(self.places):
+            return [x for pair in numbers for x in pair]
+        has = [has for _, has in self.places]
+        return [
+            x if h is None else self.m.where(h, x, other) for h, pair in zip(has, numbers, strict=True) for x in pair
+        ]
+
     def _nearest(self, to: Store, numbers):
         """Codes of the nearest centroids, by the rules of optx/formats/codebook.py."""
         m = self.m
         length = self._length([x for pair in numbers for x in pair])
         step = m.where(length > 0.0, length, 1.0) * (1 / math.sqrt(self.plan.head_dim))
         found = [[self._centroid(x / step) for x in pair] for pair in numbers]
-        placed = [has for _, has in self.places]
-        values = [
-            x if has is None else m.where(has, x, 0.0) for has, pair in zip(placed, found, strict=True) for _, x in pair
-        ]
+        values = self._placed([[x for _, x in pair] for pair in found], 0.0)
         scale = m.minimum(length / self._length(values), float(jnp.finfo(to.stored).max))
         scale = m.where(length < math.inf, scale, math.nan)
         word = m.bits(scale) if to.stored == "float32" else m.pack([scale, scale], to.stored)
