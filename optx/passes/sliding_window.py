@@ -16,7 +16,14 @@ class SlidingWindow(PassOptions):
     keep_every: int | None = None  # with layers None: every n-th layer stays global (6 gives Gemma's 5:1); None: none
 
 
-@register("sliding_window", axis=Axis.READS, stage=Stage.ATTENTION, options=SlidingWindow, exact=False)
+@register(
+    "sliding_window",
+    axis=Axis.READS,
+    stage=Stage.ATTENTION,
+    options=SlidingWindow,
+    exact=False,
+    needs_healing=True,
+)
 def sliding_window(site: Site, attn: Attention, opt: SlidingWindow) -> Attention | Skipped:
     """A query at position p sees keys at positions > p - window, and positions < sinks; passed pages are freed.
 
