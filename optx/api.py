@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from optx import evaluate, evaluate_paged, ir, legality, lower, pipeline, quality
+from optx import evaluate, evaluate_paged, heal, ir, legality, lower, pipeline, quality
 from optx import target as targets
 from optx.checkpoint import export as exports
 from optx.checkpoint.export_ct import write_compressed_tensors
@@ -160,7 +160,7 @@ class Plan:
         """Bytes before and after each pass as a table, with the bound on the step's time; the result's bounds by op."""
         title = f"{self.name} for {self.target}\n{ir.summary(self.tree)}"
         steps = step_text(self.records, self.steps(batch, context), self.target, mesh.devices)
-        return f"{title}\n\n{steps}\n\n{estimate_text(self.estimate(batch, context, mesh))}"
+        return f"{title}\n\n{steps}\n\n{heal.plan_text(self)}{estimate_text(self.estimate(batch, context, mesh))}"
 
     def __str__(self):
         return self.text()
@@ -181,6 +181,7 @@ class Plan:
             "after": steps[-1].to_dict(),
             "step_seconds_at_least": steps[-1].seconds(self.target),
             "estimate": self.estimate(batch, context, mesh).to_dict(),
+            "healing": heal.plan_dict(self),
             "passes": [
                 record_dict(record) | {"step": {"before": old.to_dict(), "after": new.to_dict()}}
                 for record, old, new in passes
@@ -229,8 +230,8 @@ def compile(
 
     Memory peaks at the compressed model plus one dense block. dump, work: folders for the tree after each pass, and for the
     blocks until all are done. calibration: a text or a file of one, which calibrated passes see, and on which, unless
-    `measured` is False, each lossy pass is measured and `max_kl` kept (optx.quality): nothing streams then.
-    Raises: what `plan` raises, CheckpointError for bad weights, LoweringError, QualityError for a broken budget.
+    `measured` is False, each lossy pass is measured and `max_kl` kept (optx.quality): nothing streams then, nor where it heals.
+    Raises: what `plan` raises, CheckpointError for bad weights, LoweringError, QualityError for a broken budget, HealError.
     """
     planned = plan(model, recipe, target, [Dump(dump)] if dump else [])
     tree = ir.shallow(planned.tree)

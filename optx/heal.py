@@ -1,13 +1,14 @@
 """Healing: a converted model is trained against the uncompiled one until it answers as that does (passes/distill.py).
 
-What can go wrong is said here, before a weight is touched; heal_run.py trains. A run is kept in the user's cache under a name that
-tells all that determines it: one that was killed goes on, one that has ended is read.
+What can go wrong is said here, before a weight is touched; heal_run.py trains. A run is kept in the user's cache under a name
+that tells all that determines it: one that was killed goes on, one that has ended is read.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import jax
@@ -22,7 +23,8 @@ from optx.heal_phases import phases
 from optx.heal_run import Run
 from optx.heal_state import State
 from optx.passes.distill import Distill
-from optx.pipeline import Healing
+from optx.pipeline import Healing, Record
+from optx.report import unhealed_text
 from optx.tensor import is_packed
 
 
@@ -30,18 +32,65 @@ def check(teacher: nnx.Module, student: nnx.Module, options: Distill, room: int 
     """Raises HealError for what cannot be healed, from shapes alone. room: bytes of a device, None: unknown."""
     phases(teacher, student, options)
     for tree in (teacher, student):
-        packed = [path for path, variable in ir.params(tree).items() if is_packed(variable.get_raw_value())]
-        if packed:
-            raise HealError(
-                f"distill: {packed[0]} and {len(packed) - 1} more are packed ({ir.tensor_text(ir.get(tree, packed[0]).get_value())}); "
-                "healing needs dense weights: load with weights='dense' and quantize in stage 'weights', which comes after it"
-            )
+        for path, variable in ir.params(tree).items():
+            if is_packed(value := variable.get_raw_value()):
+                raise HealError(
+                    f"distill: {path} is packed ({ir.tensor_text(value)}); healing needs dense weights: load with "
+                    "weights='dense' and quantize in stage 'weights', which comes after it"
+                )
     if options.context > teacher.context:
         raise HealError(f"distill.context: got {options.context}; allowed: up to the model's {teacher.context}")
     if options.devices > (here := jax.local_device_count()):
         raise HealError(f"distill.devices: got {options.devices}; this machine has {here}")
     heal_data.files(options)
     heal_memory.check(teacher, student, options, room)
+
+
+def check_planned(planned) -> None:
+    """Raises HealError, from shapes and text, for what a recipe's healing cannot do on this machine."""
+    for (_, rules), before in zip(planned.recipe.steps(), planned.trees):
+        for _, options in rules:
+            if isinstance(options, Distill):
+                check(planned.source.tree, before, options, heal_memory.available())
+                if not options.sample:
+                    heal_data.sequences(planned.source, options)
+
+
+def plan_text(planned) -> str:
+    """What a recipe's healing would do and need on the plan's target, and which passes want some; '' where none do."""
+    lines = [text] if (text := unhealed_text(planned.records)) else []
+    for options, parts in _asked(planned):
+        tokens = options.steps * options.batch * options.context
+        limit = "" if options.minutes is None else f" or {options.minutes:g} minutes of training"
+        room = heal_memory.available(planned.target)
+        has = f"; {planned.target} has {ir.size_text(room)}" if room else ""
+        lines.append(
+            f"healing, run by compile: {options.steps:,} steps of {options.batch} sequences of {options.context:,} tokens, "
+            f"{tokens:,} tokens in all{limit}\nmemory for it: at least {heal_memory.told(parts)} a device{has}"
+        )
+    return "".join(f"{line}\n\n" for line in lines)
+
+
+def plan_dict(planned) -> list[dict]:
+    """The same as plain data."""
+    return [{"options": dataclasses.asdict(options), "bytes": parts} for options, parts in _asked(planned)]
+
+
+def _asked(planned) -> list[tuple[Distill, dict[str, float]]]:
+    """Options of each step of healing, and the bytes that it needs."""
+    steps = zip(planned.recipe.steps(), planned.trees)
+    asked = [(options, before) for (_, rules), before in steps for _, options in rules if isinstance(options, Distill)]
+    return [(options, heal_memory.needed(planned.trees[0], before, options)) for options, before in asked]
+
+
+def applied(
+    source, teacher: nnx.Module, student: nnx.Module, step, record: Record, progress: bool = False
+) -> nnx.Module:
+    """The student after a recipe's step of healing; what was won back goes into its record. step: as `Recipe.steps` gives it."""
+    start, (_, options) = time.perf_counter(), step[1][0]
+    out, record.healing = heal(source, teacher, student, options, progress=progress)
+    record.seconds += time.perf_counter() - start
+    return out
 
 
 def heal(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,7 +73,7 @@ def sequences(source, options: Distill, sampled: np.ndarray | None = None) -> tu
     sequences, and for token ids that the model does not have.
     """
     tokenizer, vocab, first = source.tokenizer, source.tree.embed.table.get_value().shape[0], first_token(source)
-    streams = [_tokens(path, tokenizer, vocab) for path in files(options)]
+    streams = [_tokens(path, path.stat().st_mtime_ns, tokenizer, vocab) for path in files(options)]
     room = options.context - (first is not None)
     rows = [
         window
@@ -83,8 +84,9 @@ def sequences(source, options: Distill, sampled: np.ndarray | None = None) -> tu
     needed = options.batch + options.held_out
     if len(rows) < needed:
         raise HealError(
-            f"distill.text: {sum(map(len, streams)):,} tokens and {options.sample} sampled sequences make {len(rows)} sequences of {options.context}; a batch of "
-            f"{options.batch} and {options.held_out} held-out ones need {needed}: give more text, a sample, or less context"
+            f"distill.text: {sum(map(len, streams)):,} tokens and {options.sample} sampled sequences make {len(rows)} sequences "
+            f"of {options.context}; a batch of {options.batch} and {options.held_out} held-out ones need {needed}: give more "
+            "text, a sample, or less context"
         )
     held = np.linspace(0, len(rows) - 1, options.held_out).round().astype(int)
     table = np.asarray(rows, np.int32)
@@ -96,7 +98,8 @@ def first_token(source) -> int | None:
     return source.tokenizer.bos_id if source.tokenizer is not None and source.tokenizer.add_bos else None
 
 
-def _tokens(path: Path, tokenizer, vocab: int) -> np.ndarray:
+@functools.lru_cache(maxsize=8)
+def _tokens(path: Path, changed: int, tokenizer, vocab: int) -> np.ndarray:
     """int[T] of a file."""
     if path.suffix == SHARD:
         return _shard(path, vocab)

@@ -82,9 +82,11 @@ def forward(model: nnx.Module, tokens: jax.Array, tapped: bool):
 def losses(
     teacher: nnx.Module, student: nnx.Module, tokens: jax.Array, *, hidden: bool
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
-    """tokens int32[B, T] -> ({kl: mean KL(teacher || student) of the next token, nats; nll, teacher_nll: mean -log p of the tokens
-    after the first; hidden: mean over layers and tokens of |h - h_teacher|^2 / |h_teacher|^2, 0 where not asked for}, tokens of
-    each expert). Both trees are changed."""
+    """tokens int32[B, T] -> (figures, tokens of each expert by routing layer). Both trees are changed.
+
+    kl: mean KL(teacher || student) of the next token, nats; nll, teacher_nll: mean -log p of the tokens after the first; hidden:
+    mean over layers and tokens of |h - h_teacher|^2 / |h_teacher|^2, 0 where not asked for.
+    """
     wanted, _, states = jax.lax.stop_gradient(forward(teacher, tokens, hidden))
     found, loads, mine = forward(student, tokens, hidden)
     pairs = [*zip(mine, states, strict=True), (found, wanted)]

@@ -39,7 +39,7 @@ def phases(teacher: nnx.Module, student: nnx.Module, options: Distill) -> list[P
     changed = converted(teacher, student)
     if not changed:
         raise HealError(
-            "distill: nothing was converted, so there is nothing to heal; put a pass of stage 'structure' or 'attention' before it"
+            "distill: nothing was converted, so there is nothing to heal; put a pass of stage 'structure' or 'attention' before"
         )
     every = [name for name in values_of(student) if name not in routers(student) and not name.startswith(UNMOVED)]
     first = tuple(name for name in every if name in changed)

@@ -1,7 +1,7 @@
 """The training loop of healing.
 
-AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on float32 weights, with products in the options' `dtype`; a batch may be run in
-parts, and split over devices. Where the options limit `minutes`, the run's progress is the clock's where that is ahead of the
+AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on float32 weights, with products in the options' `dtype`; a batch may be run
+in parts, and split over devices. Where the options limit `minutes`, the run's progress is the clock's where that is ahead of the
 steps'. Equal inputs on one kind of device give equal bits, kills or not, as far as the clock does not decide: a checkpoint holds
 all that the next step depends on.
 """

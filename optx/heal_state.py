@@ -62,7 +62,7 @@ class State:
         path = self.folder / LOG
         kept = [row for row in rows(path) if row["step"] <= step] if path.exists() else []
         path.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-        self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115: stays open while training runs
+        self._log = path.open("a", encoding="utf-8")  # stays open while training runs
 
     def log(self, **row) -> None:
         self._log.write(f"{json.dumps(row)}\n")
