@@ -127,7 +127,7 @@ def inputs(study: Study, row: ModelRow, source: Source, recipe: Recipe) -> dict:
 def _reads_text(study: Study, recipe: Recipe) -> bool:
     """Whether the calibration text has a part in compiling the recipe."""
     lossy = any(not pass_.exact for pass_, _ in recipe.steps())
-    calibrated = any(pipeline.needs(rules) for _, rules in recipe.steps())
+    calibrated = any(pipeline.needs(rules) or any(o.unresolved for _, o in rules) for _, rules in recipe.steps())
     return calibrated or recipe.max_kl is not None or (study.measured and lossy)
 
 

@@ -30,6 +30,7 @@ from optx.models import by_gguf_architecture, by_hf_type
 from optx.pipeline import Dump, Instrument, Record
 from optx.recipe import Recipe
 from optx.report import Report, estimate_text, kept, record_dict, step_text
+from optx.resolve import resolved
 from optx.target import Target
 from optx.tokenizer import Tokenizer
 
@@ -233,7 +234,7 @@ def compile(
     `measured` is False, each lossy pass is measured and `max_kl` kept (optx.quality): nothing streams then, nor where it heals.
     Raises: what `plan` raises, CheckpointError for bad weights, LoweringError, QualityError for a broken budget, HealError.
     """
-    planned = plan(model, recipe, target, [Dump(dump)] if dump else [])
+    planned = plan(*resolved(as_source(model), recipe, calibration), target, [Dump(dump)] if dump else [])
     tree = ir.shallow(planned.tree)
     for prefix, block in quality.blocks(planned, calibration, progress, measured, work):
         ir.put(tree, prefix, lower.lower(block, planned.target, planned.recipe.require))

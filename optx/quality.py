@@ -108,9 +108,13 @@ def _check_text(recipe: Recipe, given: bool, measured: bool) -> None:
         raise RecipeError(
             f"recipe.max_kl: {recipe.max_kl} is a budget on calibration text, and {missing}; {how}, or take max_kl out"
         )
-    for pass_, rules in recipe.steps() if not given else ():
+    for pass_, rules in recipe.steps():
         for where, options in rules:
-            if options.needs:
+            if options.unresolved:
+                raise RecipeError(
+                    f"{where}: {pass_.name} leaves something to be measured; optx.compile and optx heal measure it"
+                )
+            if options.needs and not given:
                 what = ", ".join(sorted(options.needs))
                 raise RecipeError(f"{where}: {pass_.name} reads its inputs ({what}) on calibration text; {how}")
 

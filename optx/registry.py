@@ -4,10 +4,11 @@ import dataclasses
 import enum
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from optx.errors import RecipeError, did_you_mean
@@ -48,6 +49,15 @@ class PassOptions:
     def needs(self) -> frozenset[str]:
         """What the pass reads of the site's inputs, by its name in STATISTICS; empty: it works without calibration text."""
         return frozenset()
+
+    @property
+    def unresolved(self) -> bool:
+        """Whether something is left to be measured on the whole model before the pass can run on weights."""
+        return False
+
+    def resolved(self, model: nnx.Module, windows: Sequence[np.ndarray]) -> "PassOptions":
+        """With that measured on the uncompiled model and calibration text, int32[1, T] each."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "heal_memory": {"errors", "ir", "lora", "passes", "target"} | HEAL,
     "heal_run": {"checkpoint", "errors", "ir", "nn", "passes", "pipeline"} | HEAL,
     "heal": {"checkpoint", "errors", "ir", "lora", "passes", "pipeline", "report", "tensor"} | HEAL,
+    "resolve": {"checkpoint", "errors", "quality", "recipe", "registry"},
     "quality": {
         "calibrate",
         "errors",
