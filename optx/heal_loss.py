@@ -146,6 +146,8 @@ def _own(part: nnx.Module) -> tuple:
     facts = [
         (name, value) for name, value in vars(part).items() if name not in (*ir.FOLDED_ATTRIBUTES, "_pytree__state")
     ]
-    plain = {name: value for name, value in facts if not isinstance(value, nnx.Pytree | nnx.Variable)}
+    plain = {
+        name: value for name, value in facts if value is not None and not isinstance(value, nnx.Pytree | nnx.Variable)
+    }
     shapes = {name: value.get_value().shape for name, value in facts if isinstance(value, nnx.Variable)}
     return type(part), plain, shapes

@@ -42,8 +42,8 @@ def phases(teacher: nnx.Module, student: nnx.Module, options: Distill) -> list[P
             "distill: nothing was converted, so there is nothing to heal; put a pass of stage 'structure' or 'attention' before"
         )
     every = [name for name in values_of(student) if name not in routers(student) and not name.startswith(UNMOVED)]
-    first = tuple(name for name in every if name in changed)
     adapters = tuple(name for name in every if "/adapter/" in name)
+    first = tuple(name for name in every if name in changed and name not in adapters)
     then = {"all": tuple(every), "converted": first, "lora": (*first, *adapters)}[options.train]
     cut = 0.0 if set(then) == set(first) else options.converted
     found = (

@@ -70,7 +70,6 @@ class Run:
         self._enter(len(self.phases) - 1)
         found = self.state.healed(_specs({"moving": self.moving, "biases": self.biases}))
         self.moving, self.biases = found["moving"], found["biases"]
-        self.state.close()
 
     def train(self, rows: np.ndarray, held: np.ndarray, progress: bool = False) -> Healing:
         """rows int32[n, T] to train on, held int32[m, T] to measure on -> what was won back; the numbers are in `value`.
@@ -172,7 +171,7 @@ class Run:
             for name, load in zip(self.routers, loads, strict=True)
             if name
         }
-        return moved, opt, biases, found | {"norm": optax.global_norm(slope)}
+        return moved, opt, biases, found | {"norm": optax.tree.norm(slope)}
 
     def _losses(self, teacher: Values, student: Values, tokens):
         whole = cast(student, self.narrow[1], self.options.dtype)

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Mapping
@@ -31,9 +32,12 @@ class State:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise HealError(f"heal: {folder}: cannot be written: {error.strerror}") from None
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT)
-        self._manager = ocp.CheckpointManager(self.folder / "steps", options=options)
         self._log = None
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT)
+        return ocp.CheckpointManager(self.folder / "steps", options=options)
 
     def result(self) -> Healing | None:
         """Of a training that has ended."""
@@ -70,7 +74,7 @@ class State:
 
     def finish(self, values: Arrays, healing: Healing) -> None:
         """Keeps what moved, and drops the checkpoints."""
-        self.close()
+        self._close()
         with ocp.StandardCheckpointer() as writer:
             writer.save(self.folder / "healed", _named(values), force=True)
         whole = self.folder / f"{RESULT}.new"
@@ -83,11 +87,10 @@ class State:
         with ocp.StandardCheckpointer() as reader:
             return _unnamed(reader.restore(self.folder / "healed", _named(like)), like)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
-        if self._log is not None:
-            self._log.close()
+        self._log.close()
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
