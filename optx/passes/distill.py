@@ -27,7 +27,7 @@ class Distill(PassOptions):
     batch: int = 16  # sequences a step
     accumulate: int = 1  # parts of a batch that run one after the other
     context: int = 512  # tokens of a sequence
-    lr: float = 3e-4  # of AdamW, largest; falls to 0 as a cosine, in each phase
+    lr: float = 1e-4  # of AdamW, largest; falls to 0 as a cosine, in each phase
     warmup: float = 0.05  # share of a phase in which the rate rises
     clip: float = 1.0  # norm of all gradients, largest
     weight_decay: float = 0.0  # of matrices
