@@ -52,8 +52,8 @@ def check_planned(planned) -> None:
         for _, options in rules:
             if isinstance(options, Distill):
                 check(planned.source.tree, before, options, heal_memory.available())
-                if not options.sample:
-                    heal_data.sequences(planned.source, options)
+                written = np.zeros((options.sample, options.context), np.int32)  # what will be sampled counts as rows
+                heal_data.sequences(planned.source, options, written)
 
 
 def plan_text(planned) -> str:

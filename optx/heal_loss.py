@@ -4,6 +4,7 @@ Every block of layers is run again when its gradient is taken (Chen et al. 2016,
 thousand tokens at a time.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -58,12 +59,13 @@ class Again(nnx.Module):
         graph, state = nnx.split(self.block)
 
         @jax.checkpoint
-        def run(state, x, y, cache):
+        def run(state, x, y, pool):
+            view = None if cache is None else dataclasses.replace(cache, pool=pool)
             with recorded() as routings:
-                out = nnx.merge(graph, state).unjoined(x, y, ragged, cache)
+                out = nnx.merge(graph, state).unjoined(x, y, ragged, view)
             return out, [load(routing) for routing in routings]
 
-        out, loads = run(state, x, y, cache)
+        out, loads = run(state, x, y, None if cache is None else cache.pool)
         self.loads.extend(loads)
         return out
 

@@ -119,6 +119,18 @@ def test_gradients_reach_every_parameter(name):
     assert len(loads) == len(routers(model)) and all(int(load.sum()) % tokens.size == 0 for load in loads)
 
 
+def test_gradients_pass_every_kind_of_cache():
+    """Among them keys and values that a later layer reads of an earlier one."""
+    teacher, student = families.hybrid(0), families.hybrid(1)
+    form, values, tokens = ir.abstract(teacher), values_of(teacher), jnp.asarray([families.prompt(16)])
+
+    def loss(moved):
+        return losses(*(fill(form, x.__getitem__) for x in (values, moved)), tokens, hidden=False)[0]["kl"]
+
+    slopes = {name: np.asarray(slope) for name, slope in jax.jit(jax.grad(loss))(values_of(student)).items()}
+    assert all(np.any(slope) and np.all(np.isfinite(slope)) for slope in slopes.values())
+
+
 # What moves
 
 
