@@ -145,9 +145,7 @@ def converted(teacher: nnx.Module, student: nnx.Module) -> frozenset[str]:
 
 def _own(part: nnx.Module) -> tuple:
     """What a module says itself, without its children: class, facts, shapes of its parameters."""
-    facts = [
-        (name, value) for name, value in vars(part).items() if name not in (*ir.FOLDED_ATTRIBUTES, "_pytree__state")
-    ]
+    facts = [(n, value) for n, value in vars(part).items() if not n.startswith("_") and n not in ir.FOLDED_ATTRIBUTES]
     plain = {
         name: value for name, value in facts if value is not None and not isinstance(value, nnx.Pytree | nnx.Variable)
     }

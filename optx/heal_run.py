@@ -77,30 +77,27 @@ class Run:
         Raises: HealError for a loss that is no number.
         """
         data, programs, measure = heal_data.batches(rows, self.options), self._programs(), self._measure(held)
-        first = self._resume(data)
-        if first is None:
-            first = measure()
+        first, last = self._resume(data) or measure(), None
         with heal_data.bar("heal", 1.0, progress) as advance:
             advance(self._progress())
             while (place := self._progress()) < 1:
                 began = time.perf_counter()
                 self._enter(next(i for i, phase in enumerate(self.phases) if place < phase.stop))
                 found = self._advance(programs[self.phase], next(data), place)
-                due = self.step % self.options.every == 0
+                due, last = self.step % self.options.every == 0, None
                 self.elapsed += time.perf_counter() - began
                 self.state.log(
                     kind="train", step=self.step, phase=self.phases[self.phase].name, **found, seconds=self.elapsed
                 )
                 if due:
                     began = time.perf_counter()
-                    measure()
+                    last = measure()
                     self._save(data, first)
                     self.elapsed += time.perf_counter() - began
                 advance(min(self._progress(), 1) - place, f"step {self.step:,}, KL {found['kl']:.4f}")
-        last = measure()
-        healing = self._healing(first, last)
-        self.state.finish({"moving": self.moving, "biases": self.biases}, healing)
+        healing = self._healing(first, last or measure())
         heal_plot.draw(self.state.folder, healing)
+        self.state.finish({"moving": self.moving, "biases": self.biases}, healing)
         return healing
 
     def _progress(self) -> float:

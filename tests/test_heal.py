@@ -181,20 +181,20 @@ def sharp(source):
 @pytest.fixture(scope="module")
 def healed(source, sharp, tmp_path_factory):
     folder = tmp_path_factory.mktemp("healed")
-    options = healing.options(folder, steps=40, every=20, converted=0.5)
+    options = healing.options(folder, steps=80, every=40, converted=0.5)
     return *run(source, sharp, options, folder / "state"), options, folder
 
 
 def test_kl_falls_on_text_that_was_not_trained_on(sharp, healed):
     out, found, log, *_ = healed
-    assert found.kl[1] < 0.35 * found.kl[0] and found.steps == 40 and found.tokens == 40 * 4 * 24
+    assert found.kl[1] < 0.35 * found.kl[0] and found.steps == 80 and found.tokens == 80 * 4 * 24
     held = [row["kl"] for row in log if row["kind"] == "held_out"]
     assert held[0] == found.kl[0] and held[-1] == found.kl[1] and held[2] < held[1] < held[0]
     assert found.kv_bytes[1] == found.kv_bytes[0] and found.weight_bytes[0] == found.weight_bytes[1]
     assert ir.signature(ir.abstract(out)) == ir.signature(ir.abstract(sharp))
     train = [row for row in log if row["kind"] == "train"]
-    assert [row["phase"] for row in train] == ["converted"] * 20 + ["all"] * 20
-    assert [row["step"] for row in train] == list(range(1, 41))
+    assert [row["phase"] for row in train] == ["converted"] * 40 + ["all"] * 40
+    assert [row["step"] for row in train] == list(range(1, 81))
 
 
 def test_the_curve_is_drawn(healed):
