@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import optx
-from optx import api, ir, kept, lower, pipeline, tensor
+from optx import api, heal, heal_data, ir, kept, lower, pipeline, tensor
 from optx import target as targets
 from optx.ablate_config import ModelRow, Study, content, for_model
 from optx.ablate_table import UNCOMPILED, Result
@@ -26,6 +26,7 @@ from optx.checkpoint.source import Source
 from optx.cost import step_bytes
 from optx.errors import (
     FormatError,
+    HealError,
     LegalityError,
     LoweringError,
     PassError,
@@ -37,10 +38,11 @@ from optx.errors import (
 from optx.evaluate import Evaluation, evaluate
 from optx.pipeline import Record
 from optx.recipe import Recipe
+from optx.registry import Stage
 from optx.report import record_dict
 
 # What says that a recipe does not go with a model; any other error ends the run.
-REFUSALS = (RecipeError, PassError, LegalityError, VerifyError, FormatError, LoweringError, QualityError)
+REFUSALS = (RecipeError, PassError, LegalityError, VerifyError, FormatError, LoweringError, QualityError, HealError)
 KEPT = 2 << 30  # bytes of the uncompiled model's logits that are kept; windows beyond it are computed for every variant
 NONE = Recipe(name=UNCOMPILED)
 
@@ -105,7 +107,10 @@ class Job:
 def inputs(study: Study, row: ModelRow, source: Source, recipe: Recipe) -> dict:
     """All that determines a result: files, recipe, text and protocol, target, versions, device."""
     target = dataclasses.asdict(study.target)
-    return {
+    healed = (
+        {"healed on": [each for options in recipe.heal for each in heal_data.digests(options)]} if recipe.heal else {}
+    )
+    return healed | {
         "versions": {"optx": optx.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
         "model": {"files": kept.model_files(row.model), "origin": source.origin.name, "bytes": source.origin.bytes},
@@ -122,7 +127,7 @@ def inputs(study: Study, row: ModelRow, source: Source, recipe: Recipe) -> dict:
 def _reads_text(study: Study, recipe: Recipe) -> bool:
     """Whether the calibration text has a part in compiling the recipe."""
     lossy = any(not pass_.exact for pass_, _ in recipe.steps())
-    calibrated = any(pipeline.needs(rules) for _, rules in recipe.steps())
+    calibrated = any(pipeline.needs(rules) or any(o.unresolved for _, o in rules) for _, rules in recipe.steps())
     return calibrated or recipe.max_kl is not None or (study.measured and lossy)
 
 
@@ -258,11 +263,12 @@ class Stages:
     def compile(self, planned: api.Plan) -> tuple[api.Compiled, float]:
         """What `optx.compile` gives without calibration, and its seconds: those of a pass that ran before are of that run."""
         steps, start = _steps(planned.recipe), time.perf_counter()
+        heal.check_planned(planned)
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(steps, self.steps)))
         del self.steps[shared:], self.records[shared:], self.seconds[shared:], self.trees[shared + 1 :]
         reused = sum(self.seconds)
         for record, old in zip(planned.records, self.records):
-            record.seconds, record.errors = old.seconds, old.errors
+            record.seconds, record.errors, record.healing = old.seconds, old.errors, old.healing
         for i in range(shared, len(steps)):
             began = time.perf_counter()
             self.trees.append(self._applied(planned, i))
@@ -276,6 +282,8 @@ class Stages:
 
     def _applied(self, planned: api.Plan, i: int):
         step, record, plan = planned.recipe.steps()[i], planned.records[i], planned.trees[i + 1]
+        if step[0].stage == Stage.HEAL:
+            return heal.applied(self.source, self.trees[0], self.trees[-1], step, record)
         tree = ir.shallow(plan)
         for prefix in self.source.segments():
             block, _ = pipeline.apply_pass(ir.get(self.trees[-1], prefix), prefix, step, plan, record)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from optx import evaluate, evaluate_paged, ir, legality, lower, pipeline, quality
+from optx import evaluate, evaluate_paged, heal, ir, legality, lower, pipeline, quality
 from optx import target as targets
 from optx.checkpoint import export as exports
 from optx.checkpoint.export_ct import write_compressed_tensors
@@ -30,6 +30,7 @@ from optx.models import by_gguf_architecture, by_hf_type
 from optx.pipeline import Dump, Instrument, Record
 from optx.recipe import Recipe
 from optx.report import Report, estimate_text, kept, record_dict, step_text
+from optx.resolve import resolved
 from optx.target import Target
 from optx.tokenizer import Tokenizer
 
@@ -160,7 +161,7 @@ class Plan:
         """Bytes before and after each pass as a table, with the bound on the step's time; the result's bounds by op."""
         title = f"{self.name} for {self.target}\n{ir.summary(self.tree)}"
         steps = step_text(self.records, self.steps(batch, context), self.target, mesh.devices)
-        return f"{title}\n\n{steps}\n\n{estimate_text(self.estimate(batch, context, mesh))}"
+        return f"{title}\n\n{steps}\n\n{heal.plan_text(self)}{estimate_text(self.estimate(batch, context, mesh))}"
 
     def __str__(self):
         return self.text()
@@ -181,6 +182,7 @@ class Plan:
             "after": steps[-1].to_dict(),
             "step_seconds_at_least": steps[-1].seconds(self.target),
             "estimate": self.estimate(batch, context, mesh).to_dict(),
+            "healing": heal.plan_dict(self),
             "passes": [
                 record_dict(record) | {"step": {"before": old.to_dict(), "after": new.to_dict()}}
                 for record, old, new in passes
@@ -229,10 +231,10 @@ def compile(
 
     Memory peaks at the compressed model plus one dense block. dump, work: folders for the tree after each pass, and for the
     blocks until all are done. calibration: a text or a file of one, which calibrated passes see, and on which, unless
-    `measured` is False, each lossy pass is measured and `max_kl` kept (optx.quality): nothing streams then.
-    Raises: what `plan` raises, CheckpointError for bad weights, LoweringError, QualityError for a broken budget.
+    `measured` is False, each lossy pass is measured and `max_kl` kept (optx.quality): nothing streams then, nor where it heals.
+    Raises: what `plan` raises, CheckpointError for bad weights, LoweringError, QualityError for a broken budget, HealError.
     """
-    planned = plan(model, recipe, target, [Dump(dump)] if dump else [])
+    planned = plan(*resolved(as_source(model), recipe, calibration), target, [Dump(dump)] if dump else [])
     tree = ir.shallow(planned.tree)
     for prefix, block in quality.blocks(planned, calibration, progress, measured, work):
         ir.put(tree, prefix, lower.lower(block, planned.target, planned.recipe.require))

@@ -13,6 +13,7 @@ import optx
 from optx import (
     cli_ablate,
     cli_bisect,
+    cli_heal,
     cli_plan,
     cli_report,
     cli_retrieval,
@@ -232,6 +233,7 @@ VERBS = (
         run=cli_verbs.bench,
     ),
     cli_retrieval.verb(MODEL_FLAGS, RECIPE, CALIBRATION, JSON),
+    cli_heal.verb(MODEL_FLAGS, RECIPE, TARGET, CALIBRATION, OVERWRITE, JSON),
 )
 
 

@@ -55,6 +55,10 @@ class QualityError(OptxError):
         self.kl, self.sites = dict(kl), tuple(sites)
 
 
+class HealError(OptxError):
+    """A converted model cannot be healed: too little text or memory, nothing converted, packed weights."""
+
+
 class SearchError(OptxError):
     """No recipe of the candidates meets the objectives, or there is nothing to measure them on."""
 

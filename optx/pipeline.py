@@ -35,6 +35,21 @@ class Quality:
     errors: dict[str, float]  # site -> |y' - y| / |y| of its output, both on the inputs it has before the pass
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Healing:
+    """What training has won back, on sequences that it did not see (heal.py measures it)."""
+
+    kl: tuple[float, float]  # mean KL(uncompiled || converted), nats a token: before, after
+    perplexity: tuple[float, float, float]  # of the uncompiled model; of the converted one before, after
+    steps: int
+    tokens: int  # trained on, repeated ones among them
+    seconds: float  # of training
+    moved: int  # numbers that were trained
+    weight_bytes: tuple[int, int]  # of the uncompiled model, of the converted one
+    kv_bytes: tuple[float, float]  # of one sequence of the model's context
+    folder: str  # that holds log.jsonl and curves.png
+
+
 @dataclasses.dataclass(kw_only=True)
 class Record:
     """What one pass did: filled on shapes by the plan, `seconds` and `errors` added by the compile."""
@@ -52,6 +67,8 @@ class Record:
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # path -> |W' - W| / |W|
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> what the pass has to say of the site
     quality: Quality | None = None  # of a lossy pass where the compile was given calibration text
+    healing: Healing | None = None  # of a pass that trains
+    needs_healing: bool = False
 
 
 class Instrument:
@@ -156,6 +173,7 @@ def run(
             stage=pass_.stage,
             axis=pass_.axis,
             exact=pass_.exact,
+            needs_healing=pass_.needs_healing,
             sites=len(tally.paths),
             skipped=tally.skipped,
             weight_bytes=(ir.weight_bytes(before), ir.weight_bytes(after)),

@@ -21,13 +21,13 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from optx import evaluate, ir, pipeline, registry
+from optx import evaluate, heal, ir, pipeline, registry
 from optx.calibrate import Feed
 from optx.errors import QualityError, RecipeError, RequestError, did_you_mean, no_such_path
 from optx.lower import Program
 from optx.pipeline import Quality, Record
 from optx.recipe import Calibration, Recipe
-from optx.registry import Axis
+from optx.registry import Axis, Stage
 from optx.resume import Work
 from optx.watch import watch
 
@@ -69,18 +69,21 @@ def blocks(
 
     Without calibration text, or with `measured` False, each block is read when it is asked for and forgotten then. Else all
     blocks are read at once, the quality of each lossy pass goes into its record, and QualityError is raised after a pass that
-    breaks the budget. Raises RecipeError for a recipe that needs text and has none.
+    breaks the budget; so are they where the recipe heals. Raises RecipeError for a recipe that needs text and has none, HealError
+    for what cannot be healed.
 
     work: a folder in which a streaming compile keeps its blocks until it has ended: one that was killed goes on from there.
     """
     source, recipe = planned.source, planned.recipe
     _check_text(recipe, calibration is not None, measured)
+    heal.check_planned(planned)
     text = None if calibration is None else windows(calibration, source, recipe.calibration)
-    tree = _measured(planned, text, progress) if text is not None and measured else None
-    feed = _feed(planned, text, *(rules for _, rules in recipe.steps()))
-    if tree is not None:
+    measured = measured and text is not None
+    if measured or recipe.heal:
+        tree = _whole(planned, text, progress, measured)
         yield from ((prefix, ir.get(tree, prefix)) for prefix in source.segments())
         return
+    feed = _feed(planned, text, *(rules for _, rules in recipe.steps()))
     kept = None if work is None else Work.at(work, recipe, source.origin, text or ())
     done = kept.done() if kept else 0
     if done:
@@ -105,9 +108,13 @@ def _check_text(recipe: Recipe, given: bool, measured: bool) -> None:
         raise RecipeError(
             f"recipe.max_kl: {recipe.max_kl} is a budget on calibration text, and {missing}; {how}, or take max_kl out"
         )
-    for pass_, rules in recipe.steps() if not given else ():
+    for pass_, rules in recipe.steps():
         for where, options in rules:
-            if options.needs:
+            if options.unresolved:
+                raise RecipeError(
+                    f"{where}: {pass_.name} leaves something to be measured; optx.compile and optx heal measure it"
+                )
+            if options.needs and not given:
                 what = ", ".join(sorted(options.needs))
                 raise RecipeError(f"{where}: {pass_.name} reads its inputs ({what}) on calibration text; {how}")
 
@@ -160,11 +167,16 @@ def _is_path(text: str) -> bool:
     return short and (len(text.split()) == 1 or os.path.isfile(text))  # Path.is_file raises for a long name
 
 
-def _steps(planned: Planned, text: Windows, progress: bool) -> Iterator[Step]:
+def _steps(planned: Planned, text: Windows | None, progress: bool) -> Iterator[Step]:
     """The model through one pass after the other; records gain their seconds and weight errors."""
     base = before = planned.source.load()
     rows = list(zip(planned.recipe.steps(), planned.records, planned.trees[1:], strict=True))
     for rules, record, plan in tqdm(rows, desc="compile", unit="pass", disable=not progress):
+        if rules[0].stage == Stage.HEAL:
+            after = heal.applied(planned.source, base, before, rules, record, progress)
+            yield Step(base=base, before=before, after=after, sites=(), record=record)
+            before = after
+            continue
         after, sites, feed = ir.shallow(plan), [], _feed(planned, text, rules[1])
         for prefix in planned.source.segments():
             block, paths = pipeline.apply_pass(ir.get(before, prefix), prefix, rules, plan, record, feed)
@@ -176,8 +188,8 @@ def _steps(planned: Planned, text: Windows, progress: bool) -> Iterator[Step]:
         before = after
 
 
-def _measured(planned: Planned, text: Windows, progress: bool) -> nnx.Module:
-    """The model after all passes. Raises QualityError after the first that breaks the budget."""
+def _whole(planned: Planned, text: Windows | None, progress: bool, measured: bool) -> nnx.Module:
+    """The model after all passes. Raises QualityError after the first that breaks the budget, which counts from healing on."""
     budget, spent, tree = planned.recipe.max_kl, {}, None
     unseen = {r.name for r in planned.records if registry.PASSES[r.name].axis == Axis.DROP}
     if budget is not None and unseen:
@@ -185,14 +197,15 @@ def _measured(planned: Planned, text: Windows, progress: bool) -> nnx.Module:
             f"recipe.max_kl: {', '.join(unseen)} throws cached tokens away, which one forward does not show; leave max_kl out, "
             "and measure with `optx eval --paged`"
         )
+    unhealed = bool(planned.recipe.heal)
     for step in _steps(planned, text, progress):
-        tree = step.after
-        if step.record.exact or step.record.name in unseen:
+        tree, unhealed = step.after, unhealed and step.record.stage != Stage.HEAL
+        if not measured or step.record.exact or step.record.name in unseen:
             continue
         step = dataclasses.replace(step, sites=sites_called(step, text[0]))
         step.record.quality = measure(step, text[:WINDOWS])
         spent[step.record.name] = step.record.quality.kl
-        if budget is not None and not step.record.quality.kl <= budget:  # also where it is no number
+        if budget is not None and not unhealed and not step.record.quality.kl <= budget:  # also where it is no number
             raise _broken(budget, spent, step, _blame(step, text[:1], "applied"))
     return planned.source.load() if tree is None else tree
 

@@ -4,10 +4,11 @@ import dataclasses
 import enum
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from optx.errors import RecipeError, did_you_mean
@@ -35,6 +36,7 @@ class Axis(enum.StrEnum):
     WEIGHTS = "weights"  # which weights a token touches: MoE
     REPLACE = "replace"  # attention replaced by a state: SSM
     LAYOUT = "layout"  # the same numbers, arranged for the kernels
+    QUALITY = "quality"  # nothing: what other passes have cost is won back
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,15 @@ class PassOptions:
     def needs(self) -> frozenset[str]:
         """What the pass reads of the site's inputs, by its name in STATISTICS; empty: it works without calibration text."""
         return frozenset()
+
+    @property
+    def unresolved(self) -> bool:
+        """Whether something is left to be measured on the whole model before the pass can run on weights."""
+        return False
+
+    def resolved(self, model: nnx.Module, windows: Sequence[np.ndarray]) -> "PassOptions":
+        """With that measured on the uncompiled model and calibration text, int32[1, T] each."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +133,15 @@ class Pass:
     stage: Stage
     exact: bool
     doc: str
+    needs_healing: bool = False  # its start is training-free, and distillation (stage heal) is meant to follow
 
 
 PASSES: dict[str, Pass] = {}
 
 
-def register(name: str, *, axis: Axis, stage: Stage, options: type[PassOptions], exact: bool) -> Callable:
+def register(
+    name: str, *, axis: Axis, stage: Stage, options: type[PassOptions], exact: bool, needs_healing: bool = False
+) -> Callable:
     """Declares a pass. The annotation of the function's second parameter is the module type that it matches."""
 
     def wrap(function: Rewrite) -> Rewrite:
@@ -146,6 +160,7 @@ def register(name: str, *, axis: Axis, stage: Stage, options: type[PassOptions],
             stage=stage,
             exact=exact,
             doc=inspect.cleandoc(function.__doc__ or ""),
+            needs_healing=needs_healing,
         )
         return function
 

@@ -7,6 +7,7 @@ from optx.cost import StepBytes
 from optx.estimate import AGAIN, Estimate, by_op
 from optx.ir import size_text
 from optx.pipeline import Record, flat_errors
+from optx.registry import Stage
 from optx.target import Target
 
 
@@ -50,6 +51,35 @@ def quality_text(records: Sequence[Record]) -> str:
         worst += [f"{name} changes most the output of: {sites}"] if sites else []
     title = f"quality against the uncompiled model, {measured[0][1].tokens:,} calibration tokens"
     return "\n".join([title, table(QUALITY_HEADER, rows), *worst])
+
+
+def unhealed_text(records: Sequence[Record]) -> str:
+    """Says which passes are meant to be healed and are not; '' where all are."""
+    names = [record.name for record in records if record.needs_healing]
+    if not names or any(record.stage == Stage.HEAL for record in records):
+        return ""
+    return (
+        f"not healed: {', '.join(names)} start training-free and lose quality that distillation wins back; add "
+        "'heal: [{pass: distill, text: [FILE]}]' to the recipe, or run optx heal"
+    )
+
+
+def healing_text(records: Sequence[Record]) -> str:
+    """What conversion cost before and after healing, and the bytes that it saves; '' where nothing was healed."""
+    lines = []
+    for h in (record.healing for record in records if record.healing is not None):
+        won = f", {1 - h.kl[1] / h.kl[0]:.1%} won back" if h.kl[0] > 0 else ""
+        base, before, after = h.perplexity
+        weights, caches = (" -> ".join(map(size_text, sizes)) for sizes in (h.weight_bytes, h.kv_bytes))
+        lines += [
+            f"healing: {h.steps:,} steps, {h.tokens:,} tokens in {h.seconds:,.0f} s, {h.moved:,} numbers moved",
+            f"  held-out KL {h.kl[0]:.4g} -> {h.kl[1]:.4g} nats a token{won}",
+            f"  held-out perplexity {before:.4g} -> {after:.4g}, uncompiled {base:.4g}",
+            f"  weights {weights}, caches of one sequence of the whole context {caches}",
+            f"  log and curves: {h.folder}",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 WORST = 3  # sites that the report names
@@ -184,6 +214,7 @@ class Report:
             parts += [table(HEADER, pass_rows(self.records)), ""]
         if any(record.quality for record in self.records):
             parts += [quality_text(self.records), ""]
+        parts += [line for line in (unhealed_text(self.records), healing_text(self.records)) if line]
         parts += [f"{name} skipped sites: {reason}" for name, reason in _skipped(self.records)]
         parts += ["kernels:", *(f"  {line}" for line in self.kernels.splitlines())]
         return "\n".join(parts)
@@ -210,5 +241,6 @@ def record_dict(record: Record) -> dict:
         "kv_bytes_per_token": {"before": record.cache_bytes[0], "after": record.cache_bytes[1]},
         "error": None if error is None else {"mean": error[0], "max": error[1]},
         "quality": record.quality and dataclasses.asdict(record.quality),
+        "healing": record.healing and dataclasses.asdict(record.healing),
         "seconds": record.seconds,
     }

@@ -15,6 +15,7 @@ FOLDERS = {"optx": "optx", "models": "optx.models", "configs": "optx.configs"}
 
 # Rooms (a module or a folder of optx) and the rooms that each may import besides itself. A new room needs a line.
 LEAVES = {"errors", "formats", "tensor", "pools", "cache", "near", "ragged"}
+HEAL = {"heal_data", "heal_loss", "heal_memory", "heal_phases", "heal_plot", "heal_run", "heal_state"}
 SEARCH = {"search_space", "search_cost", "search_meter", "search_solve"}
 ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     # What tensors and caches are.
@@ -45,7 +46,29 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "watch": {"ir"},
     "calibrate": {"cache", "errors", "ir", "nn", "registry", "watch"},
     "resume": {"calibrate", "checkpoint", "errors", "ir", "pipeline", "recipe"},
-    "quality": {"resume", "calibrate", "errors", "ir", "evaluate", "lower", "pipeline", "recipe", "registry", "watch"},
+    "lora": {"ir", "nn"},
+    "heal_loss": {"cache", "ir", "nn"},
+    "heal_phases": {"errors", "passes"} | HEAL,
+    "heal_data": {"engine", "errors", "evaluate", "lower", "passes", "target"},
+    "heal_state": {"errors", "pipeline", "strict"},
+    "heal_plot": {"pipeline", "png_report"} | HEAL,
+    "heal_memory": {"errors", "ir", "lora", "passes", "target"} | HEAL,
+    "heal_run": {"checkpoint", "errors", "ir", "nn", "passes", "pipeline"} | HEAL,
+    "heal": {"checkpoint", "errors", "ir", "lora", "passes", "pipeline", "report", "tensor"} | HEAL,
+    "resolve": {"checkpoint", "errors", "quality", "recipe", "registry"},
+    "quality": {
+        "calibrate",
+        "errors",
+        "evaluate",
+        "heal",
+        "ir",
+        "lower",
+        "pipeline",
+        "recipe",
+        "registry",
+        "resume",
+        "watch",
+    },
     "bisect": {"checkpoint", "errors", "ir", "lower", "pipeline", "quality", "recipe", "registry"},
     "legality": {"errors", "legality_eviction", "legality_facts", "legality_heads", "legality_scales", "pipeline"}
     | {"registry", "recipe"},
@@ -59,7 +82,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "predict": {"cost", "lower", "target"},
     "estimate": {"cost", "cost_mesh", "ir", "predict", "target"},
     "measured": {"errors", "strict"},
-    "report": {"ir", "target", "cost", "estimate", "pipeline"},
+    "report": {"ir", "target", "cost", "estimate", "pipeline", "registry"},
     "report_data": {
         *(
             "ir",
@@ -83,7 +106,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "ablate_plot": {"ablate_table", "ir"},
     "kept": {"configs", "errors", "strict"},
     "ablate": {"ablate_config", "ablate_table", "api", "checkpoint", "cost", "errors", "evaluate", "ir", "kept"}
-    | {"lower", "optx", "pipeline", "recipe", "report", "target", "tensor"},
+    | {"heal", "heal_data", "lower", "optx", "pipeline", "recipe", "registry", "report", "target", "tensor"},
     "plan_table": {"api", "cost", "cost_mesh", "ir", "legality", "report"},
     "slo": {"errors", "ir"},
     "search": {"api", "checkpoint", "errors", "quality", "recipe", "slo", "target"} | SEARCH,
@@ -131,6 +154,7 @@ COMMAND_LINE = {
     "cli_bisect",
     "cli_ablate",
     "cli_flags",
+    "cli_heal",
     "cli_plan",
     "cli_report",
     "cli_retrieval",

@@ -150,3 +150,21 @@ def test_refuses(change, error, said):
     given |= {"group_sizes": jnp.zeros(3, jnp.int32), **change}
     with pytest.raises(error, match=f"grouped_matmul.*{said}"):
         kernel.grouped_matmul(given.pop("x"), given.pop("w"), given.pop("group_sizes"), **given)
+
+
+def test_gradients():
+    """Of tokens and of a dense weight, against a matrix picked for each token; rows past the groups' have none."""
+    rng = np.random.default_rng(0)
+    x, w, slope = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((13, 5), (4, 5, 3), (13, 3)))
+    sizes, owner = jnp.asarray([3, 0, 6, 2]), np.repeat(np.arange(5), [3, 0, 6, 2, 2])
+
+    def picked(x, w):
+        whole = jnp.concatenate([w, jnp.zeros((1, 5, 3))])
+        return jnp.sum(jnp.einsum("td,tdf->tf", x, whole[owner]) * slope)
+
+    def grouped(x, w):
+        return jnp.sum(reference.grouped_matmul(x, w, sizes) * slope)
+
+    for found, want in zip(jax.jit(jax.grad(grouped, (0, 1)))(x, w), jax.grad(picked, (0, 1))(x, w)):
+        assert relative_error(found, want) < 1e-5
+    assert not np.any(np.asarray(jax.grad(grouped)(x, w))[11:])

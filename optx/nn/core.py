@@ -32,17 +32,32 @@ def param(shape, dtype, axes: tuple[str | None, ...], rngs: nnx.Rngs | None, ini
     return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
 
 
+class Adapter(nnx.Module):
+    """y = scale x @ down @ up with down [D, R], up [R, F]: what low-rank adaptation adds to a projection (LoRA, Hu et al. 2021,
+    arXiv:2106.09685). Of concrete parts: up starts at 0."""
+
+    def __init__(self, d, f, rank, *, scale=1.0, dtype="float32", rngs):
+        self.down = param((d, rank), dtype, ("embed", None), rngs)
+        self.up = param((rank, f), dtype, (None, "mlp"), rngs, nnx.initializers.zeros)
+        self.scale = scale
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.down.get_value() @ self.up.get_value() * jnp.asarray(self.scale, x.dtype)
+
+
 class Linear(nnx.Module):
-    """y = x @ weight + bias with weight [D, F], dense or quantized."""
+    """y = x @ weight + bias with weight [D, F], dense or quantized; where there is one, what an adapter adds."""
 
     def __init__(self, d, f, *, bias=False, dtype="float32", axes=("embed", "mlp"), rngs=None):
         self.weight = param((d, f), dtype, axes, rngs)
         self.bias = param((f,), dtype, axes[1:], rngs, nnx.initializers.zeros) if bias else None
         self.activations: Format | None = None  # that rows of x are rounded to before a packed weight; None: x as it is
+        self.adapter: Adapter | None = None
         self.choices: tuple[OpChoice, ...] = ()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = contract(x, self.weight.get_value(), self.choices, self.activations)
+        y = y if self.adapter is None else y + self.adapter(x)
         return y if self.bias is None else y + self.bias.get_value()
 
     def op_sites(self) -> tuple[OpSite, ...]:

@@ -3,6 +3,7 @@
 from optx import registry
 from optx.passes import (
     awq,
+    distill,
     evict_kv,
     fuse_projections,
     gptq,
@@ -23,6 +24,7 @@ from optx.passes import (
 
 ORDER = (
     sliding_window,  # attention: reads
+    distill,  # heal: what conversions have cost is trained back
     split_key_bias,  # fold: bits of keys, exact
     rotate,  # fold: outliers spread, offline
     smoothquant,  # fold: outliers moved into weights, calibrated

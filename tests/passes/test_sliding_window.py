@@ -1,15 +1,18 @@
 """sliding_window: chosen layers see the newest tokens and the sinks, and keep no others."""
 
 import families
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import optx
 from optx import ir
+from optx.cache import Ragged
+from optx.checkpoint.source import from_module
 from optx.engine.pages import PagePool, PageTable
-from optx.errors import PassError
+from optx.errors import PassError, RecipeError
 from optx.passes.quantize_kv import QuantizeKV
-from optx.passes.sliding_window import SlidingWindow
+from optx.passes.sliding_window import SlidingWindow, far_mass
 from optx.recipe import Recipe
 
 BEFORE = """\
@@ -157,3 +160,64 @@ def test_stacks_with_a_packed_cache():
     tokens = families.prompt(20)
     want = families.oracle(model, tokens, dense_mask(model, 20, 5, 1))
     assert 1e-4 < families.relative(families.incremental(tree, tokens, page_size=2), want) < 0.02
+
+
+# Chosen by what is measured
+
+
+def attention_of(model, tokens):
+    """float64[N, T, T] a layer, by plain numpy."""
+    found = []
+    x = np.asarray(model.embed.table.get_value(), np.float64)[tokens]
+    ragged = Ragged.dense(1, len(tokens))
+    for layer in model.layers:
+        attn = layer.mixer
+        q, k, _ = attn.turned(layer.norm(jnp.asarray(x, jnp.float32)), ragged.positions)
+        q, k = (np.asarray(part, np.float64) for part in (q, k))
+        logits = np.einsum("qnh,snh->nqs", q, np.repeat(k, attn.heads // attn.kv_heads, 1)) * attn.scale
+        logits = np.where(np.tril(np.ones((len(tokens),) * 2, bool)), logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        found.append(weights / weights.sum(-1, keepdims=True))
+        x = np.asarray(layer(jnp.asarray(x, jnp.float32), ragged, None)[0])
+    return found
+
+
+def test_mass_beyond_a_window():
+    """Against plain numpy: queries that a window cuts, keys that it hides."""
+    model, tokens, window, sinks = families.concrete("llama"), families.prompt(24), 5, 2
+    found = far_mass(model, [np.asarray([tokens])], window, sinks)
+    at = np.arange(24)
+    hidden = (at[:, None] - at >= window) & (at >= sinks)
+    want = [(weights * hidden).sum(-1)[:, window + sinks :].mean() for weights in attention_of(model, tokens)]
+    assert list(found) == [0, 1]
+    assert list(found.values()) == pytest.approx(want, rel=1e-4) and 0.05 < min(want) < max(want) < 1
+
+
+def test_layers_that_attend_far_stay_global():
+    """Two of four layers: not those that stay by place, and bytes as planned."""
+    model = families.concrete("llama", num_hidden_layers=4)
+    source = from_module(model, "tiny", families.tokenizer())
+    text = "A text that is long enough for a window of some tokens to hide some of it. " * 3
+    rule = SlidingWindow(window=6, sinks=1, keep_every=2, by="mass")
+    mass = far_mass(model, optx.quality.windows(text, source), 6, 1)
+    compiled = optx.compile(source, Recipe(attention=(rule,)), calibration=text, measured=False)
+    stays = sorted(sorted(mass, key=mass.__getitem__)[2:])
+    assert [i for i, (window, _) in enumerate(windows(compiled.tree)) if window is None] == stays != [1, 3]
+    resolved = compiled.plan.recipe.attention[0]
+    assert resolved.layers == tuple(sorted(set(range(4)) - set(stays))) and not resolved.unresolved
+    planned = optx.plan(source, Recipe(attention=(rule,)))
+    assert planned.tree.cache_plan().bytes(1, 100) == compiled.tree.cache_plan().bytes(1, 100)
+    assert "which ones, calibration text says" in str(planned.records[0].skipped)
+
+
+def test_mass_that_cannot_be_measured():
+    source = from_module(families.concrete("llama"), "tiny", families.tokenizer())
+    mass = Recipe(attention=(SlidingWindow(window=6, keep_every=2, by="mass"),))
+    with pytest.raises(RecipeError, match="sliding_window: what it leaves to be measured needs a text"):
+        optx.compile(source, mass)
+    with pytest.raises(PassError, match="texts of 8 tokens, of which a window of 6 and 4 sinks hides none"):
+        optx.compile(source, mass, calibration="8 tokens")
+    with pytest.raises(PassError, match="give it, and no layers"):
+        optx.compile(source, Recipe(attention=(SlidingWindow(window=6, by="mass"),)), calibration="8 tokens")
+    with pytest.raises(RecipeError, match=r"attention\[0\]: sliding_window leaves something to be measured"):
+        list(optx.quality.blocks(optx.plan(source, mass)))

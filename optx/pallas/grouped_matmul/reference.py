@@ -34,10 +34,35 @@ def grouped_matmul(x: jax.Array, w: Tensor, group_sizes: jax.Array) -> jax.Array
 
     x [T, D] sorted by expert; w [E, D, F] dense or QTensor; group_sizes int32[E], sum at most T: rows past it give 0
     (of a larger sum only the first T rows count). -> [T, F] in x's dtype, accumulated in float32.
-    Experts without rows are neither read nor dequantized.
+    Experts without rows are neither read nor dequantized. Differentiable in x and in a dense w.
     Raises: OptxError for shapes that do not fit.
     """
     check(x, w, group_sizes)
+    return _product(x, w, group_sizes) if is_qtensor(w) else _differentiable(x, w, group_sizes)
+
+
+@jax.custom_vjp
+def _differentiable(x, w, group_sizes):
+    """Its loops run as often as data says, which jax does not turn around itself."""
+    return _product(x, w, group_sizes)
+
+
+def _forward(x, w, group_sizes):
+    return _product(x, w, group_sizes), (x, w, group_sizes)
+
+
+def _backward(kept, slope):
+    """dx[t] = dy[t] @ w[e(t)]^T, dw[e] = sum over e's rows of x[t]^T dy[t]."""
+    x, w, group_sizes = kept
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes.astype(jnp.int32), 0)), x.shape[0])
+    _, pull = jax.vjp(lambda w: jax.lax.ragged_dot(x, w.astype(x.dtype), jnp.diff(ends, prepend=0)), w)
+    return _product(slope, jnp.swapaxes(w, 1, 2), group_sizes), *pull(slope), None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _product(x, w, group_sizes):
     tokens, (experts, _, f) = x.shape[0], w.shape
     if not tokens or not experts:
         return jnp.zeros((tokens, f), x.dtype)
