@@ -86,7 +86,8 @@ class SeenBlock:
     """The same of the projections inside a larger part, by path in it; where `inputs` is needed, what enters the part."""
 
     parts: Mapping[str, Seen]
-    inputs: tuple = ()  # arguments of calls of the part, a chunk of windows each
+    # Arguments of calls of the part, a chunk of windows each; in place of a view what the layer whose cache it reads left there.
+    inputs: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,12 +123,15 @@ class Pass:
     stage: Stage
     exact: bool
     doc: str
+    needs_healing: bool = False  # its start is training-free, and distillation (stage heal) is meant to follow
 
 
 PASSES: dict[str, Pass] = {}
 
 
-def register(name: str, *, axis: Axis, stage: Stage, options: type[PassOptions], exact: bool) -> Callable:
+def register(
+    name: str, *, axis: Axis, stage: Stage, options: type[PassOptions], exact: bool, needs_healing: bool = False
+) -> Callable:
     """Declares a pass. The annotation of the function's second parameter is the module type that it matches."""
 
     def wrap(function: Rewrite) -> Rewrite:
@@ -146,6 +150,7 @@ def register(name: str, *, axis: Axis, stage: Stage, options: type[PassOptions],
             stage=stage,
             exact=exact,
             doc=inspect.cleandoc(function.__doc__ or ""),
+            needs_healing=needs_healing,
         )
         return function
 

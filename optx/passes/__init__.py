@@ -6,6 +6,7 @@ from optx.passes import (
     evict_kv,
     fuse_projections,
     gptq,
+    gqa,
     kivi,
     lossless,
     oscar,
@@ -14,6 +15,7 @@ from optx.passes import (
     quantize_weights,
     rotate,
     rotate_online,
+    share_kv,
     sliding_window,
     smoothquant,
     split_key_bias,
@@ -22,6 +24,8 @@ from optx.passes import (
 )
 
 ORDER = (
+    gqa,  # structure: fewer kv heads, calibrated
+    share_kv,  # structure: one cache for several layers, calibrated
     sliding_window,  # attention: reads
     split_key_bias,  # fold: bits of keys, exact
     rotate,  # fold: outliers spread, offline
