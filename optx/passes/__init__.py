@@ -9,6 +9,7 @@ from optx.passes import (
     gqa,
     kivi,
     lossless,
+    mla,
     oscar,
     quantize_activations,
     quantize_kv,
@@ -27,6 +28,7 @@ ORDER = (
     gqa,  # structure: fewer kv heads, calibrated
     share_kv,  # structure: one cache for several layers, calibrated
     sliding_window,  # attention: reads
+    mla,  # attention: one latent for all heads, calibrated
     split_key_bias,  # fold: bits of keys, exact
     rotate,  # fold: outliers spread, offline
     smoothquant,  # fold: outliers moved into weights, calibrated

@@ -10,9 +10,7 @@ from optx import ir
 from optx.errors import PassError
 from optx.ir import replace
 from optx.nn.attention import Attention
-from optx.passes.head_moments import (
-    Moments, by_head, check_plain, moments, of_width, pairs_of, principal, readers, turn, value_metrics, with_rows,
-)  # fmt: skip
+from optx.passes import head_moments as heads
 from optx.registry import Axis, PassOptions, Site, Skipped, Stage, register
 
 TINY = np.finfo(float).tiny
@@ -52,7 +50,7 @@ def gqa(site: Site, attn: Attention, opt: Gqa) -> Attention | Skipped:
     where the pooled heads are equal up to such maps. Keys under a norm keep their directions and are averaged; so are values
     under a gate.
     """
-    if reason := check_plain(site, attn, "gqa"):
+    if reason := heads.check_plain(site, attn, "gqa"):
         return Skipped(reason)
     if attn.cache.share is not None:
         return Skipped(f"reads the cache of layer {attn.cache.share}")
@@ -64,10 +62,10 @@ def gqa(site: Site, attn: Attention, opt: Gqa) -> Attention | Skipped:
         )
     if ir.is_abstract(attn):
         width = opt.kv_heads * attn.head_dim
-        return _with(attn, opt, k=of_width(attn.k, width), v=of_width(attn.v, width))
+        return _with(attn, opt, k=heads.of_width(attn.k, width), v=heads.of_width(attn.v, width))
     if opt.pool == "mean":
         return merged(attn, opt, mean(attn, opt.kv_heads))
-    return merged(attn, opt, aligned(attn, opt.kv_heads, moments(site, attn, True, "gqa")))
+    return merged(attn, opt, aligned(attn, opt.kv_heads, heads.moments(site, attn, True, "gqa")))
 
 
 def _with(attn: Attention, opt: Gqa, **parts) -> Attention:
@@ -80,10 +78,10 @@ def merged(attn: Attention, opt: Gqa, merge: Merge) -> Attention:
     """The layer with its heads in the order of the groups, and pooled."""
     pooled = {}
     for name, maps in (("k", merge.keys), ("v", merge.values)):
-        rows = np.einsum("dgh,ghi->dgi", by_head(getattr(attn, name), attn.kv_heads), maps)
-        pooled[name] = with_rows(getattr(attn, name), np.stack([rows[:, g].sum(1) for g in merge.groups], axis=1))
+        rows = np.einsum("dgh,ghi->dgi", heads.by_head(getattr(attn, name), attn.kv_heads), maps)
+        pooled[name] = heads.with_rows(getattr(attn, name), np.stack([rows[:, g].sum(1) for g in merge.groups], axis=1))
     order = [g for group in merge.groups for g in group]
-    return _with(attn, opt, **readers(attn, order, merge.queries, merge.outputs), **pooled)
+    return _with(attn, opt, **heads.readers(attn, order, merge.queries, merge.outputs), **pooled)
 
 
 def mean(attn: Attention, kv_heads: int) -> Merge:
@@ -93,14 +91,14 @@ def mean(attn: Attention, kv_heads: int) -> Merge:
     return Merge(groups=groups, keys=same / size, queries=same, values=same / size, outputs=same)
 
 
-def aligned(attn: Attention, kv_heads: int, seen: Moments) -> Merge:
-    heads, d = attn.kv_heads, attn.head_dim
-    size = heads // kv_heads
-    losses = np.zeros((heads, heads))
-    for one, two in itertools.combinations(range(heads), 2):
+def aligned(attn: Attention, kv_heads: int, seen: heads.Moments) -> Merge:
+    count, d = attn.kv_heads, attn.head_dim
+    size = count // kv_heads
+    losses = np.zeros((count, count))
+    for one, two in itertools.combinations(range(count), 2):
         losses[one, two] = losses[two, one] = sum(_pooled(attn, seen, [one, two])[-1])
     groups = alike(losses, size)
-    out = {name: np.empty((heads, d, d)) for name in ("keys", "queries", "values", "outputs")}
+    out = {name: np.empty((count, d, d)) for name in ("keys", "queries", "values", "outputs")}
     for group in groups:
         for name, maps in zip(out, _pooled(attn, seen, group)[0], strict=True):
             out[name][group] = maps
@@ -120,7 +118,7 @@ def alike(losses: np.ndarray, size: int) -> list[list[int]]:
     return sorted(groups)
 
 
-def _pooled(attn: Attention, seen: Moments, group: list[int]):
+def _pooled(attn: Attention, seen: heads.Moments, group: list[int]):
     """((keys, queries, values, outputs) [m, H, H] of a group, shares of the keys' and values' weighted energy that it loses)."""
     d, width = attn.head_dim, attn.kv_heads * attn.head_dim
     asked = seen.queries.reshape(attn.kv_heads, -1, d, d).sum(1)[group]
@@ -128,7 +126,7 @@ def _pooled(attn: Attention, seen: Moments, group: list[int]):
     of_keys, of_values = (seen.stored[np.ix_(at + start, at + start)] for start in (0, width))
     keys, queries, lost_keys = _keys(attn, of_keys, asked)
     if attn.gate is None:
-        values, outputs, lost_values = _linear(of_values, value_metrics(attn)[group], d)
+        values, outputs, lost_values = _linear(of_values, heads.value_metrics(attn)[group], d)
     else:
         values, outputs, lost_values = _mean_maps(of_values, len(group), d)
     return (keys, queries, values, outputs), (lost_keys, lost_values)
@@ -141,16 +139,16 @@ def _keys(attn: Attention, moment: np.ndarray, asked: np.ndarray):
         return _mean_maps(moment, m, d)
     keys, queries, held, kept = np.zeros((m, d, d)), np.zeros((m, d, d)), 0.0, 0.0
     moment = moment.reshape(m, d, m, d)
-    for a, b in pairs_of(attn):
-        down, up, sizes = _plane(moment[:, [a, b]][..., [a, b]], asked[:, [a, b]][..., [a, b]])
+    for a, b in heads.pairs_of(attn):
+        down, up, sizes = _plane(moment, asked, np.array([a, b]))
         for g in range(m):
-            keys[g][np.ix_([a, b], [a, b])] = turn(down[g])
-            queries[g][np.ix_([a, b], [a, b])] = turn(up[g])
+            keys[g][np.ix_([a, b], [a, b])] = heads.turn(down[g])
+            queries[g][np.ix_([a, b], [a, b])] = heads.turn(up[g])
         held, kept = held + sizes.sum(), kept + sizes[-1]
-    rest = np.setdiff1d(np.arange(d), pairs_of(attn))
+    rest = np.setdiff1d(np.arange(d), heads.pairs_of(attn))
     if rest.size:
         block = moment[:, rest][..., rest].reshape(m * rest.size, -1)
-        down, up, sizes = principal(block, asked[:, rest][..., rest], rest.size)
+        down, up, sizes = heads.principal(block, asked[:, rest][..., rest], rest.size)
         for g in range(m):
             at = slice(g * rest.size, (g + 1) * rest.size)
             keys[g][np.ix_(rest, rest)], queries[g][np.ix_(rest, rest)] = down[at], up[:, at].T
@@ -158,19 +156,19 @@ def _keys(attn: Attention, moment: np.ndarray, asked: np.ndarray):
     return keys, queries, 1 - kept / max(held, TINY)
 
 
-def _plane(moment: np.ndarray, asked: np.ndarray):
-    """One frequency, moment [m, 2, m, 2] and queries' [m, 2, 2] -> (down complex[m], up complex[m], energies [m] ascending):
-    k' = sum_g down_g k_g and k_g ~ u_g k', which q conj(u_g) = q up_g reads."""
-    covariance = moment[:, 0, :, 0] + moment[:, 1, :, 1] + 1j * (moment[:, 1, :, 0] - moment[:, 0, :, 1])
-    weight = np.sqrt(np.maximum(np.trace(asked, axis1=1, axis2=2), TINY))
-    sizes, vectors = np.linalg.eigh(weight[:, None] * covariance * weight)
-    top = vectors[:, -1] * np.exp(-1j * np.angle(vectors[:, -1].sum()))
-    scale = np.sqrt(np.mean(np.abs(top / weight) ** 2))  # the pooled head is as large as those it stands for
-    return top.conj() * weight * scale, (top / weight).conj() / scale, sizes
+def _plane(moment: np.ndarray, asked: np.ndarray, pair: np.ndarray):
+    """One frequency -> (down complex[m], up complex[m], energies [m] ascending): k' = sum_g down_g k_g, and q up_g reads it."""
+    down, up, sizes = heads.planes(moment, asked, *pair[:, None], 1)
+    down, up = down.reshape(-1), up.reshape(-1)
+    scale = np.sqrt(
+        np.mean(np.abs(up) ** 2)
+    )  # the pooled head is as large as those it stands for, and turned as they are
+    turn = np.exp(-1j * np.angle(down.sum())) * scale
+    return down * turn, up * turn / scale**2, sizes
 
 
 def _linear(moment: np.ndarray, metrics: np.ndarray, d: int):
-    down, up, sizes = principal(moment, metrics, d)
+    down, up, sizes = heads.principal(moment, metrics, d)
     outputs = up.reshape(d, -1, d).swapaxes(0, 1)
     return down.reshape(-1, d, d), outputs, 1 - sizes[:d].sum() / max(sizes.sum(), TINY)
 

@@ -146,8 +146,8 @@ def principal(
     moment [n, n]: E[y y^T]; metrics: T T^T in blocks along y, damped. The whitened truncation of SVD-LLM (arXiv:2403.07378):
     T^T E[y y^T] T = Q S Q^T, down = T Q_r, up = Q_r^T T^-1, so no inverse of the moment is taken.
     """
-    roots = [_root(block) for block in metrics]
-    t, inverse = (_block_diagonal([pair[i] for pair in roots]) for i in range(2))
+    roots = [_root(block) for block in metrics if len(block)]
+    t, inverse = (block_diagonal([pair[i] for pair in roots]) for i in range(2))
     sizes, vectors = np.linalg.eigh(t.T @ moment @ t)
     top = vectors[:, ::-1][:, :rank]
     return t @ top, top.T @ inverse, sizes[::-1]
@@ -161,12 +161,34 @@ def _root(metric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (vectors * sizes) @ vectors.T, (vectors / sizes) @ vectors.T
 
 
-def _block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
-    ends = np.cumsum([len(block) for block in blocks])
-    out = np.zeros((ends[-1], ends[-1]))
-    for end, block in zip(ends, blocks, strict=True):
-        out[end - len(block) : end, end - len(block) : end] = block
+def block_diagonal(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    out = np.zeros(tuple(np.sum([block.shape for block in blocks], axis=0)))
+    row = column = 0
+    for block in blocks:
+        rows, columns = block.shape
+        out[row : row + rows, column : column + columns] = block
+        row, column = row + rows, column + columns
     return out
+
+
+def planes(moment: np.ndarray, asked: np.ndarray | None, first: np.ndarray, second: np.ndarray, count: int):
+    """Keys of K heads as complex numbers k_c = first + i second, c = (head, one of F pairs): their `count` principal components.
+
+    moment [K, H, K, H]; asked [K, H, H]: E[q q^T], whose energy an error is weighed by; None: all alike; first, second int[F].
+    -> (down, up complex[K, F, count], energies ascending): k' = sum_c down_c k_c, k_c ~ conj(up_c) k', and q' = q up_c.
+    """
+    aa, bb, ba, ab = (
+        moment[:, one][:, :, :, two].reshape(len(moment) * len(first), -1)
+        for one, two in ((first, first), (second, second), (second, first), (first, second))
+    )
+    weight = np.ones(len(aa))
+    if asked is not None:
+        energy = np.einsum("khh->kh", asked)
+        weight = np.sqrt(np.maximum(energy[:, first] + energy[:, second], np.finfo(float).tiny)).reshape(-1)
+    sizes, vectors = np.linalg.eigh(weight[:, None] * (aa + bb + 1j * (ba - ab)) * weight)
+    top = vectors[:, ::-1][:, :count].conj()
+    shape = (len(moment), len(first), count)
+    return (top * weight[:, None]).reshape(shape), (top / weight[:, None]).reshape(shape), sizes
 
 
 def pairs_of(attn: Attention) -> np.ndarray:

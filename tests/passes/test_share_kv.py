@@ -48,7 +48,7 @@ def test_the_same_in_other_coordinates_is_shared_exactly():
 
 @pytest.mark.parametrize(
     ("options", "owners"),
-    [({"factor": 2}, [0, 0, 2, 2]), ({"factor": 4}, [0, 0, 0, 0]), ({"producer": 1}, [0, 1, 1, 1]), ({"producer": -3}, [0, 1, 1, 1])],
+    [({"factor": 2}, [0, 0, 2, 2]), ({"factor": 4}, [0] * 4), ({"producer": 1}, [0, 1, 1, 1]), ({"producer": -3}, [0, 1, 1, 1])],
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_bytes_fall_by_the_layers_that_share(family, options, owners):
