@@ -257,13 +257,15 @@ def test_latents_are_packed_and_norms_stay(format_):
 
 def test_the_engine_decodes_what_the_forward_says(tmp_path):
     path, _ = families.hf_dir(tmp_path / "m", "qwen3", add_bos=True)
-    compiled = optx.compile(path, Recipe(attention=[Mla()]), target="cpu")
+    compiled = optx.compile(path, Recipe(attention=[Mla(rope="pca", least="weights")]), target="cpu")
     prompts = [[256, *families.prompt(n, seed=n)] for n in (9, 3)]
     for prompt, answer in zip(prompts, compiled.generate(prompts, optx.Sampling(max_tokens=5)), strict=True):
         seen = list(prompt)
         for token in answer:
             assert int(np.argmax(compiled.logits([seen])[0, -1])) == token
             seen.append(token)
+    again = optx.compile(optx.load(optx.export(compiled, tmp_path / "out")), None, target="cpu")
+    np.testing.assert_array_equal(again.logits([prompts[0]]), compiled.logits([prompts[0]]))
 
 
 @pytest.mark.parametrize(
