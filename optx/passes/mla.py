@@ -119,7 +119,7 @@ def _rotated(attn: Attention, opt: Mla, turned: int, where: str) -> tuple[int, i
     if not turned:
         return 0, 0, d
     if kept is None:
-        kept = turned // SHARES[opt.rope] // 2 * 2
+        kept = max(2, turned // SHARES[opt.rope] // 2 * 2)
     if opt.rope == "all":
         return k, turned, d - turned
     if opt.rope == "2_norm":

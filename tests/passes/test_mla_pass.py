@@ -15,8 +15,11 @@ from optx.legality import Guard
 from optx.nn import Attention
 from optx.nn.core import Linear
 from optx.nn.grouped_mla import GroupedMLA, PartialRope
+from optx.passes.gqa import Gqa
 from optx.passes.mla import Mla
 from optx.passes.quantize_kv import QuantizeKV
+from optx.passes.rotate import Rotate
+from optx.passes.smoothquant import SmoothQuant
 from optx.recipe import Recipe
 
 
@@ -241,6 +244,22 @@ def test_before_expected():
         "mixer: GroupedMLA heads=4 kv_heads=2 rank=32 slices=2 nope_dim=12 value_dim=16 scale=0.25 asked=16 "
         "cache=(latent float32)",
     ]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("fold", [Rotate(), SmoothQuant()], ids=["rotate", "smoothquant"])
+def test_folds_into_converted_layers_are_exact(family, fold):
+    """All that reads the stream is known: q, the latent's projection, and the keys whose norm is cached."""
+    model, tokens = families.concrete(family), families.prompt(16)
+    tree, _ = calibrated.through(model, Recipe(attention=[Mla()], fold=[fold]))
+    assert families.relative(families.forward(tree, tokens), families.forward(model, tokens)) < 1e-4
+
+
+def test_pooled_heads_are_converted():
+    model, tokens = families.concrete("llama"), families.prompt(16)
+    pooled, _ = calibrated.through(model, Recipe(structure=[Gqa(kv_heads=1)]))
+    both, _ = calibrated.through(model, Recipe(structure=[Gqa(kv_heads=1)], attention=[Mla()]))
+    assert families.relative(families.forward(both, tokens), families.forward(pooled, tokens)) < 1e-4
 
 
 @pytest.mark.parametrize("format_", ["int8", "int4"])
