@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "legality_heads": {"legality_facts", "nn", "passes"},
     "legality_scales": {"ir", "legality_facts", "passes", "tensor"},
     "legality_structure": {"legality_facts", "nn", "passes"},
+    "mla_ranks": {"calibrate", "errors", "ir", "passes", "pipeline", "recipe", "registry"},
     "legality_facts": {"cache", "errors", "formats", "ir", "nn", "passes", "pipeline", "registry", "tensor"},
     "lower": {"cache", "errors", "ir", "pallas", "target", "tensor"},
     "cost": {"cache", "ir", "target", "tensor"},

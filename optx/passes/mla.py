@@ -137,10 +137,7 @@ def _rotated(attn: Attention, opt: Mla, turned: int, where: str) -> tuple[int, i
 def filled(new: GroupedMLA, attn: Attention, opt: Mla, sizes: Sizes, seen: heads.Moments) -> GroupedMLA:
     """The layer with weights. Rows of weights are [D + 1, ...], the bias last."""
     k, d = attn.kv_heads, attn.head_dim
-    keys, values = (heads.by_head(part, k) for part in (attn.k, attn.v))
-    keys = keys if attn.k_norm is None else keys * heads.gain(attn.k_norm)
-    rows = np.concatenate([part.reshape(len(part), -1) for part in (keys, values)], axis=1)
-    frame = FRAMES[opt.rope](attn, sizes, seen, opt)
+    rows, frame = _rows(attn), FRAMES[opt.rope](attn, sizes, seen, opt)
     down, up = _truncated(attn, opt, sizes, seen, frame, rows)
     turned = rows[:, : k * d] @ frame.rotated
     q = heads.by_head(attn.q, attn.heads)
@@ -242,28 +239,49 @@ def _principal_keys(attn: Attention, sizes: Sizes, seen: heads.Moments, opt: Mla
 FRAMES = {"all": _all, "2_norm": _by_norm, "pca": _principal_keys}
 
 
+def _rows(attn: Attention) -> np.ndarray:
+    """float64[D + 1, 2KH]: weights of keys, with the gain of their norm, and of values; their biases last."""
+    keys, values = (heads.by_head(part, attn.kv_heads) for part in (attn.k, attn.v))
+    keys = keys if attn.k_norm is None else keys * heads.gain(attn.k_norm)
+    return np.concatenate([part.reshape(len(part), -1) for part in (keys, values)], axis=1)
+
+
 def _truncated(
     attn: Attention, opt: Mla, sizes: Sizes, seen: heads.Moments, frame: Frame, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(down [2KH, R], up [R, K (Hn + H)]): a latent of [keys, values], and of it each head's unrotated key and value."""
+    wanted = _wanted(attn, sizes, frame)
+    if sizes.rank == wanted.shape[1]:
+        return wanted, np.eye(sizes.rank)
+    if sizes.rank == sizes.full:
+        moment, metrics = wanted.T @ (rows.T @ rows) @ wanted, _alike(attn, sizes, seen, frame, None)
+    else:
+        moment, metrics = _weighed(attn, opt, sizes, seen, frame, rows)
+    down, up, _ = heads.principal(moment, metrics, sizes.rank)
+    return wanted @ down, up
+
+
+def spectrum(attn: Attention, opt: Mla, sizes: Sizes, seen: heads.Moments) -> np.ndarray:
+    """float64, descending: what each number of a latent would hold, as `least` counts."""
+    frame = FRAMES[opt.rope](attn, sizes, seen, opt)
+    return heads.principal(*_weighed(attn, opt, sizes, seen, frame, _rows(attn)), sizes.full)[2][: sizes.full]
+
+
+def _wanted(attn: Attention, sizes: Sizes, frame: Frame) -> np.ndarray:
+    """float64[2KH, K (Hn + H)]: of [keys, values] each head's unrotated key and its value."""
     k, d, n = attn.kv_heads, attn.head_dim, sizes.nope_dim
     wanted = np.zeros((2, k * d, k, n + d))
     wanted[0, ..., :n] = frame.kept.reshape(k * d, k, n)
     wanted[1, ..., n:] = np.eye(k * d).reshape(k * d, k, d)
-    wanted = wanted.reshape(2 * k * d, -1)
-    if sizes.rank == wanted.shape[1]:
-        return wanted, np.eye(sizes.rank)
-    plain = (
-        rows.T @ rows
-    )  # what inputs as white noise would give; text need not reach every direction, and full rank has all
-    if sizes.rank == sizes.full:
-        moment, metrics = wanted.T @ plain @ wanted, _alike(attn, sizes, seen, frame, None)
-    else:
-        text = _heard(attn, seen)
-        moment = wanted.T @ (text + TRACE * np.trace(text) / max(np.trace(plain), TINY) * plain) @ wanted
-        metrics = METRICS[opt.least](attn, sizes, seen, frame, moment)
-    down, up, _ = heads.principal(moment, metrics, sizes.rank)
-    return wanted @ down, up
+    return wanted.reshape(2 * k * d, -1)
+
+
+def _weighed(attn: Attention, opt: Mla, sizes: Sizes, seen: heads.Moments, frame: Frame, rows: np.ndarray):
+    """(E[w w^T], metrics by block) of what is wanted, with a trace of what inputs as white noise would give: text need not reach
+    every direction."""
+    wanted, text, plain = _wanted(attn, sizes, frame), _heard(attn, seen), rows.T @ rows
+    moment = wanted.T @ (text + TRACE * np.trace(text) / max(np.trace(plain), TINY) * plain) @ wanted
+    return moment, METRICS[opt.least](attn, sizes, seen, frame, moment)
 
 
 def _heard(attn: Attention, seen: heads.Moments) -> np.ndarray:
