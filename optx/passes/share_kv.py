@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from scipy.optimize import linear_sum_assignment
 
 from optx import ir
 from optx.errors import PassError
@@ -68,6 +67,8 @@ def producer_of(site: Site, opt: ShareKV) -> int | None:
 
 def _fitted(site: Site, attn: Attention) -> dict:
     """q, o and sinks for the producer's heads. Raises PassError without calibration text behind the producer."""
+    from scipy.optimize import linear_sum_assignment  # slow to load
+
     calls = site.seen.inputs if isinstance(site.seen, SeenBlock) else ()
     if not calls or any(pool is None for *_, pool in calls):
         raise PassError(f"share_kv at {site.path}: no statistics of its inputs; compile with calibration text")
