@@ -22,15 +22,12 @@ TRACE = 1e-6  # of the moments of weights in those of text
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mla(PassOptions):
     rank: int | None = None  # numbers of a latent, without rotated keys; None: by kv_cut
-    kv_cut: float | None = (
-        None  # share of the cache's bytes that goes, all that is cached counted; None: by rank, or full rank
-    )
+    # Share of the cache's bytes that goes, all that is cached counted; None: by rank, or full rank.
+    kv_cut: float | None = None
     # Which keys stay rotated: all of them; of each kv head the pairs that matter most; one key for all heads (DeepSeek's form).
     rope: Literal["all", "2_norm", "pca"] = "all"
-    rope_dim: int | None = (
-        None  # rotated numbers that stay, with 2_norm of each kv head, with pca of the one; None: a quarter of
-    )
-    # a head's with 2_norm, half with pca
+    # Rotated numbers that stay: with 2_norm of each kv head, None a quarter of them; with pca of the one key, None half a head's.
+    rope_dim: int | None = None
     # What truncation minimises: the error of weights, or on calibration text that of keys and values made equally large, or of
     # what attention makes of them.
     least: Literal["weights", "keys_and_values", "attention"] = "attention"
@@ -91,7 +88,7 @@ def sizes_of(attn: Attention, opt: Mla, where: str) -> Sizes:
     k, d, turned = attn.kv_heads, attn.head_dim, 0 if attn.rope is None else attn.rope.dim
     slices, rope_dim, nope_dim = _rotated(attn, opt, turned, where)
     inputs = attn.q.weight.get_value().shape[0] + (attn.k.bias is not None or attn.v.bias is not None)
-    gone = rope_dim if slices == 1 < k or opt.rope == "pca" else 0
+    gone = rope_dim if opt.rope == "pca" else 0  # what is rotated is taken out of the others
     full = min(inputs, k * (nope_dim + d) - gone)
     if opt.rank is not None and opt.kv_cut is not None:
         raise PassError(f"{where}: rank {opt.rank} and kv_cut {opt.kv_cut:g}; allowed: one of them")

@@ -84,9 +84,9 @@ def _fitted(site: Site, attn: Attention) -> dict:
         queries[read, own], of_keys = _key_map(attn, *(part[read] for part in keys[:2]), own)
         outputs[read, own], of_values = _value_map(attn, *(part[read] for part in values[:2]), own)
         gain[read, own] = of_keys / max(keys[2][own], TINY) + of_values / max(values[2][own], TINY)
-    read, order = linear_sum_assignment(gain, maximize=True)
-    own = np.argsort(order)  # which head of the other layer each of the layer's own takes
-    return readers(attn, order, queries[own, range(heads)], outputs[own, range(heads)])
+    _, order = linear_sum_assignment(gain, maximize=True)
+    taken = np.argsort(order)  # the head of the other layer that each of the own becomes
+    return readers(attn, order, queries[taken, range(heads)], outputs[taken, range(heads)])
 
 
 @functools.lru_cache(maxsize=64)
