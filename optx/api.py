@@ -15,6 +15,7 @@ from optx import evaluate, evaluate_paged, heal, ir, legality, lower, pipeline, 
 from optx import target as targets
 from optx.checkpoint import export as exports
 from optx.checkpoint.export_ct import write_compressed_tensors
+from optx.checkpoint.export_deepseek import write_deepseek
 from optx.checkpoint.export_hf import write_hf
 from optx.checkpoint.source import Source, from_module, open_config, open_gguf, open_hf
 from optx.configs import model_names, model_path
@@ -375,14 +376,15 @@ def check_ids(ids: np.ndarray, vocab: int) -> None:
         raise RequestError(f"token id {int(bad.flat[0])} is outside the vocabulary; allowed: 0 to {vocab - 1}")
 
 
-CHECKPOINTS = {"hf": write_hf, "compressed-tensors": write_compressed_tensors}
+CHECKPOINTS = {"hf": write_hf, "compressed-tensors": write_compressed_tensors, "deepseek": write_deepseek}
 
 
 def export(model: Compiled | Source, folder: str | Path, *, format: str = "optx", overwrite: bool = False) -> Path:
     """Writes a model to a folder that appears whole or not at all.
 
     format: "optx", a compiled model that `load` gives back with bit-equal logits; "hf", a dense Hugging Face checkpoint,
-    also of a loaded model; "compressed-tensors", the same with weights as they are packed, for vLLM and SGLang.
+    also of a loaded model; "compressed-tensors", the same with weights as they are packed, for vLLM and SGLang; "deepseek", one
+    whose attention was turned into MLA with one rotated key, as a `deepseek_v3` checkpoint.
     Raises CheckpointError when the folder is occupied, and for what the format cannot hold.
     """
     if format not in (known := ("optx", *CHECKPOINTS)):

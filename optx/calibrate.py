@@ -154,7 +154,7 @@ def _sweep(graph, treedef, how, length, projections, whole, needs):
                 one = _sums(args, experts[path], needs)
                 found[path] = one if path not in found else _add(found[path], one)
             if path in whole:
-                calls[path] = args
+                calls[path] = tuple(a.pool if isinstance(a, View) else a for a in args)
             return call(*args)
 
         watch(block, sorted({*experts, *whole}), note)

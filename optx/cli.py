@@ -169,10 +169,11 @@ VERBS = (
         flags=(
             Flag(
                 name="format",
-                allowed=("hf", "compressed-tensors", "gguf"),
+                allowed=("hf", "compressed-tensors", "deepseek", "gguf"),
                 required=True,
                 help="hf: dense safetensors for transformers; compressed-tensors: weights as they are packed, for vLLM and "
-                "SGLang. The other is not supported yet",
+                "SGLang; deepseek: what the pass mla converted with one rotated key, as deepseek_v3. The other is not supported "
+                "yet",
             ),
             Flag(name="out", value="DIR", required=True, help="folder of the checkpoint; appears whole or not at all"),
             OVERWRITE,

@@ -142,7 +142,7 @@ def speculation(how: str | None) -> optx.Speculation | None:
 
 def export(model: str, *, weights, dtype, format, out, overwrite) -> None:
     if format == "gguf":
-        raise UsageError(f"export --format {format}: not supported yet; supported: hf, compressed-tensors")
+        raise UsageError(f"export --format {format}: not supported yet; supported: hf, compressed-tensors, deepseek")
     check_free(Path(out), overwrite)
     source = optx.load(model, weights, dtype)
     optx.export(source, out, format=format, overwrite=overwrite)

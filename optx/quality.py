@@ -27,7 +27,7 @@ from optx.errors import QualityError, RecipeError, RequestError, did_you_mean, n
 from optx.lower import Program
 from optx.pipeline import Quality, Record
 from optx.recipe import Calibration, Recipe
-from optx.registry import Axis, Stage
+from optx.registry import Axis, Site, Stage
 from optx.resume import Work
 from optx.watch import watch
 
@@ -347,8 +347,10 @@ def _output(y):
 
 
 def sites_called(step: Step, tokens: np.ndarray) -> tuple[str, ...]:
-    """The step's sites that the forward calls; for one that it does not, the nearest module around it that it does."""
-    program = Program.of(step.before)
+    """The step's sites that the forward calls; for one that it does not, the nearest module around it that it does. Without
+    those of layers that only now read another's cache: called as before, they have nothing to read."""
+    program, plans = Program.of(step.before), [tree.cache_plan() for tree in (step.before, step.after)]
+    readers = {i for i in range(len(plans[0].specs)) if plans[0].owner(i) != plans[1].owner(i)}
 
     def called(paths: set[str]) -> set[str]:
         met = set()
@@ -365,7 +367,7 @@ def sites_called(step: Step, tokens: np.ndarray) -> tuple[str, ...]:
         jax.eval_shape(forward, program.leaves, tokens)
         return met
 
-    paths = set(step.sites)
+    paths = {path for path in step.sites if Site(path=path, layers=len(step.before.layers)).layer not in readers}
     while paths - (met := called(paths)):
         paths = met | {path.rpartition("/")[0] for path in paths - met} - {""}
     order = {path: i for i, (path, _) in enumerate(ir.walk(step.before))}

@@ -97,7 +97,8 @@ class SeenBlock:
     """The same of the projections inside a larger part, by path in it; where `inputs` is needed, what enters the part."""
 
     parts: Mapping[str, Seen]
-    inputs: tuple = ()  # arguments of calls of the part, a chunk of windows each
+    # Arguments of calls of the part, a chunk of windows each; in place of a view what the layer whose cache it reads left there.
+    inputs: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

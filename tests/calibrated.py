@@ -18,7 +18,7 @@ def windows(tree: nnx.Module, count: int = 4, length: int = 32, seed: int = 0) -
 def through(tree: nnx.Module, recipe: Recipe, text=None) -> tuple[nnx.Module, list[pipeline.Record]]:
     """The tree after all passes, and their records. text: windows; None: random ones."""
     planned, records = pipeline.run(ir.abstract(tree), recipe, [Guard(recipe)])
-    feed, out = Feed(tree, windows(tree) if text is None else text), ir.shallow(tree)
+    feed, out = Feed(planned[-1], windows(tree) if text is None else text), ir.shallow(tree)
     for prefix in ("embed", *(f"layers/{i}" for i in range(len(tree.layers))), "norm"):
         ir.put(out, prefix, pipeline.apply_block(ir.get(tree, prefix), prefix, recipe, planned, records, feed))
     return out, records

@@ -71,10 +71,12 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     },
     "bisect": {"checkpoint", "errors", "ir", "lower", "pipeline", "quality", "recipe", "registry"},
     "legality": {"errors", "legality_eviction", "legality_facts", "legality_heads", "legality_scales", "pipeline"}
-    | {"registry", "recipe"},
+    | {"legality_structure", "registry", "recipe"},
     "legality_eviction": {"legality_facts", "passes"},
     "legality_heads": {"legality_facts", "nn", "passes"},
     "legality_scales": {"ir", "legality_facts", "passes", "tensor"},
+    "legality_structure": {"legality_facts", "nn", "passes"},
+    "mla_ranks": {"calibrate", "errors", "ir", "passes", "pipeline", "recipe", "registry"},
     "legality_facts": {"cache", "errors", "formats", "ir", "nn", "passes", "pipeline", "registry", "tensor"},
     "lower": {"cache", "errors", "ir", "pallas", "target", "tensor"},
     "cost": {"cache", "ir", "target", "tensor"},

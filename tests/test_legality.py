@@ -20,6 +20,7 @@ from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
 from optx.passes.rotate import Rotate
 from optx.passes.rotate_online import RotateOnline
+from optx.passes.share_kv import ShareKV
 from optx.passes.sliding_window import SlidingWindow
 from optx.passes.split_key_bias import SplitKeyBias
 from optx.passes.turboquant import TurboQuant
@@ -166,6 +167,7 @@ APART = {
     "keys_rotated_twice": "test_turboquant.py",
     "codebook_of_gated_values": "test_turboquant.py",
     "split_keys_read_by_others": "test_split_key_bias.py",
+    "reads_other_heads": "test_share_kv.py",
 }
 CASES = [
     ("stream_does_not_rotate", lambda: families.abstract("gemma3"), rotated(), "layers/0"),
@@ -175,6 +177,7 @@ CASES = [
     ("keys_rotated_twice", llama, Recipe(fold=[RotateOnline()]), None),
     ("codebook_of_gated_values", llama, Recipe(fold=[TurboQuant()]), None),
     ("split_keys_read_by_others", lambda: llama(attention_bias=True), Recipe(fold=[SplitKeyBias()]), None),
+    ("reads_other_heads", llama, Recipe(structure=[ShareKV(factor=2)]), None),
     ("values_read_elsewhere", llama, kv(), None),
     ("activations_without_weights", llama, rounded_inputs(), "layers/0/mixer/q"),
     ("activations_without_weights", packed, rounded_inputs(), None),

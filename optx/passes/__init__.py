@@ -7,14 +7,17 @@ from optx.passes import (
     evict_kv,
     fuse_projections,
     gptq,
+    gqa,
     kivi,
     lossless,
+    mla,
     oscar,
     quantize_activations,
     quantize_kv,
     quantize_weights,
     rotate,
     rotate_online,
+    share_kv,
     sliding_window,
     smoothquant,
     split_key_bias,
@@ -23,7 +26,10 @@ from optx.passes import (
 )
 
 ORDER = (
+    gqa,  # structure: fewer kv heads, calibrated
+    share_kv,  # structure: one cache for several layers, calibrated
     sliding_window,  # attention: reads
+    mla,  # attention: one latent for all heads, calibrated
     distill,  # heal: what conversions have cost is trained back
     split_key_bias,  # fold: bits of keys, exact
     rotate,  # fold: outliers spread, offline

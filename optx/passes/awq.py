@@ -17,6 +17,7 @@ from optx.ir import replace
 from optx.nn.attention import Attention
 from optx.nn.core import Linear
 from optx.nn.decoder import Block
+from optx.nn.grouped_mla import GroupedMLA
 from optx.nn.mla import MLA
 from optx.nn.moe import GroupedLinear
 from optx.passes import folding
@@ -27,7 +28,11 @@ from optx.watch import watch
 
 LEAST = 1e-4  # of a scale, before it is centred on 1
 # What queries and keys come from: clipping weights there moves logits of the softmax, which the output error of a group misses.
-UNCLIPPED: Mapping[type, tuple[str, ...]] = {Attention: ("q", "k"), MLA: ("q", "q_a", "q_b", "kv_a", "kv_b")}
+UNCLIPPED: Mapping[type, tuple[str, ...]] = {
+    Attention: ("q", "k"),
+    MLA: ("q", "q_a", "q_b", "kv_a", "kv_b"),
+    GroupedMLA: ("q", "kv_a", "kv_b"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from optx.nn.attention import Attention, FusedAttention
 from optx.nn.core import MLP, FusedGatedMLP, GatedMLP, JoinedGatedMLP, LayerNorm, Linear, RMSNorm
 from optx.nn.decoder import Block
 from optx.nn.delta import GatedDelta
+from optx.nn.grouped_mla import GroupedMLA, InverseRMS
 from optx.nn.indexer import Indexer
 from optx.nn.linear_attention import LinearAttention
 from optx.nn.mamba1 import Mamba1
@@ -37,6 +38,8 @@ READERS: Mapping[type, tuple[str, ...]] = {
     Attention: ("q", "k", "v"),
     FusedAttention: ("qkv",),
     MLA: ("q", "q_a", "kv_a", "indexer"),
+    GroupedMLA: ("q", "kv_a", "key_norm"),
+    InverseRMS: ("keys",),
     LinearAttention: ("qkv", "gate"),
     GatedDelta: ("qkvz", "ba"),
     Mamba1: ("in_proj",),

@@ -58,7 +58,8 @@ class QuantizeKV(PassOptions):
                 "an indexer picks the tokens that are read, from one kind of pages; leave out recent and first"
             )
         each = self.storage(self.format)
-        return {"latent": each if self.group else Parted(inner=each, cut=attn.rank)}
+        whole = self.group or attn.cache.streams[0].shape[-1] == attn.rank  # no rotated key beside it
+        return {"latent": each if whole else Parted(inner=each, cut=attn.rank)}
 
 
 def stored(attn: Attention | MLA, formats: dict[str, Format], **exact: int) -> CacheSpec | Skipped:

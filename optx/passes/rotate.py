@@ -15,6 +15,7 @@ from optx.nn.attention import Attention, FusedAttention
 from optx.nn.core import MLP, FusedGatedMLP, GatedMLP, JoinedGatedMLP, Linear, RMSNorm
 from optx.nn.decoder import Block
 from optx.nn.delta import GatedDelta
+from optx.nn.grouped_mla import GroupedMLA, InverseRMS
 from optx.nn.indexer import Indexer
 from optx.nn.linear_attention import LinearAttention
 from optx.nn.mamba1 import Mamba1
@@ -84,6 +85,8 @@ PORTS: Mapping[type[nnx.Module], Ports] = {
     Attention: Ports(reads=("q", "k", "v"), writes=("o",)),
     FusedAttention: Ports(reads=("qkv",), writes=("o",)),
     MLA: Ports(reads=("q", "q_a", "kv_a"), writes=("o",), inside=("indexer",)),
+    GroupedMLA: Ports(reads=("q", "kv_a"), writes=("o",), inside=("key_norm",)),
+    InverseRMS: Ports(reads=("keys",)),
     Indexer: Ports(reads=("", "k")),
     Mamba1: Ports(reads=("in_proj",), writes=("out",)),
     Mamba2: Ports(reads=("in_proj",), writes=("out",)),

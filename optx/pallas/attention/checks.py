@@ -119,7 +119,10 @@ def _paged(
     _sinks(op, sink_logits, n)
     if logit_scale is not None:
         got = logit_scale.shape
-        _need(op, got == (pages, kv_heads, page), "logit_scale", logit_scale, f"[{pages}, {kv_heads}, {page}]")
+        good = (
+            len(got) == 3 and (got[0], got[2]) == (pages, page) and got[1] % kv_heads == 0 < got[1] and n % got[1] == 0
+        )
+        _need(op, good, "logit_scale", logit_scale, f"[{pages}, a multiple of {kv_heads} that divides {n}, {page}]")
     _listed(op, table, lengths, pages, page)
 
 

@@ -74,7 +74,8 @@ def _power_below(n: int) -> int:
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
-    """None, or why the kernel declines: reads `cache`, `heads`, `kv_heads`; given: `page_size`, `want_scores`, `key_bias`."""
+    """None, or why the kernel declines: reads `cache`, `heads`, `kv_heads`; given: `page_size`, `want_scores`, `key_bias`,
+    `logit_scales`."""
     if reason := arch_reason(target):
         return reason
     cache = args["cache"]
@@ -86,6 +87,8 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
         return "returns no scores"
     if args.get("key_bias"):
         return "adds no bias to keys"
+    if args.get("logit_scales", 0) not in (0, args["kv_heads"]):
+        return f"{args['logit_scales']} scales of logits a token over {args['kv_heads']} kv heads; allowed: as many"
     if cache.dtype not in ("float32", "bfloat16"):
         return f"pages of {cache.dtype}; allowed: float32, bfloat16"
     for stream in cache.streams:

@@ -81,7 +81,8 @@ def attend(
 
     q [B, Q, N, H], k [B, S, K, H], v [B, S, K, Hv], mask bool[B, 1 or K, Q, S]; softcap c: c tanh(x / c);
     sink_logits [N]: a logit a head that takes part in the sum and carries no value (gpt-oss);
-    logit_scale [B, S, K]: multiplies the logits of a cached token (MLA under QK-norm); score_weights float32[B, Q]: of each
+    logit_scale [B, S, K], or a multiple of K that divides N: multiplies the logits of a cached token, head by head or for
+    equal runs of query heads (MLA under QK-norm); score_weights float32[B, Q]: of each
     query in the scores.
     -> out [B, Q, N, Hv] in q's dtype, lse float32[B, Q, N], scores float32[B, S, K] or None.
     """
@@ -93,7 +94,8 @@ def attend(
     logits = jnp.einsum("bkqh,bksh->bkqs", q, k, preferred_element_type=jnp.float32) * scale
     logits = logits.reshape(b, kv_heads, queries, group, -1)
     if logit_scale is not None:
-        logits = logits * jnp.moveaxis(logit_scale, 2, 1)[:, :, None, None]
+        by_head = jnp.repeat(jnp.moveaxis(logit_scale, 2, 1), n // logit_scale.shape[2], axis=1)
+        logits = logits * by_head.reshape(b, kv_heads, 1, group, -1)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(mask[:, :, :, None], logits, -jnp.inf)
@@ -227,8 +229,9 @@ def paged_attention(
     """Attention of up to Q new tokens a row over its cached tokens, their own included (`paged_decode` where Q <= 8).
 
     q [B, Q, N, H]; pools [pages, K, P, H], dense or packed; v_pool None: values are the first `value_dim` numbers of
-    the keys (MLA latents); logit_scale [pages, K, P]; positions int32[pages, P], ascending along a row's listing; table
-    int32[G, B, pages]; lengths int32[G, B] cached slots; q_positions int32[B, Q], -1 where there is no query: a row's
+    the keys (MLA latents); logit_scale [pages, K, P], or a multiple of K heads; positions int32[pages, P], ascending along
+    a row's listing; table int32[G, B, pages]; lengths int32[G, B] cached slots; q_positions int32[B, Q], -1 where there is
+    no query: a row's
     queries are its newest slots; key_bias [K, H], rope: of keys that are stored without their bias (`with_bias`); key_rope:
     rotates keys by their cached positions, where they are stored before that (G = 1). score_weights (q_positions, prompts
     int32[B]) -> float32[B, Q] and score_reduce ("sum", "max"): what scores are made of.

@@ -863,4 +863,6 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
         return f"page size {page}; allowed: 16, 32, 64, 128"
     if args.get("want_scores"):
         return "does not return scores"
+    if args.get("logit_scales", 0) > 1:
+        return f"one scale of logits a token, not {args['logit_scales']}"
     return _dims(args["head_dim"], args["value_dim"])
