@@ -61,10 +61,9 @@ def load(model: str | Path, weights: str = "dense", dtype: str | None = None) ->
         if path.is_file():
             return open_config(path, by_hf_type, dtype=dtype, allowed=DTYPES, packed=weights == "packed")
         if exports.is_export(path):
-            if dtype is not None:
-                raise CheckpointError(f"{path}: an optx export keeps the dtype it was compiled with; leave dtype out")
-            if weights == "packed":
-                raise CheckpointError(f"{path}: an optx export keeps its weights' formats; leave weights='packed' out")
+            if dtype is not None or weights == "packed":
+                what = "the dtype it was compiled with; leave dtype" if dtype else "its formats; leave weights='packed'"
+                raise CheckpointError(f"{path}: an optx export keeps {what} out")
             return exports.open_export(path, by_hf_type)
         return open_hf(path, by_hf_type, dtype=dtype, packed=weights == "packed")
     except OSError as error:
@@ -81,7 +80,7 @@ def load_config(path: str | Path, dtype: str | None = None) -> Source:
 
 
 def _check_dtype(dtype: str | None) -> None:
-    if dtype is not None and dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise CheckpointError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
 
 
@@ -230,10 +229,10 @@ def compile(
 ) -> "Compiled":
     """Plans, then streams the weights in block by block through the passes, then chooses a kernel for every op.
 
-    Memory peaks at the compressed model plus one dense block. dump, work: folders for the tree after each pass, and for the
-    blocks until all are done. calibration: a text or a file of one, which calibrated passes see, and on which, unless
-    `measured` is False, each lossy pass is measured and `max_kl` kept (optx.quality): nothing streams then, nor where it heals.
-    Raises: what `plan` raises, CheckpointError for bad weights, LoweringError, QualityError for a broken budget, HealError.
+    Memory peaks at the model plus one dense block. dump, work: folders for the tree after each pass, and for blocks until all are
+    done. calibration: a text or a file of one, for calibrated passes and, unless `measured` is False, for the error of each lossy
+    pass and `max_kl` (optx.quality): nothing streams then, nor where it heals.
+    Raises: what `plan` raises, CheckpointError, LoweringError, QualityError for a broken budget, HealError.
     """
     planned = plan(*resolved(as_source(model), recipe, calibration), target, [Dump(dump)] if dump else [])
     tree = ir.shallow(planned.tree)
@@ -382,21 +381,20 @@ CHECKPOINTS = {"hf": write_hf, "compressed-tensors": write_compressed_tensors, "
 def export(model: Compiled | Source, folder: str | Path, *, format: str = "optx", overwrite: bool = False) -> Path:
     """Writes a model to a folder that appears whole or not at all.
 
-    format: "optx", a compiled model that `load` gives back with bit-equal logits; "hf", a dense Hugging Face checkpoint,
-    also of a loaded model; "compressed-tensors", the same with weights as they are packed, for vLLM and SGLang; "deepseek", one
-    whose attention was turned into MLA with one rotated key, as a `deepseek_v3` checkpoint.
+    format: "optx", a compiled model that `load` gives back with bit-equal logits; "hf", a dense Hugging Face checkpoint, also
+    of a loaded model; "compressed-tensors", with weights as they are packed; "deepseek", MLA as a `deepseek_v3` checkpoint.
     Raises CheckpointError when the folder is occupied, and for what the format cannot hold.
     """
     if format not in (known := ("optx", *CHECKPOINTS)):
         raise CheckpointError(f"export format {format!r} is not supported{did_you_mean(format, known)}")
-    source = model.plan.source if isinstance(model, Compiled) else model
-    tree = lower.canonical(model.tree) if isinstance(model, Compiled) else source.tree
+    done = isinstance(model, Compiled)
+    source, tree = (model.plan.source, lower.canonical(model.tree)) if done else (model, model.tree)
     if format in CHECKPOINTS:
-        if isinstance(model, Compiled):
-            values = {path: variable.get_value() for path, variable in ir.params(tree).items()}
-            source = dataclasses.replace(source, tree=ir.abstract(tree), read=values.__getitem__)
+        if done:
+            values = ir.params(tree)
+            source = dataclasses.replace(source, tree=ir.abstract(tree), read=lambda path: values[path].get_value())
         return CHECKPOINTS[format](source, Path(folder), by_hf_type, overwrite=overwrite)
-    if not isinstance(model, Compiled):
+    if not done:
         raise CheckpointError(f"{source.origin.name}: compile it before an optx export; format='hf' takes it as it is")
     report = kept(model.plan.records, model.plan.target)
     return exports.write_export(Path(folder), tree, source, model.plan.recipe, overwrite=overwrite, report=report)

@@ -1199,7 +1199,7 @@ class _Warps:
             k, v, *small = buffers
             token, length, slot, step = (x.registers.item() for x in scalars)
             if plan.format == "int8":  # an instruction takes one constant, the selector: this must not look like one
-                self.magic = arith.xori(_i32(0x43434343), arith.shrsi(token, _i32(31)))
+                self.magic = arith.xori(_i32(0x43434343), arith.shrsi(step, _i32(31)))  # steps are counted from 0
             self.barrier(barriers, slot, free=False).wait_parity(self.parity(step, 0))
             state = _values(state)
             q, limits, positions, sums = self.answers(_values(asked), staged)
