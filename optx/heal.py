@@ -20,8 +20,6 @@ from optx.checkpoint.source import fill
 from optx.errors import HealError
 from optx.heal_loss import converted, values_of
 from optx.heal_phases import phases
-from optx.heal_run import Run
-from optx.heal_state import State
 from optx.passes.distill import Distill
 from optx.pipeline import Healing, Record
 from optx.report import unhealed_text
@@ -108,6 +106,9 @@ def heal(
     determines the result. A run that has ended is read from there, one that was killed goes on.
     Raises: HealError before anything is trained for what cannot be healed, and for a loss that is no number.
     """
+    from optx.heal_run import Run  # orbax and optax take a third of a second, which every verb would pay
+    from optx.heal_state import State
+
     check(teacher, student, options, heal_memory.available())
     folder = folder or cache() / key(teacher, student, options)
     state = State(folder)

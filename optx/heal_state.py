@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from optx import strict
 from optx.errors import HealError
@@ -21,6 +20,12 @@ from optx.pipeline import Healing
 LOG, RESULT, CURVES = "log.jsonl", "result.json", "curves.png"
 KEPT = 2  # checkpoints: the newest may be torn when a machine dies
 Arrays = Mapping[str, Any]
+
+
+def _orbax():
+    import orbax.checkpoint  # a third of a second, which every verb would pay
+
+    return orbax.checkpoint
 
 
 class State:
@@ -35,9 +40,9 @@ class State:
         self._log = None
 
     @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT)
-        return ocp.CheckpointManager(self.folder / "steps", options=options)
+    def _manager(self):
+        options = _orbax().CheckpointManagerOptions(max_to_keep=KEPT)
+        return _orbax().CheckpointManager(self.folder / "steps", options=options)
 
     def result(self) -> Healing | None:
         """Of a training that has ended."""
@@ -49,17 +54,17 @@ class State:
         step = self._manager.latest_step()
         if step is None:
             return None
-        return self._manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts
+        return self._manager.restore(step, args=_orbax().args.Composite(facts=_orbax().args.JsonRestore())).facts
 
     def arrays(self, like: Arrays) -> Arrays:
         """Those of the newest checkpoint, with shapes, types and places of `like`."""
-        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(_named(like)))
+        args = _orbax().args.Composite(arrays=_orbax().args.StandardRestore(_named(like)))
         return _unnamed(self._manager.restore(self._manager.latest_step(), args=args).arrays, like)
 
     def save(self, step: int, arrays: Arrays, facts: Mapping[str, Any]) -> None:
         """Appears whole or not at all; written while training goes on."""
-        args = {"arrays": ocp.args.StandardSave(_named(arrays)), "facts": ocp.args.JsonSave(dict(facts))}
-        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        args = {"arrays": _orbax().args.StandardSave(_named(arrays)), "facts": _orbax().args.JsonSave(dict(facts))}
+        self._manager.save(step, args=_orbax().args.Composite(**args), force=True)
 
     def begin(self, step: int) -> None:
         """Opens the log behind the lines of steps up to `step`; what a run wrote after its last checkpoint is dropped."""
@@ -75,7 +80,7 @@ class State:
     def finish(self, values: Arrays, healing: Healing) -> None:
         """Keeps what moved, and drops the checkpoints."""
         self._close()
-        with ocp.StandardCheckpointer() as writer:
+        with _orbax().StandardCheckpointer() as writer:
             writer.save(self.folder / "healed", _named(values), force=True)
         whole = self.folder / f"{RESULT}.new"
         whole.write_text(json.dumps(dataclasses.asdict(healing), indent=1), encoding="utf-8")
@@ -84,7 +89,7 @@ class State:
 
     def healed(self, like: Arrays) -> Arrays:
         """What moved, of a training that has ended."""
-        with ocp.StandardCheckpointer() as reader:
+        with _orbax().StandardCheckpointer() as reader:
             return _unnamed(reader.restore(self.folder / "healed", _named(like)), like)
 
     def _close(self) -> None:

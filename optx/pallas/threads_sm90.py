@@ -4,12 +4,10 @@ Such a kernel is a function of a machine: `Threads` emits what a Hopper thread d
 launch at once on a CPU.
 """
 
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
-SCALAR = plgpu.Layout.WG_SPLAT()
+from optx.pallas.late import utils
 
 
 class Number:

@@ -19,10 +19,10 @@ import operator
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.errors import LoweringError
-from optx.pallas.threads_sm90 import SCALAR, Threads, across
+from optx.pallas.late import plgpu, scalar
+from optx.pallas.threads_sm90 import Threads, across
 
 OP = "add_norm"
 WARP, GROUP, LARGEST = 32, 128, 1024  # threads: of a warp, of a warp group, of a block
@@ -94,7 +94,7 @@ def _run(plan: Plan, parts, weight):
     count = len(parts)
 
     def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), SCALAR), return_type=())
+        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), scalar()), return_type=())
         def token(_, *args):
             *refs, sums, block = args
             machine = Threads(block.registers.item())

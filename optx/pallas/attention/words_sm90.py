@@ -2,12 +2,12 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from optx.formats.codebook import centroids
 from optx.pallas.attention.page_formats import Pages
+from optx.pallas.late import utils
 
 BF16 = jnp.dtype("bfloat16")
 

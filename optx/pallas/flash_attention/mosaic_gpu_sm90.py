@@ -16,17 +16,16 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
 from optx.errors import LoweringError
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
+from optx.pallas.late import mgpu, plgpu
 from optx.pallas.tiles import tuned
 
 ROWS = 64  # query rows of a warpgroup: the M of a wgmma

@@ -13,10 +13,10 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.errors import LoweringError
-from optx.pallas.threads_sm90 import SCALAR, Threads
+from optx.pallas.late import plgpu, scalar
+from optx.pallas.threads_sm90 import Threads
 
 OP = "gated_act"
 THREADS = 128  # of a block
@@ -75,7 +75,7 @@ def _run(plan: Plan, parts):
     """One function object for all layers of a shape: it is assembled once."""
 
     def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), SCALAR), return_type=())
+        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), scalar()), return_type=())
         def chunk(_, *args):
             *parts, out, block = args
             _program(Threads(block.registers.item()), plan, parts, out)

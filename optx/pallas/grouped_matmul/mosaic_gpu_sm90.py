@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.errors import LoweringError
 from optx.formats import Int
 from optx.pallas.grouped_matmul import packed_sm90, reference
 from optx.pallas.grouped_matmul.packed_sm90 import Experts, PackedTiles, packed_tiles_for, relayout
 from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table, table_bytes
+from optx.pallas.late import plgpu
 from optx.tensor import QTensor
 
 DTYPES = (jnp.bfloat16, jnp.float16)

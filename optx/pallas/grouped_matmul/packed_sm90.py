@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.formats import Float8, Int
 from optx.pallas.grouped_matmul import registers_sm90 as registers
 from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table, table_bytes
+from optx.pallas.late import plgpu
 from optx.pallas.quant_matmul import mosaic_gpu_sm90_fragments as fragments
 from optx.tensor import Arranged, QTensor
 

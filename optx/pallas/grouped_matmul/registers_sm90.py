@@ -9,11 +9,10 @@ operations on one word: those with 7 bits of mantissa count in steps of 1 from 1
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array as fragmented
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
+
+from optx.pallas.late import fragmented, plgpu, utils
 
 BLOCK = 64
 

@@ -8,10 +8,10 @@ holds the rows past the sum; it has no steps, so its items store zeros.
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, nvvm
+
+from optx.pallas.late import plgpu, utils
 
 BLOCKS = 132  # persistent blocks: the SMs of H100 SXM and H200; on a part with fewer some blocks wait their turn
 WIDE = 64  # 16-bit numbers in a row of 128 bytes, the widest swizzle

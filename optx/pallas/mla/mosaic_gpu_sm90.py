@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx.cache import Ragged
 from optx.errors import LoweringError
 from optx.pallas.attention.page_formats import cache_reason
 from optx.pallas.attention.reference import Mask
+from optx.pallas.late import by_row, by_token, plgpu
 from optx.tensor import is_qtensor
 
 ROWS = 64  # rows of a program: the M of a Hopper matmul
@@ -41,8 +41,6 @@ PAGES = (16, 32, 64, 128)
 QUERIES = 8  # most tokens a row of `paged_decode`
 FLOOR = -1e30  # running maximum before the first key: finite, so that masked logits give 2^-inf = 0 and never NaN
 LOG2E = math.log2(math.e)
-WGMMA = plgpu.Layout.WGMMA
-BY_ROW, BY_TOKEN = WGMMA.reduce(1), WGMMA.reduce(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,7 +239,7 @@ def _produce(plan, r, blocks, where, length):
     def clear(half, slot, valid):
         """Zeros where nothing is stored: NaN there would survive a weight of 0."""
         side, low, high = half
-        layout = WGMMA if size == 64 else plgpu.Layout.MMA_ACC(jnp.float32, m_warps=size // 16)
+        layout = plgpu.Layout.WGMMA if size == 64 else plgpu.Layout.MMA_ACC(jnp.float32, m_warps=size // 16)
         for column in range(0, high - low, plan.unit):
             ref = r["kv_" + side].at[slot, :, pl.ds(column, plan.unit)]
             held = plgpu.load(ref, layout=layout, optimized=False)
@@ -318,7 +316,7 @@ def _consume(plan, r, blocks, where, *, left: bool):
     def vector(ref):
         """The numbers of a block's tokens, [block]."""
         parts = [
-            plgpu.load(ref.at[own, i, pl.ds(0, plan.piece)], layout=BY_TOKEN, optimized=False)
+            plgpu.load(ref.at[own, i, pl.ds(0, plan.piece)], layout=by_token(), optimized=False)
             for i in range(plan.copies)
         ]
         return parts[0] if plan.copies == 1 else jnp.concatenate(parts)
@@ -347,7 +345,7 @@ def _consume(plan, r, blocks, where, *, left: bool):
             s = (plan.softcap * LOG2E) - (2 * plan.softcap * LOG2E) / (1 + s)
         if not masked:
             return s, found
-        slots = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 1, layout=WGMMA) + blocks.at(pair, own)
+        slots = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 1, layout=plgpu.Layout.WGMMA) + blocks.at(pair, own)
         seen = slots < over(limit, size)
         if plan.windowed:
             key, query = across(vector(r["at"])), over(asked, size)
@@ -368,12 +366,12 @@ def _consume(plan, r, blocks, where, *, left: bool):
                 ref[...] = x
 
         places = [jnp.zeros(x.shape, x.dtype) for x in kinds]
-        places = [plgpu.layout_cast(x, WGMMA if x.ndim == 2 else BY_ROW) for x in places]
+        places = [plgpu.layout_cast(x, plgpu.Layout.WGMMA if x.ndim == 2 else by_row()) for x in places]
         acc, *found = pl.run_state(body)((plgpu.ACC.init(acc), *places))
         return acc, found
 
     def stat(i):
-        return plgpu.load(r["stats"].at[i], layout=BY_ROW, optimized=False)
+        return plgpu.load(r["stats"].at[i], layout=by_row(), optimized=False)
 
     def weights(s, m, place):
         """2^(s - m) in 16 bits, also in shared memory, and its sum by row."""
@@ -430,9 +428,9 @@ def _consume(plan, r, blocks, where, *, left: bool):
 
     plgpu.barrier_wait(r["q_full"])
     carry = (
-        plgpu.layout_cast(jnp.zeros((ROWS, wide), jnp.float32), WGMMA),
-        plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), BY_ROW),
-        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW),
+        plgpu.layout_cast(jnp.zeros((ROWS, wide), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), by_row()),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row()),
     )
     step = step_left if left else step_right
     if not plan.windowed:
@@ -453,8 +451,8 @@ def _product(ref, a, b):
 
 def _by_row(plan, r, where, name: str):
     """int32[ROWS] of a number a query token; 0 where a row has none."""
-    rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW)
-    out = plgpu.layout_cast(jnp.full((ROWS,), r[name][where["token"]], jnp.int32), BY_ROW)
+    rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row())
+    out = plgpu.layout_cast(jnp.full((ROWS,), r[name][where["token"]], jnp.int32), by_row())
     for i in range(1, plan.tiles.tokens):
         here = where["count"] > i
         value = jnp.where(here, r[name][where["token"] + jnp.where(here, i, 0)], 0)
@@ -471,11 +469,11 @@ def _finish(plan, r, where, real, carry, *, left: bool):
     r["stats"][0 if left else 2] = total
     plgpu.barrier_arrive(r["sums"])
     plgpu.barrier_wait(r["sums"])
-    total = total + plgpu.load(r["stats"].at[2 if left else 0], layout=BY_ROW, optimized=False)
+    total = total + plgpu.load(r["stats"].at[2 if left else 0], layout=by_row(), optimized=False)
     total = jnp.where(real, total, 0.0)
     m = jnp.where(total > 0, m, FLOOR)
     if plan.sinks:
-        sink = plgpu.load(r["sink"].at[where["head_block"]], layout=BY_ROW, optimized=False)
+        sink = plgpu.load(r["sink"].at[where["head_block"]], layout=by_row(), optimized=False)
         top = jnp.maximum(m, sink)
         decay = jnp.exp2(m - top)
         m, total = top, total * decay + jnp.exp2(sink - top)

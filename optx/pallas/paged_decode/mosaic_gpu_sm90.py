@@ -21,9 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array as fragmented
-from jax.experimental.mosaic.gpu import launch_context, utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
@@ -50,6 +47,7 @@ from optx.pallas.attention.words_sm90 import rounded as _rounded
 from optx.pallas.attention.words_sm90 import spread as _spread
 from optx.pallas.attention.words_sm90 import store as _store
 from optx.pallas.attention.words_sm90 import times as _times
+from optx.pallas.late import fragmented, launch_context, plgpu, scalar, utils
 from optx.tensor import is_qtensor
 
 OP = "paged_decode"
@@ -800,9 +798,6 @@ def _threadwise_layout(count: int):
     return plgpu.Layout.WG_STRIDED((128 * count,), vec_size=1)
 
 
-SCALAR = plgpu.Layout.WG_SPLAT()
-
-
 class _Warps:
     """One tile by a warpgroup: warps share out the tokens, or (rows > 16) the query rows."""
 
@@ -1055,7 +1050,7 @@ class _Warps:
                 [plgpu.RefType()] * len(sources),
                 [*[blocks] * count, *[plgpu.RefType()] * len(plan.small)],
                 plgpu.RefType(),
-                [SCALAR] * (4 + self.per),
+                [scalar()] * (4 + self.per),
             ),
             return_type=(),
         )
@@ -1114,7 +1109,7 @@ class _Warps:
         refs = (plgpu.RefType(),) * (3 + len(limits_g))
         count = 5 if limits_g else 4
 
-        @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * count), return_type=_threadwise(self.asked, jnp.int32))
+        @plgpu.inline_mgpu(arg_types=(*refs, *(scalar(),) * count), return_type=_threadwise(self.asked, jnp.int32))
         def make(_, q, staged, qpos, *rest):
             row, head, block, length, *listed = (x.registers.item() for x in rest[len(limits_g) :])
             self.thread()
@@ -1190,7 +1185,7 @@ class _Warps:
                 plgpu.RefType(),
                 _threadwise_layout(self.asked),
                 _threadwise_layout(self.state),
-                [SCALAR] * 4,
+                [scalar()] * 4,
             ),
             return_type=_threadwise(self.state, jnp.float32),
         )
@@ -1224,7 +1219,7 @@ class _Warps:
         """What the exponents of a thread's rows are taken against; infinite where a row counts for nothing."""
         plan = self.plan
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR), return_type=_threadwise(2, jnp.float32))
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar(), scalar()), return_type=_threadwise(2, jnp.float32))
         def make(_, lse, row, head):
             row, head, f32 = row.registers.item(), head.registers.item(), ir.F32Type.get()
             self.thread()
@@ -1253,7 +1248,7 @@ class _Warps:
                 [plgpu.RefType()] * 3,
                 _threadwise_layout(self.asked),
                 _threadwise_layout(2),
-                [SCALAR] * 5,
+                [scalar()] * 5,
             ),
             return_type=(),
         )
@@ -1456,7 +1451,7 @@ class _Warps:
         plan = self.plan
 
         @plgpu.inline_mgpu(
-            arg_types=(_threadwise_layout(self.state), *(plgpu.RefType(),) * 4, SCALAR),
+            arg_types=(_threadwise_layout(self.state), *(plgpu.RefType(),) * 4, scalar()),
             return_type=(),
         )
         def make(_, state, sum_s, top_s, parts, marks, part):
@@ -1627,7 +1622,7 @@ def _merge_threads(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, part, fir
     unroll = 4 if plan.workers < 4 * plan.units else 16
     refs = (plgpu.RefType(),) * (4 + len(sink_g))
 
-    @plgpu.inline_mgpu(arg_types=(*refs, *(SCALAR,) * 6), return_type=())
+    @plgpu.inline_mgpu(arg_types=(*refs, *(scalar(),) * 6), return_type=())
     def merge(_, parts, marks, *rest):
         out, lse = rest[len(sink_g) : len(sink_g) + 2]
         row, head, block, part, first, count = (x.registers.item() for x in rest[-6:])

@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
+from optx.pallas.late import plgpu
 from optx.tensor import Arranged, QTensor, is_qtensor, leaf_bytes
 
 DTYPES = ("bfloat16", "float16")  # of x

@@ -21,10 +21,8 @@ from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
@@ -35,6 +33,7 @@ from optx.pallas.attention import words_sm90 as w
 from optx.pallas.attention.page_formats import Pages, pages_of, streams_of
 from optx.pallas.attention.reference import Mask
 from optx.pallas.attention.words_sm90 import Codes
+from optx.pallas.late import by_row, by_token, plgpu, utils
 from optx.tensor import is_qtensor
 
 OP = "ragged_paged_attention"
@@ -52,8 +51,6 @@ GROUPS = 16  # query heads a kv head
 SPANS = (32, 64)  # tokens that share scales of channels
 UNIT = 32  # numbers of a token that a thread makes of codes at a time
 BOX = 256  # numbers a copy takes
-WGMMA = plgpu.Layout.WGMMA
-BY_ROW, BY_TOKEN = WGMMA.reduce(1), WGMMA.reduce(0)
 # Columns of the table of units.
 FACTS = 13
 TOKEN, NUMBER, NEWEST, LENGTH, LISTED, HEAD, SKIP, STEPS, FROM, UPTO, ITEM, ROW, DECODE = range(FACTS)
@@ -905,7 +902,7 @@ def _widen(plan: Plan, codes, to, left):
     dtype = jnp.dtype(plan.dtype)
     for first in range(0, plan.tiles.block_kv, ROWS):
         rows = pl.ds(first, ROWS)
-        x = plgpu.load(codes.at[rows], layout=WGMMA, optimized=False)
+        x = plgpu.load(codes.at[rows], layout=plgpu.Layout.WGMMA, optimized=False)
         if plan.format == "int4":
             even = (x & jnp.int8(15)).astype(dtype) - jnp.asarray(8, dtype)
             odd = ((x ^ jnp.int8(-128)) & jnp.int8(-16)).astype(dtype) * jnp.asarray(1 / 16, dtype)
@@ -916,7 +913,7 @@ def _widen(plan: Plan, codes, to, left):
             to.at[rows][...] = x.astype(dtype)
         else:  # only fp8 has codes that are not a number
             x = x.astype(jnp.float16).astype(jnp.float32)
-            at = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=WGMMA) + first
+            at = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA) + first
             to.at[rows][...] = jnp.where(at < left, x, 0.0).astype(dtype)
 
 
@@ -1058,21 +1055,21 @@ class _Compute:
             pl.when(decode == 1)(lambda: plgpu.barrier_wait(self.s["q_one"].at[self.wg]))
             pl.when(decode == 0)(lambda: plgpu.barrier_wait(self.s["q_full"].at[self.wg]))
             columns = pl.ds(c * self.kernel.width, self.kernel.width)
-            self.q_me[:, columns] = plgpu.load(self.stage, layout=WGMMA, optimized=False)
+            self.q_me[:, columns] = plgpu.load(self.stage, layout=plgpu.Layout.WGMMA, optimized=False)
             if c + 1 < parts:
                 plgpu.barrier_arrive(self.s["q_free"])
         plgpu.commit_smem()
 
     def start(self):
         """Values, maximum, sum, and what zero points of values take away, of no token."""
-        of = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), BY_ROW)  # noqa: E731
-        values = plgpu.layout_cast(jnp.zeros((ROWS, self.plan.head_dim), jnp.float32), WGMMA)
+        of = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), by_row())  # noqa: E731
+        values = plgpu.layout_cast(jnp.zeros((ROWS, self.plan.head_dim), jnp.float32), plgpu.Layout.WGMMA)
         return values, of(LOWEST), of(0.0), of(0.0) if self.plan.v_zero else jnp.int32(0)
 
     def q_sum(self):
         if not self.plan.k_zero:
             return None
-        return jnp.sum(plgpu.load(self.q_me, layout=WGMMA).astype(jnp.float32), axis=1)
+        return jnp.sum(plgpu.load(self.q_me, layout=plgpu.Layout.WGMMA).astype(jnp.float32), axis=1)
 
     # --- One step --------------------------------------------------------------------------------------------------
 
@@ -1082,7 +1079,7 @@ class _Compute:
 
         def load(ref):
             found = [
-                plgpu.load(ref.at[slot, first + i, pl.ds(0, box)], layout=BY_TOKEN, optimized=False)
+                plgpu.load(ref.at[slot, first + i, pl.ds(0, box)], layout=by_token(), optimized=False)
                 for i in range(count)
             ]
             return found[0] if count == 1 else jnp.concatenate(found)
@@ -1165,8 +1162,8 @@ class _Compute:
         def _():
             for first in range(0, block, ROWS):
                 part = self.s["v_s"].at[slot, pl.ds(first, ROWS)]
-                values = plgpu.load(part, layout=WGMMA)
-                at = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=WGMMA) + first
+                values = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                at = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA) + first
                 part[...] = jnp.where(at < left, values, jnp.zeros_like(values))
             plgpu.commit_smem()
 
@@ -1211,7 +1208,7 @@ class _Compute:
             boxes = piece // plan.box
             given = self.vectors(now, wg * boxes if halved else 0, boxes)
             plgpu.barrier_arrive(s["k_free"].at[slot])
-            at = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+            at = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
             seen = at < length - first - first_piece
             if plan.placed:
                 seen = seen & self.near(given, asking, shape)
@@ -1273,7 +1270,7 @@ class _Compute:
             mine, whole = _div(length + block - 1, block), _div(length, block)
         mine = jnp.where(number > 0, jnp.clip(mine - skip, begin, end), begin)
         whole = jnp.clip(whole - skip, begin, mine)
-        asking = [plgpu.load(x.at[facts[ITEM], wg], layout=BY_ROW, optimized=False) for x in self.row_borders]
+        asking = [plgpu.load(x.at[facts[ITEM], wg], layout=by_row(), optimized=False) for x in self.row_borders]
         step = functools.partial(
             self.chunk_step,
             length=length,
@@ -1325,7 +1322,7 @@ class _Compute:
         plgpu.barrier_arrive(s["k_free"].at[slot])
         seen = None
         if edge:
-            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=WGMMA)
+            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA)
             bound = length - 1
             if plan.mask.causal:
                 bound = jnp.minimum(_div(iota(0), plan.group) + newest, bound)
@@ -1363,7 +1360,7 @@ class _Compute:
         plan, wg, width = self.plan, self.wg, self.kernel.width
         head = facts[HEAD]
         if plan.sinks:
-            logit = plgpu.load(self.sinks.at[head], layout=BY_ROW, optimized=False)
+            logit = plgpu.load(self.sinks.at[head], layout=by_row(), optimized=False)
             higher = jnp.maximum(top, logit)
             shrink = jnp.exp2(top - higher)
             acc = acc * _wide(shrink, acc.shape, 0)

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from optx import near
 from optx.cache import NEAR, CacheSpec, Ragged, View
@@ -29,8 +28,9 @@ from optx.errors import LoweringError
 from optx.formats import Format
 from optx.formats.codebook import centroids
 from optx.pallas.attention.page_formats import Pages, pages_of
+from optx.pallas.late import plgpu, scalar
 from optx.pallas.rotate_append.reference import rotate, separate
-from optx.pallas.threads_sm90 import SCALAR, Threads, across
+from optx.pallas.threads_sm90 import Threads, across
 from optx.tensor import is_qtensor
 
 OP = "rotate_append"
@@ -247,7 +247,7 @@ def _run(plan: Plan, inputs, leaves):
     def body(*refs):
         *refs, out = refs
 
-        @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * len(refs), plgpu.RefType(), SCALAR), return_type=())
+        @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * len(refs), plgpu.RefType(), scalar()), return_type=())
         def head(_, refs, out, block):
             given = jax.tree.unflatten(structure, refs[: len(arrays)])
             stored = jax.tree.unflatten(pool_structure, refs[len(arrays) :])
