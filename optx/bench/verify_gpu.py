@@ -83,7 +83,12 @@ def check_model(recipe: str | None, seed: int) -> list[Outcome]:
         none = "" if found.kernels else "no call site runs a kernel of the device"
         return {"error": found.worst, "repeatable": True, "raised": none}
 
-    facts = {"op": "(model)", "row": "lowered", "case": recipe or "none", "tolerance": verify_model.TOLERANCE}
+    facts = {
+        "op": "(model)",
+        "row": "lowered",
+        "case": recipe or "none",
+        "tolerance": verify_model.TIPPED.get(recipe, verify_model.TOLERANCE),
+    }
     return [_outcome(compare, **facts)]
 
 
