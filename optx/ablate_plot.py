@@ -29,7 +29,8 @@ PLACES: tuple[Place, ...] = (  # the best first: a front leaves its point to the
 def draw(outcome: Outcome, path: Path) -> bool:
     """Writes a PNG. False, and nothing written, where no variant has a KL.
 
-    A colour a model; a marker for each size of the cache; filled on the Pareto front, hollow off it.
+    A colour a model; a marker for each size of the cache, where they are few and not the axis; filled on the Pareto front,
+    hollow off it.
     """
     of = AXES[outcome.x][1]
     points = [r for r in outcome.results if r.variant != UNCOMPILED and r.kl is not None and of(r) is not None]
@@ -69,7 +70,8 @@ def _colours(points: Sequence[Result]) -> dict[str, str]:
 def _points(axes, outcome: Outcome, points: Sequence[Result], best: Sequence[Result]) -> None:
     of, colours = AXES[outcome.x][1], _colours(points)
     caches = sorted({r.kv_bytes_per_token for r in points}, reverse=True)
-    markers = dict(zip(caches, MARKERS * len(caches)))
+    kinds = MARKERS if outcome.x != "kv_bytes_per_token" and len(caches) <= len(MARKERS) else MARKERS[:1]
+    markers = dict(zip(caches, kinds * len(caches)))
     for r in points:
         colour, on = colours[r.model], r in best
         axes.plot(
@@ -91,7 +93,7 @@ def _legend(colours: Mapping[str, str], markers: Mapping[float, str]) -> list:
     handles = [Line2D([], [], color=GREY, marker="o", linewidth=1.2, markersize=7, label="Pareto front, filled")]
     if len(colours) > 1:
         handles += [Line2D([], [], color=colour, marker="o", label=name, **drawn) for name, colour in colours.items()]
-    if len(markers) > 1:
+    if len(set(markers.values())) > 1:
         handles += [
             Line2D([], [], color=GREY, marker=m, markerfacecolor="white", label=f"KV {cache:,.0f} B a token", **drawn)
             for cache, m in markers.items()
@@ -106,7 +108,7 @@ def _frame(axes, outcome: Outcome, points: Sequence[Result]) -> None:
     label, of = AXES[outcome.x]
     xs, ys = [of(r) for r in points], [max(r.kl, FLOOR) for r in points]
     room = max((max(xs) / min(xs)) ** 0.08, 1.1)
-    if not outcome.x.endswith("bits"):
+    if outcome.x in ("bytes_per_token", "ms_bound"):
         label += f" and {outcome.protocol['decode_context']:,} tokens"
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="KL against the uncompiled model, nats a token")
     axes.set_xlim(min(xs) / room, max(xs) * room**1.8)
@@ -127,6 +129,8 @@ def _frame(axes, outcome: Outcome, points: Sequence[Result]) -> None:
 def _value(x: float | None, axis: str) -> str:
     if x is None:
         return "-"
+    if axis == "kv_bytes_per_token":
+        return f"{x:,.0f} B"
     if axis == "bytes_per_token":
         return size_text(x).replace(".0 ", " ")
     return f"{x:.3g} bits" if axis.endswith("bits") else f"{x:.3g} ms"

@@ -51,6 +51,7 @@ AXES: Mapping[str, tuple[str, Callable[[Result], float | None]]] = {
     "layer_bits": ("bits a weight of the layers' matrices, scales included", lambda r: r.layer_bits),
     "bits": ("bits a weight of the whole model, scales included", lambda r: r.bits),
     "bytes_per_token": ("bytes that a decode step reads at batch 1", lambda r: r.bytes_per_token),
+    "kv_bytes_per_token": ("bytes of cache a token, scales included", lambda r: r.kv_bytes_per_token),
     "ms_bound": ("ms of a decode step at least, at batch 1", lambda r: r.ms_bound),
 }
 COLUMNS: Mapping[str, Callable[[Result], str]] = {
