@@ -14,7 +14,6 @@ from optx.cli_flags import Flag, Verb
 from optx.cost import step_bytes
 from optx.errors import RequestError, UsageError
 from optx.estimate import estimate
-from optx.html_report import page
 from optx.models import by_hf_type
 from optx.recipe import Recipe
 from optx.report import estimate_text, step_text
@@ -43,6 +42,8 @@ def report(model: str, *, weights, dtype, recipe, target, batch, context, html, 
         print(text(subject, batch, context))
     if html is not None:
         how = "" if read is None else _how(read)
+        from optx.html_report import page  # jinja is slow to import
+
         _write(Path(html), page(subject, batch=batch, context=context, measured=steps, how=how))
         _tell(f"{subject.title} for {subject.target}: written to {html}; open it in a browser", json)
     if png is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import tokenizers
 from tokenizers import processors
 
-from optx import chat_template as chat_templates
 from optx.checkpoint import gguf_vocab
 from optx.detokenize import Detokenizer, TokenStream
 from optx.errors import CheckpointError, RequestError
@@ -158,7 +157,9 @@ class Tokenizer:
         if self.chat_template is None:
             raise RequestError("messages: this model has no chat template; send a plain prompt instead")
         given = {**self.special_tokens, **variables, "add_generation_prompt": add_generation_prompt, "tools": tools}
-        return chat_templates.render(self.chat_template, messages, given)
+        from optx.chat_template import render  # jinja is slow to import
+
+        return render(self.chat_template, messages, given)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the end tokens in generation_config.json (whose other
