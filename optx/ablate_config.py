@@ -61,7 +61,9 @@ class Ablation:
     max_windows: int | None = None  # None: the whole text
     target: str = "h100"  # of the time a token
     decode_context: int = 4096  # tokens of the sequence whose next token's bytes and time are counted
-    x: Literal["layer_bits", "bits", "bytes_per_token", "ms_bound"] = "layer_bits"  # against which KL is drawn
+    x: Literal["layer_bits", "bits", "bytes_per_token", "kv_bytes_per_token", "ms_bound"] = (
+        "layer_bits"  # against which KL is drawn
+    )
     base: Any = None  # a recipe: name, path or inline
     recipes: tuple[Any, ...] | None = None
     grid: Any = None

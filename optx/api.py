@@ -62,7 +62,7 @@ def load(model: str | Path, weights: str = "dense", dtype: str | None = None) ->
             return open_config(path, by_hf_type, dtype=dtype, allowed=DTYPES, packed=weights == "packed")
         if exports.is_export(path):
             if dtype is not None or weights == "packed":
-                what = "the dtype it was compiled with; leave dtype" if dtype else "its formats; leave weights='packed'"
+                what = "the dtype it was compiled with; leave dtype" if dtype else "its weights' formats; leave weights"
                 raise CheckpointError(f"{path}: an optx export keeps {what} out")
             return exports.open_export(path, by_hf_type)
         return open_hf(path, by_hf_type, dtype=dtype, packed=weights == "packed")

@@ -172,7 +172,10 @@ def call(**changes):
         ({"lengths": np.zeros((1, 3), np.int32)}, "lengths is int32[1, 3]; allowed: int32[1, 2]"),
         ({"q_positions": np.zeros((2, 2), np.int32)}, "q_positions is int32[2, 2]; allowed: int32[2, 1]"),
         ({"sink_logits": np.zeros(3, np.float32)}, "sink_logits is float32[3]; allowed: [4]"),
-        ({"logit_scale": np.ones((5, 1, 16), np.float32)}, "logit_scale is float32[5, 1, 16]; allowed: [5, a multiple of 2 that divides 4, 16]"),
+        (
+            {"logit_scale": np.ones((5, 1, 16), np.float32)},
+            "logit_scale is float32[5, 1, 16]; allowed: [5, a multiple of 2 that divides 4, 16]",
+        ),
     ],
 )
 def test_wrong_shapes_are_named(changes, message):
