@@ -19,6 +19,13 @@ mgpu = Late("jax.experimental.mosaic.gpu")
 utils = Late("jax.experimental.mosaic.gpu.utils")
 fragmented = Late("jax.experimental.mosaic.gpu.fragmented_array")
 launch_context = Late("jax.experimental.mosaic.gpu.launch_context")
+arith = Late("jaxlib.mlir.dialects.arith")
+gpu = Late("jaxlib.mlir.dialects.gpu")
+llvm = Late("jaxlib.mlir.dialects.llvm")
+memref = Late("jaxlib.mlir.dialects.memref")
+nvvm = Late("jaxlib.mlir.dialects.nvvm")
+scf = Late("jaxlib.mlir.dialects.scf")
+vector = Late("jaxlib.mlir.dialects.vector")
 
 
 def scalar():

@@ -5,9 +5,8 @@ launch at once on a CPU.
 """
 
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
-from optx.pallas.late import utils
+from optx.pallas.late import arith, gpu, llvm, utils, vector
 
 
 class Number:

@@ -3,11 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
 from optx.formats.codebook import centroids
 from optx.pallas.attention.page_formats import Pages
-from optx.pallas.late import utils
+from optx.pallas.late import arith, llvm, utils, vector
 
 BF16 = jnp.dtype("bfloat16")
 

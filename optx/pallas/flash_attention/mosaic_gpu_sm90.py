@@ -20,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 
 from optx.errors import LoweringError
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
-from optx.pallas.late import mgpu, plgpu
+from optx.pallas.late import llvm, mgpu, plgpu, vector
 from optx.pallas.tiles import tuned
 
 ROWS = 64  # query rows of a warpgroup: the M of a wgmma

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
-from optx.pallas.late import fragmented, plgpu, utils
+from optx.pallas.late import arith, fragmented, llvm, plgpu, utils, vector
 
 BLOCK = 64
 

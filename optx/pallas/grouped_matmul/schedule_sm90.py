@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, nvvm
 
-from optx.pallas.late import plgpu, utils
+from optx.pallas.late import arith, memref, nvvm, plgpu, utils
 
 BLOCKS = 132  # persistent blocks: the SMs of H100 SXM and H200; on a part with fewer some blocks wait their turn
 WIDE = 64  # 16-bit numbers in a row of 128 bytes, the widest swizzle

@@ -22,7 +22,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from optx.errors import LoweringError
 from optx.formats.codebook import centroids
@@ -47,7 +46,7 @@ from optx.pallas.attention.words_sm90 import rounded as _rounded
 from optx.pallas.attention.words_sm90 import spread as _spread
 from optx.pallas.attention.words_sm90 import store as _store
 from optx.pallas.attention.words_sm90 import times as _times
-from optx.pallas.late import fragmented, launch_context, plgpu, scalar, utils
+from optx.pallas.late import arith, fragmented, launch_context, llvm, plgpu, scalar, scf, utils, vector
 from optx.tensor import is_qtensor
 
 OP = "paged_decode"

@@ -16,12 +16,11 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
 from optx import tensor
 from optx.errors import LoweringError
 from optx.formats import Float4, Float8, Format, Int, fp4
-from optx.pallas.late import fragmented, plgpu, utils
+from optx.pallas.late import arith, fragmented, llvm, plgpu, utils, vector
 from optx.pallas.quant_matmul.mosaic_gpu_sm90_fragments import BLOCK, WORDS, Fragments, relayout
 from optx.tensor import QTensor
 

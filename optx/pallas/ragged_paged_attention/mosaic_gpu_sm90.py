@@ -24,7 +24,6 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 
 from optx.cache import Ragged
 from optx.errors import LoweringError
@@ -33,7 +32,7 @@ from optx.pallas.attention import words_sm90 as w
 from optx.pallas.attention.page_formats import Pages, pages_of, streams_of
 from optx.pallas.attention.reference import Mask
 from optx.pallas.attention.words_sm90 import Codes
-from optx.pallas.late import by_row, by_token, plgpu, utils
+from optx.pallas.late import arith, by_row, by_token, plgpu, utils
 from optx.tensor import is_qtensor
 
 OP = "ragged_paged_attention"
