@@ -223,7 +223,7 @@ class CacheSpec:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract(layout))
 
     def append(self, pool: Pool, new: dict[str, jax.Array], writes: jax.Array) -> Pool:
-        """Stores `new` [T, ...] by stream at flat slots `writes` int32[T] = page * P + offset; past the last page: dropped."""
+        """Stores `new` [T, ...] by stream at flat slots `writes` = page * P + offset, int32[T] or by head int32[K, T]."""
         new = {name: self._pack(name, x, pool[name].dtype) for name, x in new.items()}
         return jax.tree.map(lambda p, x: store(p, x, writes, self.holds_tokens), pool, new)
 

@@ -16,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from optx.cache import Address, Layout, Ragged
-from optx.engine.compaction import Compactor, compact, table_for
-from optx.engine.pages import PagePool, PageTable
+from optx.engine.compaction import Compaction, Compactor, compact, share_out, table_for
+from optx.engine.head_pages import HeadTables
+from optx.engine.pages import PageTable
 from optx.engine.request import Request, Sampling
 from optx.errors import RequestError
 from optx.evaluate import Evaluation, Model, figures, texts_of
@@ -49,6 +50,7 @@ class PagedForward:
             for group in range(len(widths))
         ]
         self._step = jax.jit(self._advance, donate_argnums=1)
+        self._shares = {}
         self.pages = [0] * len(widths)
 
     @property
@@ -59,8 +61,9 @@ class PagedForward:
         """ids of a window, of which the first `prompt` are its prompt -> (place of the first token, logits float32[count, V])."""
         room = {"rows": 1, "page_size": self.page_size}
         groups = zip(self.program.plan.groups, self._widths, strict=True)
-        tables = [table_for(spec, PagePool(width), width=width, **room) for spec, width in groups]
+        tables = [table_for(spec, width, width=width, **room) for spec, width in groups]
         compactor = Compactor(tables, self._encode)
+        compactor.ask = lambda due: self._share_out(caches, due)
         request = Request(
             id=0, prompt=list(ids[:prompt]), sampling=Sampling(max_tokens=len(ids) + 1), stop_ids=frozenset(), row=0
         )
@@ -68,7 +71,7 @@ class PagedForward:
         while request.computed < len(ids):
             compactor.plan([request])
             for each in compactor.take():
-                numbers = np.int32(each.length), np.int32(each.keep)
+                numbers = np.int32(each.length), each.keep
                 caches = self._compact[each.group](caches, each.table, *numbers)
             again = bool(request.replay)
             tokens = request.replay[0][request.replayed :] if again else ids[request.computed :]
@@ -81,20 +84,31 @@ class PagedForward:
                 yield request.computed, logits[: len(tokens)]
                 request.computed += len(tokens)
 
-    def _arguments(self, tables: Sequence[PageTable], tokens: Sequence[int], start: int, prompt: int) -> tuple:
+    def _share_out(self, caches, due: Sequence[Compaction]) -> np.ndarray:
+        """As `Stepper.share_out`."""
+        groups = tuple(one.group for one in due)
+        if groups not in self._shares:
+            self._shares[groups] = jax.jit(functools.partial(share_out, self.program.plan, self._treedef, groups))
+        tables = np.stack([one.table for one in due])
+        return np.asarray(self._shares[groups](caches, tables, np.int32(due[0].length), due[0].keep[0]))
+
+    def _arguments(
+        self, tables: Sequence[PageTable | HeadTables], tokens: Sequence[int], start: int, prompt: int
+    ) -> tuple:
         """Of a step, on the host."""
         count = len(tokens)
         given = np.zeros(self.chunk, np.int32)
         given[:count] = tokens
         writes = []
         for group, table in enumerate(tables):
-            write = np.full(self.chunk, table.pool.pages * table.page_size, np.int32)
-            write[:count] = table.append(0, count)
+            slots = table.append(0, count)
+            write = np.full((*slots.shape[:-1], self.chunk), table.pool.pages * table.page_size, np.int32)
+            write[..., :count] = slots
             writes.append(write)
             self.pages[group] = max(self.pages[group], table.pool.used)
         address = Address(
-            tables=tuple(table.table[None].copy() for table in tables),
-            lengths=tuple(table.lengths[None].copy() for table in tables),
+            tables=tuple(table.tables.copy() for table in tables),
+            lengths=tuple(table.lengths_by_head.copy() for table in tables),
             writes=tuple(writes),
             slots=np.zeros(1, np.int32),
             prompts=np.full(1, prompt, np.int32),

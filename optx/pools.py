@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from optx.tensor import Tensor, is_qtensor
 
@@ -30,8 +31,17 @@ def store_tokens(pool: jax.Array, new: jax.Array, writes: jax.Array) -> jax.Arra
 FEW = 16  # entries up to which they are stored one by one on CPU
 
 
+def store_by_head(pool: jax.Array, new: jax.Array, writes: jax.Array) -> jax.Array:
+    """`new` [T, K, H] into a token pool [pages + 1, K, P, H] at flat slots `writes` int32[K, T], of each head its own."""
+    page, offset = writes // pool.shape[2], writes % pool.shape[2]
+    at = (page, jnp.arange(len(writes))[:, None], offset)
+    return pool.at[at].set(jnp.swapaxes(new, 0, 1).astype(pool.dtype), mode="drop")
+
+
 def store(pool, new, index, tokens: bool):
-    """Entries `new` [M, ...] into the pool, in place when it is donated."""
+    """Entries `new` [M, ...] into the pool, in place when it is donated; index int32[M], or [K, M] of heads apart."""
+    if index.ndim == 2:
+        return store_by_head(pool, new, index)
     new, where = new.astype(pool.dtype), _coordinates(pool, index, tokens)
     scatter = lambda pool: pool.at[where].set(new, mode="drop")  # noqa: E731
     if new.shape[0] > FEW:

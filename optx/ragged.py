@@ -75,6 +75,8 @@ class Address:
 
     tables: tuple[jax.Array, ...]  # int32[G, B, pages] by group; G = 1, or K where heads keep different pages
     lengths: tuple[jax.Array, ...]  # int32[G, B]: cached tokens after this tick's append
-    writes: tuple[jax.Array, ...]  # int32[T] by group: flat slot of each token; pages * P for padding
+    writes: tuple[
+        jax.Array, ...
+    ]  # int32[T] by group, [K, T] with G = K: flat slot of each token; pages * P for padding
     slots: jax.Array  # int32[B]: row of the state pools; number of slots for idle rows
     prompts: jax.Array | None = None  # int32[B]: tokens of each row's prompt, of which policies of eviction ask

@@ -26,6 +26,8 @@ SMALL = {
     "tova": EvictKV(policy="tova", budget=8, slack=4),
     "snapkv": EvictKV(policy="snapkv", ratio=0.5, recent=2),
     "kvzip": EvictKV(policy="kvzip", ratio=0.5, sinks=1, recent=1, part=6, instruction=""),
+    "snapkv over layers": EvictKV(policy="snapkv", ratio=0.5, recent=2, over="layer"),
+    "kvzip over the model": EvictKV(policy="kvzip", ratio=0.5, sinks=1, recent=1, part=6, instruction="", over="model"),
 }
 ROOMY = {
     name: dataclasses.replace(small, **({"budget": 48} if small.budget else {"ratio": 1.0}))
@@ -158,27 +160,26 @@ def test_streaming_llm_equals_the_model_on_the_window_counted_from_zero(model, p
 
 
 def kept_keys(engine, group=0, row=0):
-    """float[K, slots, H]: keys of a row, by slot."""
+    """Keys of a row, by kv head float[slots, H]."""
     table = engine._tables[group]
-    pages, length = table.table[row, : table.pages_of(row)], int(table.lengths[row])
-    pool = np.asarray(engine._stepper.caches.layers[0]["k"])[pages]
-    return np.moveaxis(pool, 1, 0).reshape(pool.shape[1], -1, pool.shape[-1])[:, :length]
+    pool = np.asarray(engine._stepper.caches.layers[0]["k"])
+    listed = np.broadcast_to(table.tables[:, row], (pool.shape[1], table.width))
+    lengths = np.broadcast_to(table.lengths_by_head[:, row], pool.shape[1])
+    return [
+        pool[pages, head].reshape(-1, pool.shape[-1])[:length]
+        for head, (pages, length) in enumerate(zip(listed, lengths))
+    ]
 
 
-def test_snapkv_keeps_what_the_paper_keeps(model, program):
-    """Keys in the pool after a prompt, against plain numpy on the model's own queries and keys."""
-    prompt, window = PROMPTS[1], 2
-    engine = Engine(program(SMALL["snapkv"]), OPTIONS)
-    request = engine.add_request(prompt, LONG)
-    while len(request.output) < 2:
-        engine.step()
-    got = kept_keys(engine)[:, :11]
+def votes_of_the_end(model, prompt, window):
+    """Of SnapKV in plain numpy: (pooled votes float64[K, S - window], the model's keys float64[S, K, H])."""
     attn = model.layers[0].mixer
     x = model.layers[0].norm(model.embed(np.asarray(prompt)))
     q, k, _ = attn.project(x)
     at = np.arange(len(prompt), dtype=np.int32)
     q, k = attn.rope(attn.q_norm(q), at), attn.rope(attn.k_norm(k), at)
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    found = []
     for head in range(2):
         votes = np.zeros(len(prompt) - window)
         for n in (2 * head, 2 * head + 1):
@@ -186,10 +187,49 @@ def test_snapkv_keeps_what_the_paper_keeps(model, program):
             logits = np.where(at <= at[-window:, None], logits, -np.inf)
             weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
             votes += weights[:, : len(prompt) - window].sum(0)
-        pooled = np.convolve(votes, np.ones(5) / 5, mode="same")
-        keep = sorted([*np.argsort(-pooled)[: 11 - window], *range(len(prompt) - window, len(prompt))])
-        np.testing.assert_allclose(got[head], k[keep, head], atol=1e-4)
+        found.append(np.convolve(votes, np.ones(5) / 5, mode="same"))
+    return np.stack(found), k
+
+
+@pytest.mark.parametrize("name", ["snapkv", "snapkv over layers"])
+def test_snapkv_keeps_what_the_paper_keeps(name, model, program):
+    """Keys in the pool after a prompt, against plain numpy on the model's own queries and keys: of each of 2 heads the 9 tokens
+    with most votes and the window, or of both together the 18."""
+    prompt, window = families.prompt(21, seed=4), 2
+    engine = Engine(program(SMALL[name]), OPTIONS)
+    request = engine.add_request(prompt, LONG)
+    while len(request.output) < 2:
+        engine.step()
+    votes, keys = votes_of_the_end(model, prompt, window)
+    by_head = [np.argsort(-mine)[:9] for mine in votes]
+    if name != "snapkv":
+        best = np.argsort(-votes.reshape(-1))[:18]
+        by_head = [best[best // votes.shape[1] == head] % votes.shape[1] for head in range(2)]
+        assert len(by_head[0]) != len(by_head[1]), "the test tells nothing where heads happen to keep equally many"
+        table = engine._tables[0]
+        assert [pool.used for pool in table.pool.heads] == [-(-len(keys) // PAGE) for keys in kept_keys(engine)]
+    for head, (got, best) in enumerate(zip(kept_keys(engine), by_head)):
+        keep = sorted([*best, *range(len(prompt) - window, len(prompt))])
+        np.testing.assert_allclose(got[: len(keep)], keys[keep, head], atol=1e-4)
+        assert len(got) - len(keep) == len(kept_keys(engine)[0]) - len(by_head[0]) - window, (
+            "and the answer's, in all heads"
+        )
     engine.abort(request)
+    engine.check()
+
+
+def test_heads_of_the_model_share_its_budget():
+    """Two layers of two heads keep 4 x 11 tokens together, though none as many as the next."""
+    program = optx.compile(families.concrete("qwen3"), Recipe(cache=(SMALL["kvzip over the model"],))).program
+    engine = Engine(program, OPTIONS)
+    request = engine.add_request(PROMPTS[1], LONG)
+    while len(request.output) < 1:
+        engine.step()
+    kept = np.stack([table.lengths_by_head[:, request.row] for table in engine._tables])
+    assert kept.shape == (2, 2) and len(set(kept.reshape(-1).tolist())) > 1
+    assert int(kept.sum()) - 4 * (int(engine._tables[0]._seen[request.row]) - 20) == 4 * 11
+    engine.run()
+    engine.check()
 
 
 def test_packed_pages_are_compacted_as_they_are(program):

@@ -2,7 +2,8 @@
 moves what stays to a row's first slots.
 
 The host knows how many tokens stay, since the policy says so from numbers of tokens alone; which ones they are, the device
-decides, for every layer and kv head apart. A token's slot is its position in the cache from then on.
+decides, for every layer and kv head apart. Only where heads compete for a budget does it have to ask how many each one keeps.
+A token's slot is its position in the cache from then on.
 """
 
 import dataclasses
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optx.cache import RECORDED, CachePlan
+from optx.cache import RECORDED, CachePlan, CacheSpec
+from optx.engine.head_pages import HeadPools, HeadTables
 from optx.engine.options import EngineOptions
-from optx.engine.pages import PageTable
+from optx.engine.pages import PagePool, PageTable
 from optx.engine.request import Request
 from optx.errors import RequestError
 
@@ -25,9 +27,9 @@ class Compaction:
     """A row of a token group keeps `keep` of `length` cached tokens."""
 
     group: int
-    table: np.ndarray  # int32[pages], the row's before
+    table: np.ndarray  # int32[G, pages], the row's before
     length: int
-    keep: int
+    keep: np.ndarray  # int32[G]
 
 
 class CompactedTable(PageTable):
@@ -41,20 +43,25 @@ class CompactedTable(PageTable):
 
     def compact(self, row: int, prompt: int, group: int) -> Compaction:
         """Frees the pages of a row behind what it keeps."""
-        length, keep, held = int(self.lengths[row]), self.policy.kept(prompt), self.pages_of(row)
-        done = Compaction(group=group, table=self.table[row].copy(), length=length, keep=keep)
-        for index in range(-(-keep // self.page_size), held):
-            self.pool.release(int(self.table[row, index]))
-        self.lengths[row] = keep
+        keep = self.policy.kept(prompt)
+        done = Compaction(
+            group=group,
+            table=self.tables[:, row].copy(),
+            length=int(self.lengths[row]),
+            keep=np.array([keep], np.int32),
+        )
+        self.shorten(row, keep)
         return done
 
     def fork(self, row, new):
         raise RequestError("rows of a cache with eviction are not forked: a compaction writes to all of their pages")
 
 
-def table_for(spec, pool, **room) -> PageTable:
-    """The page table of a token group."""
-    return (PageTable if spec.evict is None else CompactedTable)(spec, pool, **room)
+def table_for(spec: CacheSpec, pages: int, **room) -> PageTable | HeadTables:
+    """The page table of a token group over a pool of so many pages."""
+    if spec.evict is not None and spec.evict.apart:
+        return HeadTables(spec, HeadPools(pages, spec.streams[0].shape[0]), **room)
+    return (PageTable if spec.evict is None else CompactedTable)(spec, PagePool(pages), **room)
 
 
 def check_eviction(plan: CachePlan, options: EngineOptions) -> None:
@@ -79,10 +86,13 @@ class Compactor:
     after each, and what is left is what attention to the prompt was recorded.
     """
 
-    def __init__(self, tables: Sequence[PageTable], encode: Callable[[str], list[int]] | None = None):
+    def __init__(self, tables: Sequence[PageTable | HeadTables], encode: Callable[[str], list[int]] | None = None):
         """encode: text to token ids, for what stands before a prompt that is fed again; None: nothing does."""
         self._tables = list(tables)
         self._evicting = [(group, table) for group, table in enumerate(tables) if table.policy is not None]
+        self.ask: Callable[[Sequence[Compaction]], np.ndarray] | None = (
+            None  # `share_out`, after all that was dispatched
+        )
         self._encode = encode or (lambda text: [])
         self._due: list[Compaction] = []
 
@@ -97,11 +107,36 @@ class Compactor:
                 request.replay, request.replayed = request.replay[1:], 0
                 for table in self._tables:
                     table.truncate(request.row, request.computed)
-            for group, table in self._evicting if request.computed and request.left > 0 else ():
-                if table.room(request.row, len(request.prompt)) == 0 and not self._replays(request, table):
-                    self._due.append(table.compact(request.row, len(request.prompt), group))
+            full = [
+                (group, table)
+                for group, table in self._evicting
+                if request.computed and request.left > 0 and table.room(request.row, len(request.prompt)) == 0
+            ]
+            full = [(group, table) for group, table in full if not self._replays(request, table)]
+            self._due += [
+                table.compact(request.row, len(request.prompt), group)
+                for group, table in full
+                if not table.policy.apart
+            ]
+            self._share_out(request, [(group, table) for group, table in full if table.policy.apart])
 
-    def _replays(self, request: Request, table: PageTable) -> bool:
+    def _share_out(self, request: Request, full: Sequence[tuple[int, HeadTables]]) -> None:
+        """Heads that compete: the device says how many tokens each one keeps."""
+        due = [
+            Compaction(
+                group=group,
+                table=table.tables[:, request.row].copy(),
+                length=int(table.lengths_by_head[0, request.row]),
+                keep=np.full(len(table.tables), table.policy.kept(len(request.prompt)), np.int32),
+            )
+            for group, table in full
+        ]
+        counts = self.ask(due) if due else ()
+        for (_, table), one, count in zip(full, due, counts, strict=True):
+            table.keep(request.row, count)
+            self._due.append(dataclasses.replace(one, keep=np.asarray(count, np.int32)))
+
+    def _replays(self, request: Request, table: PageTable | HeadTables) -> bool:
         """Whether the row is fed more of its prompt again."""
         if request.replay is None and table.policy.replays:
             before = self._encode(table.policy.instruction)
@@ -115,6 +150,17 @@ class Compactor:
         rooms = (table.room(request.row, len(request.prompt)) for _, table in self._evicting)
         return min((room for room in rooms if room is not None), default=sys.maxsize)
 
+    def rehearse(self, compact: Callable[[Compaction], None]) -> None:
+        """Compactions of a row that holds nothing, for programs to be compiled."""
+        blanks = [
+            Compaction(group=group, table=table.tables[:, 0], length=0, keep=np.zeros(len(table.tables), np.int32))
+            for group, table in self._evicting
+        ]
+        for blank in blanks:
+            compact(blank)
+        if apart := [one for one, (_, table) in zip(blanks, self._evicting, strict=True) if table.policy.apart]:
+            self.ask(apart)
+
     def take(self) -> tuple[Compaction, ...]:
         """What the next dispatch begins with."""
         due, self._due = tuple(self._due), []
@@ -122,8 +168,8 @@ class Compactor:
 
 
 def compact(plan: CachePlan, treedef, group: int, caches, table, length, keep):
-    """Flat caches in which a row of a group, in pages table int32[pages], has the `keep` of its `length` tokens that the policy
-    of each layer chooses in its first slots, ascending, with what was recorded of them."""
+    """Flat caches in which a row of a group, in pages table int32[G, pages], has the `keep` int32[G] of its `length` tokens that
+    the policy of each layer chooses in its first slots, ascending, with what was recorded of them."""
     caches = jax.tree.unflatten(treedef, caches)
     layers = list(caches.layers)
     for i, spec in enumerate(plan.specs):
@@ -132,22 +178,46 @@ def compact(plan: CachePlan, treedef, group: int, caches, table, length, keep):
     return jax.tree.leaves(dataclasses.replace(caches, layers=tuple(layers)))
 
 
+def share_out(plan: CachePlan, treedef, groups: tuple[int, ...], caches, tables, length, keep):
+    """int32[len(groups), K]: of a row's `length` tokens, those that each head keeps in groups whose heads compete, one layer's
+    each; a head `keep` on average. tables int32[len(groups), K, pages]."""
+    caches = jax.tree.unflatten(treedef, caches)
+    found = {}
+    for table, group in zip(tables, groups, strict=True):
+        layer = next(i for i, spec in enumerate(plan.specs) if plan.group(i) == group and spec.share is None)
+        policy = plan.specs[layer].evict
+        slots = jnp.arange(table.shape[1] * caches.positions[group].shape[1], dtype=jnp.int32)
+        ranked = policy.ranked(_listed(caches.layers[layer][RECORDED], table), slots, length)
+        found[group] = dataclasses.replace(policy, layer=None if policy.over == "model" else layer), ranked
+    counts = {}
+    for policy in dict.fromkeys(policy for policy, _ in found.values()):
+        mine = [group for group, (its, _) in found.items() if its == policy]
+        worth = jnp.stack([found[group][1] for group in mine])
+        order = jnp.argsort(worth.reshape(-1), stable=True, descending=True)
+        stays = jnp.argsort(order) < keep * worth.shape[0] * worth.shape[1]
+        counts |= dict(zip(mine, jnp.sum(stays.reshape(worth.shape), axis=-1), strict=True))
+    return jnp.stack([counts[group] for group in groups])
+
+
+def _listed(leaf, table):
+    """Of a pool's leaf [pages + 1, K, P, ...] what a row lists: [K, S, ...]; table int32[G, pages]."""
+    heads, size = leaf.shape[1:3]
+    table = jnp.broadcast_to(table, (heads, table.shape[1]))
+    rows = leaf.at[table, jnp.arange(heads)[:, None]].get(mode="promise_in_bounds")
+    return rows.reshape(heads, table.shape[1] * size, *leaf.shape[3:])
+
+
 def _compact_pool(policy, pool, table, length, keep):
     """Of every leaf [pages + 1, K, P, ...] of a layer's pool."""
-    pages, (last, heads, size) = table.shape[0], jax.tree.leaves(pool)[0].shape[:3]
+    pages, (last, heads, size) = table.shape[1], jax.tree.leaves(pool)[0].shape[:3]
     slots = jnp.arange(pages * size, dtype=jnp.int32)
-
-    def listed(leaf):
-        rows = leaf.at[table].get(mode="promise_in_bounds")
-        return jnp.moveaxis(rows, 1, 0).reshape(heads, pages * size, *leaf.shape[3:])
-
-    recorded = listed(pool[RECORDED]) if policy.channels else None
-    chosen = jnp.broadcast_to(policy.keep(recorded, slots, length, keep), (heads, pages * size))
-    written = jnp.where(jnp.arange(pages) * size < keep, table, last)
+    recorded = _listed(pool[RECORDED], table) if policy.channels else None
+    chosen = jnp.broadcast_to(policy.keep(recorded, slots, length, keep[:, None]), (heads, pages * size))
+    written = jnp.broadcast_to(jnp.where(jnp.arange(pages) * size < keep[:, None], table, last), (heads, pages))
 
     def moved(leaf):
-        kept = jnp.take_along_axis(listed(leaf), chosen[(..., *[None] * (leaf.ndim - 3))], axis=1)
-        kept = jnp.moveaxis(kept.reshape(heads, pages, size, *leaf.shape[3:]), 0, 1)
-        return leaf.at[written].set(kept, mode="drop")
+        kept = jnp.take_along_axis(_listed(leaf, table), chosen[(..., *[None] * (leaf.ndim - 3))], axis=1)
+        kept = kept.reshape(heads, pages, size, *leaf.shape[3:])
+        return leaf.at[written, jnp.arange(heads)[:, None]].set(kept, mode="drop")
 
     return jax.tree.map(moved, pool)

@@ -10,12 +10,12 @@ import jax
 from tqdm import tqdm
 
 from optx.cache import Layout
-from optx.engine.compaction import Compaction, check_eviction, table_for
+from optx.engine.compaction import check_eviction, table_for
 from optx.engine.constraint import Constraint
 from optx.engine.drafting import with_drafter
 from optx.engine.memory import page_bytes, pages_by_group
 from optx.engine.options import TICKS, EngineOptions
-from optx.engine.pages import PagePool, PageTable
+from optx.engine.pages import PageTable
 from optx.engine.prefix import PrefixCache, refusal
 from optx.engine.request import Logprobs, Request, Sampling, token_ids
 from optx.engine.sampling import WAYS, Chosen, Way
@@ -98,6 +98,7 @@ class Engine:
         room = functools.partial(Layout, page_size=options.page_size, slots=options.rows)
         layouts = [room(pages=table.pool.pages) for table in self._tables] or [room(pages=1)]
         self._stepper = Stepper(program, layouts, options.rows, options.debug)
+        self.scheduler.compactor.ask = self._stepper.share_out
         self._flight: Flight | None = None
         self._warm: set[Way] = set()
         self._count = self._steps = self._prompt_tokens = self._output_tokens = 0
@@ -115,10 +116,10 @@ class Engine:
         drafts = self.options.speculate.tokens if self.options.speculate else 0
         longest = max(self.options.chunks[-1], self._ticks, 1 + drafts)
         widths = [PageTable.width_for(spec, self.context, longest, size) for spec in specs]
-        pools = [PagePool(pages) for pages in pages_by_group(program.plan, widths, self.options)]
+        pages = pages_by_group(program.plan, widths, self.options)
         return [
-            table_for(spec, pool, rows=rows, width=width, page_size=size)
-            for spec, pool, width in zip(specs, pools, widths, strict=True)
+            table_for(spec, count, rows=rows, width=width, page_size=size)
+            for spec, count, width in zip(specs, pages, widths, strict=True)
         ]
 
     @property
@@ -286,9 +287,7 @@ class Engine:
             self._stepper(tick, way)
         if self.options.rows > 1:
             self._stepper.copy(0, 1, [(range(0), range(0))] * len(self._tables))
-        for group, table in enumerate(self._tables):
-            if table.policy is not None:
-                self._stepper.compact(Compaction(group=group, table=table.table[0], length=0, keep=0))
+        self.scheduler.compactor.rehearse(self._stepper.compact)
 
     def recover(self) -> list[Request]:
         """After a `step` that raised: running requests end with "error", their caches and the prefix cache are made anew;

@@ -147,6 +147,22 @@ class PageTable:
         self._next[rows] += counts
         return (self.table[rows[owner], slots // size] * size + slots % size).astype(np.int32)
 
+    @property
+    def tables(self) -> np.ndarray:
+        """int32[G, rows, width]: one list for all heads."""
+        return self.table[None]
+
+    @property
+    def lengths_by_head(self) -> np.ndarray:
+        """int32[G, rows]."""
+        return self.lengths[None]
+
+    def shorten(self, row: int, count: int) -> None:
+        """The row keeps its first `count` slots; pages behind them are free."""
+        for index in range(-(-count // self.page_size), self.pages_of(row)):
+            self.pool.release(int(self.table[row, index]))
+        self.lengths[row] = count
+
     def partial(self, row: int) -> bool:
         """Whether the row's last page has room: a fork has to copy it."""
         return bool(self.lengths[row] % self.page_size)

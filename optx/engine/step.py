@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.cache import Address, CachePlan, Caches, Layout, Ragged
-from optx.engine.compaction import Compaction, compact
+from optx.engine.compaction import Compaction, compact, share_out
 from optx.engine.drafting import Drafted, Models, propose
 from optx.engine.sampling import KNOBS, Chosen, Way, choose, mark
 from optx.engine.speculation import verify
@@ -56,9 +56,9 @@ class Tick:
     starts: np.ndarray  # int32[B] position of each row's first token
     slots: np.ndarray  # int32[B] row of the token pool and of the state pools; past the end: idle
     seeds: np.ndarray  # uint32[B]
-    tables: tuple[np.ndarray, ...]  # int32[1, B, pages] a group
-    lengths: tuple[np.ndarray, ...]  # int32[1, B] a group, the first tick's tokens included
-    writes: tuple[np.ndarray, ...]  # int32[N, T] a group
+    tables: tuple[np.ndarray, ...]  # int32[G, B, pages] a group; G = 1, or K where heads keep different tokens
+    lengths: tuple[np.ndarray, ...]  # int32[G, B] a group, the first tick's tokens included
+    writes: tuple[np.ndarray, ...]  # int32[N, T] a group, [N, G, T] with G = K
     limits: np.ndarray  # int32[B]: tokens that a row draws, at most
     stops: np.ndarray  # int32[B, S]: tokens that end a row; -1: none
     prompts: np.ndarray  # int32[B]: tokens of each row's prompt
@@ -130,11 +130,13 @@ class Stepper:
             jax.jit(functools.partial(compact, program.plan, self._treedef, group), donate_argnums=0)
             for group in range(len(program.plan.keys))
         ]
+        self._shares: dict[tuple[int, ...], Callable] = {}  # by the groups whose heads compete
 
     @property
     def compiles(self) -> int:
         """Programs compiled so far."""
-        return sum(program._cache_size() for program in (*self._ticks.values(), self._copy, *self._compact))
+        programs = (*self._ticks.values(), self._copy, *self._compact, *self._shares.values())
+        return sum(program._cache_size() for program in programs)
 
     @property
     def caches(self) -> Caches:
@@ -213,8 +215,16 @@ class Stepper:
 
     def compact(self, compaction: Compaction) -> None:
         """A row keeps what the policy of its group chooses."""
-        numbers = np.int32(compaction.length), np.int32(compaction.keep)
+        numbers = np.int32(compaction.length), compaction.keep
         self._caches = self._compact[compaction.group](self._caches, compaction.table, *numbers)
+
+    def share_out(self, due: Sequence[Compaction]) -> np.ndarray:
+        """int32[len(due), K]: how many tokens each head of a row keeps where heads compete; waits for the device."""
+        groups = tuple(one.group for one in due)
+        if groups not in self._shares:
+            self._shares[groups] = jax.jit(functools.partial(share_out, self.program.plan, self._treedef, groups))
+        tables = np.stack([one.table for one in due])
+        return np.asarray(self._shares[groups](self._caches, tables, np.int32(due[0].length), due[0].keep[0]))
 
 
 def _copy(plan: CachePlan, treedef, caches, rows, moves, ends):

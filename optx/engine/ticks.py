@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from optx.engine.head_pages import HeadTables
 from optx.engine.pages import PageTable
 from optx.engine.request import STOPS, Request
 from optx.engine.sampling import BIASES, KNOBS, Way
@@ -9,11 +10,16 @@ from optx.engine.scheduler import Plan
 from optx.engine.step import Tick
 
 
+def _by_head(table: PageTable | HeadTables) -> tuple[int, ...]:
+    """The axis of heads in writes, where there is one."""
+    return (len(table.tables),) if isinstance(table, HeadTables) else ()
+
+
 class TickBuilder:
     """Columns by row of the batch, and `build`. chunks: numbers of tokens that programs are compiled for, ascending; ticks:
     decodes of a program, of which a dispatch may run fewer."""
 
-    def __init__(self, tables: list[PageTable], rows: int, chunks: tuple[int, ...], ticks: int):
+    def __init__(self, tables: list[PageTable | HeadTables], rows: int, chunks: tuple[int, ...], ticks: int):
         self.tables, self.chunks, self.ticks = tables, chunks, ticks
         self._owner: list[Request | None] = [None] * rows
         self._seeds = np.zeros(rows, np.uint32)
@@ -54,8 +60,11 @@ class TickBuilder:
             counts=place(lengths, np.int32),
             starts=place([part.start for part in plan.parts], np.int32),
             slots=place(rows, np.int32, len(self._owner)),
-            tables=tuple(table.table[None, chosen_from] for table in self.tables),
-            lengths=tuple(place(table.lengths[rows] - ahead, np.int32)[None] for table in self.tables),
+            tables=tuple(table.tables[:, chosen_from] for table in self.tables),
+            lengths=tuple(
+                np.stack([place(lengths[rows] - ahead, np.int32) for lengths in table.lengths_by_head])
+                for table in self.tables
+            ),
             writes=writes,
             limits=place(rounds, np.int32),
             stops=self._stops[chosen_from],
@@ -82,9 +91,12 @@ class TickBuilder:
             counts=none,
             starts=none,
             slots=np.full(batch, len(self._owner), np.int32),
-            tables=tuple(table.table[None, :batch] for table in self.tables),
-            lengths=(none[None],) * len(self.tables),
-            writes=tuple(np.full((ticks, total), slot, np.int32) for slot in pad),
+            tables=tuple(table.tables[:, :batch] for table in self.tables),
+            lengths=tuple(np.zeros((len(table.tables), batch), np.int32) for table in self.tables),
+            writes=tuple(
+                np.full((ticks, *_by_head(table), total), slot, np.int32)
+                for table, slot in zip(self.tables, pad, strict=True)
+            ),
             limits=none,
             stops=self._stops[:batch],
             prompts=none,
@@ -112,16 +124,16 @@ class TickBuilder:
         return tokens
 
     def _writes(self, plan: Plan, ticks: int, at: np.ndarray, total: int) -> tuple[np.ndarray, ...]:
-        """Flat slots [ticks, T] by group; padding goes to the page that takes it."""
+        """Flat slots [ticks, T] by group, [ticks, K, T] of heads apart; padding goes to the page that takes it."""
+        rounds = np.array([part.rounds for part in plan.parts])
         out = []
         for table, slots in zip(self.tables, plan.writes, strict=True):
-            write = np.full((ticks, total), table.pool.pages * table.page_size, np.int32)
+            write = np.full((ticks, *_by_head(table), total), table.pool.pages * table.page_size, np.int32)
             if plan.ticks == 1:
-                write[0, at] = slots
+                write[0, ..., at] = slots.T
             else:
-                rounds = np.array([part.rounds for part in plan.parts])
-                tick = np.arange(len(slots)) - np.repeat(np.cumsum(rounds) - rounds, rounds)
-                write[tick, np.repeat(at, rounds)] = slots
+                tick = np.arange(slots.shape[-1]) - np.repeat(np.cumsum(rounds) - rounds, rounds)
+                write[tick, ..., np.repeat(at, rounds)] = slots.T
             out.append(write)
         return tuple(out)
 

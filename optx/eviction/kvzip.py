@@ -16,7 +16,7 @@ class KVzip(Once):
 
     worth(s) = max over the queries of the repetition and the query heads of a kv head of their attention to s. Nothing that comes
     after the prompt is asked, so that what is kept serves any question about it. Differs from the paper: the softmax is over the
-    whole prompt, as attention computes it anyway, not over a chunk of it; and heads keep equally many tokens.
+    whole prompt, as attention computes it anyway, not over a chunk of it. `over: model` is the paper's budget.
     """
 
     recent: int = 16  # newest tokens of the prompt: where the answer begins

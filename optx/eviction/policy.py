@@ -2,11 +2,12 @@
 
 A row's cached tokens lie in slots 0, 1, ... in the order of their positions. Compaction keeps some, for every kv head apart
 where the policy tells heads apart, and moves them to the first slots: what a token's slot is changes, its key does not. All
-heads keep equally many, so that one page table serves them all and the pages behind the budget are free.
+heads keep equally many, so that one page table serves them all and the pages behind the budget are free; or, where heads
+compete for a common budget (`Once.over`), each has a page table of its own (engine/head_pages.py).
 
-The host plans from `room`, `kept` and `most` alone, which know numbers of tokens and nothing of the device; the device runs
-`weigh`, `record` and `keep`. A row is compacted at fixed numbers of tokens, whatever the chunks were: an answer that is
-computed again after a preemption is the same.
+The host plans from `room`, `kept` and `most` alone, which know numbers of tokens and nothing of the device, but for heads that
+compete, whose numbers it asks for when a prompt ends; the device runs `weigh`, `record` and `keep`. A row is compacted at fixed
+numbers of tokens, whatever the chunks were: an answer that is computed again after a preemption is the same.
 """
 
 import dataclasses
@@ -48,6 +49,11 @@ class Policy:
                 f"{self.name}: a budget of {self.budget} tokens; allowed: above {self.safe}, the {self.sinks} sinks and "
                 f"{self.newest} recent tokens that are always kept; raise budget, or lower sinks or recent"
             )
+
+    @property
+    def apart(self) -> bool:
+        """Whether heads keep different numbers of tokens."""
+        return False
 
     @property
     def newest(self) -> int:
@@ -98,15 +104,16 @@ class Policy:
         longer kept. 1: for all heads alike."""
         raise NotImplementedError
 
-    def keep(self, recorded: jax.Array | None, slots: jax.Array, length: jax.Array, budget: jax.Array) -> jax.Array:
-        """-> int32[K or 1, S]: the `budget` slots that stay, ascending, and behind them the others.
-
-        Sinks and newest always stay, then those of the greatest worth; of equal ones the earlier.
-        """
+    def ranked(self, recorded: jax.Array | None, slots: jax.Array, length: jax.Array) -> jax.Array:
+        """`worth`, infinite for sinks and newest, which always stay, and -inf for slots that hold nothing."""
         held = slots < length
         safe = held & ((slots < self.sinks) | (slots >= length - self.newest))
-        worth = jnp.where(held, self.worth(recorded, slots, length), -jnp.inf)
-        order = jnp.argsort(jnp.where(safe, jnp.inf, worth), axis=-1, stable=True, descending=True)
+        return jnp.where(safe, jnp.inf, jnp.where(held, self.worth(recorded, slots, length), -jnp.inf))
+
+    def keep(self, recorded: jax.Array | None, slots: jax.Array, length: jax.Array, budget: jax.Array) -> jax.Array:
+        """-> int32[K or 1, S]: the `budget` slots that stay (a number, or int32[K, 1]), ascending, and behind them the others:
+        those of the greatest worth; of equal ones the earlier."""
+        order = jnp.argsort(self.ranked(recorded, slots, length), axis=-1, stable=True, descending=True)
         stays = jnp.argsort(order, axis=-1) < budget  # its rank
         return jnp.argsort(~stays, axis=-1, stable=True).astype(jnp.int32)
 
@@ -141,10 +148,17 @@ class Rolling(Policy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Once(Policy):
-    """Policies that compact a prompt at its end; the answer is kept whole. One of budget and ratio is given."""
+    """Policies that compact a prompt at its end; the answer is kept whole. One of budget and ratio is given.
+
+    What heads of a layer or of the whole model keep of a common budget differs by a factor of ten and more, and quality at a
+    budget is better for it: Feng et al. 2024 (Ada-KV), arXiv:2407.11550.
+    """
 
     budget: int | None = None  # slots that a prompt keeps; None: `ratio` of it
     ratio: float | None = None  # share of the prompt that is kept, never less than sinks and recent tokens
+    # Whose common budget that is, a kv head on average: head, each keeps as many; layer, model: heads of one compete by worth.
+    over: Literal["head", "layer", "model"] = "head"
+    layer: int | None = None  # whose cache it is, where heads compete: such layers have page tables of their own
 
     once: ClassVar[bool] = True
 
@@ -156,6 +170,12 @@ class Once(Policy):
             )
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise FormatError(f"{self.name}: ratio {self.ratio}; allowed: above 0, at most 1")
+        if self.over not in (allowed := ("head", "layer", "model")):
+            raise FormatError(f"{self.name}: over {self.over!r}; allowed: {', '.join(allowed)}")
+
+    @property
+    def apart(self):
+        return self.over != "head"
 
     def kept(self, prompt):
         wanted = self.budget if self.ratio is None else max(math.ceil(self.ratio * prompt), self.safe + 1)
@@ -178,4 +198,5 @@ class Once(Policy):
         return self.kept(context)
 
     def __str__(self):
-        return f"{self.name} {self.budget if self.ratio is None else f'{self.ratio:g} of the prompt'}"
+        what = self.budget if self.ratio is None else f"{self.ratio:g} of the prompt"
+        return f"{self.name} {what}{f', heads of a {self.over} compete' if self.apart else ''}"

@@ -156,7 +156,7 @@ class Attention(nnx.Module):
         q, k, v = self.heads_of(x)
         q, gate = (q, None) if self.gate is None else jnp.split(q, 2, axis=-1)
         cached = view is not None and view.writes is not None
-        asked = ragged.in_slots(view.lengths[0]) if cached and self.cache.evict is not None else ragged
+        asked = ragged.in_slots(jnp.max(view.lengths, axis=0)) if cached and self.cache.evict is not None else ragged
         late = None if self.cache.rotated else self.rope  # of keys: where they are read
         turned = ragged.positions if late is None else asked.positions
         q_norm, k_norm = self._norms()
@@ -261,6 +261,7 @@ class Attention(nnx.Module):
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
             "key_bias": self.key_bias is not None,
+            "head_pages": self.cache.evict is not None and self.cache.evict.apart,
             "key_rope": not self.cache.rotated and self.rope is not None,
         }
         flash, *over_cache = attention_sites(facts)

@@ -172,10 +172,13 @@ class CausalLM(nnx.Module):
 
 
 def _append_positions(plan: CachePlan, caches: Caches, address: Address, ragged: Ragged) -> Caches:
-    """Of what may be evicted, masks compare slots."""
-    at = (
-        ragged.positions if spec.evict is None else ragged.in_slots(lengths[0]).positions
-        for spec, lengths in zip(plan.groups, address.lengths, strict=True)
-    )
-    stored = (store_tokens(*each) for each in zip(caches.positions, at, address.writes, strict=True))
-    return Caches(layers=caches.layers, positions=tuple(stored))
+    """Of what may be evicted, masks compare slots; where heads keep different tokens, ops count them from the end."""
+
+    def stored(spec, positions, lengths, writes):
+        if writes.ndim == 2 and len(writes) > 1:
+            return positions
+        at = ragged.positions if spec.evict is None else ragged.in_slots(lengths[0]).positions
+        return store_tokens(positions, at, writes.reshape(-1))
+
+    groups = zip(plan.groups, caches.positions, address.lengths, address.writes, strict=True)
+    return Caches(layers=caches.layers, positions=tuple(stored(*group) for group in groups))

@@ -36,14 +36,17 @@ def record(spec: CacheSpec, pool: Pool, scores: jax.Array | None, ragged: Ragged
     """The pool with scores float32[B, S, K] by slot taken into what the policy has recorded of the rows' slots."""
     if scores is None:
         return pool
-    stored, table, lengths = pool[RECORDED], view.table[0], view.lengths[0]
-    batch, pages = table.shape
+    stored, heads = pool[RECORDED], jnp.arange(scores.shape[-1])[:, None]
+    _, batch, pages = view.table.shape
+    table, lengths = (jnp.moveaxis(x, 0, 1) for x in (view.table, view.lengths))  # [B, G, pages], [B, G]
+    table = jnp.broadcast_to(table, (batch, len(heads), pages))
     slots = jnp.arange(pages * stored.shape[2], dtype=jnp.int32).reshape(pages, -1)
-    before = (lengths - ragged.counts)[:, None, None]
-    new = (slots >= before)[:, :, None, :, None]  # their page may have been another row's
-    old = jnp.where(new, 0, stored.at[table].get(mode="promise_in_bounds"))
-    mass = jnp.swapaxes(scores.reshape(batch, pages, -1, scores.shape[-1]), 2, 3)
-    queries = jnp.clip(lengths[:, None, None] - jnp.maximum(slots, before), 0)[:, :, None]
-    held = (slots[:, 0] < lengths[:, None]) & (ragged.counts > 0)[:, None]
+    before = (lengths - ragged.counts[:, None])[:, :, None, None]
+    new = (slots >= before)[..., None]  # their page may have been another row's
+    old = jnp.where(new, 0, stored.at[table, heads].get(mode="promise_in_bounds"))
+    mass = jnp.swapaxes(scores, 1, 2).reshape(batch, len(heads), pages, -1)
+    queries = jnp.clip(lengths[:, :, None, None] - jnp.maximum(slots, before), 0)
+    held = (slots[:, 0] < lengths[..., None]) & (ragged.counts > 0)[:, None, None]
     recorded = spec.evict.record(old, mass, queries)
-    return pool | {RECORDED: stored.at[jnp.where(held, table, stored.shape[0])].set(recorded, mode="drop")}
+    at = jnp.where(held, table, stored.shape[0]), heads
+    return pool | {RECORDED: stored.at[at].set(recorded, mode="drop")}

@@ -101,6 +101,7 @@ LACKS = {
     "want_scores": "returns no attention by slot, which the policy of eviction records",
     "score_rule": "sums the attention of all queries by slot, and the policy of eviction counts some or takes the largest",
     "key_rope": "reads keys as they are stored, and these are rotated by their slot when they are read",
+    "head_pages": "writes and masks tokens by one page table, and heads that compete for a budget have one each",
 }
 _PLAIN, _SUMS = tuple(LACKS), ("score_rule", "key_rope")
 
@@ -164,7 +165,14 @@ ROWS: tuple[Row, ...] = (
     Row(op="matmul", backend=_GPU, arch="sm90", module="matmul.mosaic_gpu_sm90", optional=True),
     Row(op="matmul", backend="xla", arch="gpu", module="matmul.xla_gpu"),
     Row(op="matmul", backend="xla", module="matmul.reference"),
-    Row(op="rotate_append", backend=_GPU, arch="sm90", module="rotate_append.mosaic_gpu_sm90", optional=True),
+    Row(
+        op="rotate_append",
+        backend=_GPU,
+        arch="sm90",
+        module="rotate_append.mosaic_gpu_sm90",
+        optional=True,
+        lacks=("head_pages",),
+    ),
     Row(op="rotate_append", backend="xla", module="rotate_append.reference"),
     Row(op="add_norm", backend=_GPU, arch="sm90", module="add_norm.mosaic_gpu_sm90", optional=True),
     Row(op="add_norm", backend="xla", module="add_norm.reference"),

@@ -1,6 +1,7 @@
 """Cached tokens thrown away: a policy of eviction on chosen layers."""
 
 import dataclasses
+from typing import Literal
 
 from optx.errors import FormatError, PassError, did_you_mean
 from optx.eviction import POLICIES, Policy
@@ -18,6 +19,8 @@ class EvictKV(PassOptions):
     ratio: float | None = None  # in place of it, for policies that compact a prompt at its end: share of the prompt
     sinks: int | None = None  # first tokens, always kept
     recent: int | None = None  # newest tokens, always kept; of snapkv the window whose queries score the others
+    # snapkv, kvzip: whose kv heads compete for a common budget; head: each has its own.
+    over: Literal["head", "layer", "model"] | None = None
     slack: int | None = None  # tokens a row grows past its budget before it is compacted
     pool: int | None = None  # snapkv: neighbours over which attention is averaged
     part: int | None = None  # kvzip: tokens of the prompt that are fed again at a time
@@ -48,8 +51,8 @@ def evict_kv(site: Site, attn: Attention, opt: EvictKV) -> Attention | Skipped:
     streaming_llm (arXiv:2309.17453): the first and the newest, positions counted inside the cache; h2o (arXiv:2306.14048): those
     attended to most so far, and the newest; tova (arXiv:2401.06104): those that the newest token attends to; snapkv
     (arXiv:2404.14469): those of a prompt that its end attends to; kvzip (arXiv:2505.23416): those that the model needs to say its
-    prompt again. Layers of one policy and budget share a page table. Layers with a window stay as they are. What it costs shows
-    over pages alone (`optx eval --paged`): a forward without caches throws nothing away.
+    prompt again. Layers of one policy and budget share a page table, but where heads compete. Layers with a window stay as they
+    are. What it costs shows over pages alone (`optx eval --paged`): a forward without caches throws nothing away.
     """
     if attn.cache.window is not None:
         return Skipped(f"has a window of {attn.cache.window}")
@@ -57,6 +60,9 @@ def evict_kv(site: Site, attn: Attention, opt: EvictKV) -> Attention | Skipped:
         raise PassError(f"evict_kv at {site.path}: its cache throws tokens away already ({attn.cache.evict})")
     try:
         policy = opt.build()
+        if policy.apart:  # heads keep different numbers, so that no two layers share a page table
+            own = int(site.path.split("/")[1])
+            policy = dataclasses.replace(policy, layer=own if attn.cache.share is None else attn.cache.share)
         return replace(attn, cache=attn.cache.replace(evict=policy, rotated=not policy.reindexed))
     except FormatError as error:
         raise PassError(f"evict_kv at {site.path}: {error}") from None

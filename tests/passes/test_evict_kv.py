@@ -8,7 +8,7 @@ import optx
 from optx import ir, lower
 from optx import target as targets
 from optx.engine.compaction import table_for
-from optx.engine.pages import PagePool, PageTable
+from optx.engine.pages import PageTable
 from optx.errors import FormatError, LegalityError, LoweringError, PassError, QualityError
 from optx.eviction import POLICIES
 from optx.formats import Int
@@ -110,7 +110,7 @@ def test_layers_of_one_policy_share_a_table():
     plan = optx.plan(model, Recipe(cache=rules)).tree.cache_plan()
     assert [plan.group(i) for i in range(4)] == [0, 0, 1, 1]
     tables = [
-        table_for(spec, PagePool(9), rows=1, width=PageTable.width_for(spec, 10**6, 512, 32), page_size=32)
+        table_for(spec, 9, rows=1, width=PageTable.width_for(spec, 10**6, 512, 32), page_size=32)
         for spec in plan.groups
     ]
     assert [table.width for table in tables] == [4, 3], "budget and slack of 64 tokens"

@@ -81,8 +81,9 @@ def rotate_append(q, k, v, pool, *, positions, writes, spec, **_) -> None:
     for name, x in (("k", k), ("v", v)):
         _need(op, x is k is None or (x is not None and x.shape == (t, kv_heads, h)), name, x, f"[{t}, {kv_heads}, {h}]")
         _need(op, pool[name].shape[1:] == (kv_heads, page, h), "pool", pool[name], f"[pages, {kv_heads}, P, {h}]")
-    for name, x in (("positions", positions), ("writes", writes)):
-        _need(op, x.shape == (t,) and x.dtype == jnp.int32, name, x, f"int32[{t}]")
+    _need(op, positions.shape == (t,) and positions.dtype == jnp.int32, "positions", positions, f"int32[{t}]")
+    good = writes.shape in ((t,), (kv_heads, t)) and writes.dtype == jnp.int32
+    _need(op, good, "writes", writes, f"int32[{t}], or int32[{kv_heads}, {t}] by head")
 
 
 def add_norm(x, y, weight, **_) -> None:

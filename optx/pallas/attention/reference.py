@@ -235,6 +235,8 @@ def paged_attention(
     queries are its newest slots; key_bias [K, H], rope: of keys that are stored without their bias (`with_bias`); key_rope:
     rotates keys by their cached positions, where they are stored before that (G = 1). score_weights (q_positions, prompts
     int32[B]) -> float32[B, Q] and score_reduce ("sum", "max"): what scores are made of.
+    Where heads list pages of their own (G = K) and the mask is causal and no more, positions are not asked for: a row's queries
+    are its newest slots.
     -> (out [B, Q, N, Hv], lse, scores float32[B, S, K] by slot or None).
     """
     k = gather_pages(k_pool, table).astype(q.dtype)
@@ -242,9 +244,15 @@ def paged_attention(
     groups, b, pages = table.shape
     at = jnp.take(positions, table, axis=0, mode="clip").reshape(groups, b, -1)
     k = k if key_bias is None else with_bias(k, at, key_bias=key_bias, rope=rope)
-    stored = jnp.arange(at.shape[-1]) < lengths[..., None]
+    slots = jnp.arange(at.shape[-1])
+    stored = slots < lengths[..., None]
     asked = q_positions[None, :, :, None]
-    seen = mask(asked, at[:, :, None, :]) & (asked >= 0) & stored[:, :, None, :]
+    if groups > 1 and mask == Mask():  # heads that keep different tokens: both are counted from their ends
+        newest = jnp.max(q_positions, axis=1)[None, :, None]
+        seen = mask(asked - newest[..., None] - 1, (slots - lengths[..., None])[:, :, None, :])
+    else:
+        seen = mask(asked, at[:, :, None, :])
+    seen = seen & (asked >= 0) & stored[:, :, None, :]
     if key_rope is not None:
         k = key_rope(k.reshape(-1, *k.shape[2:]), at[0].reshape(-1)).reshape(k.shape)
     if logit_scale is not None:

@@ -25,11 +25,12 @@ def rotate_append(
 
     q = rope(q_norm(q)), k = rope(k_norm(k)); pool[writes] = format(k), format(v)
 
-    q [T, N, H], k and v [T, K, H], or all heads side by side in q [T, N + 2K, H] and None for k and v; pool {"k", "v"} of
-    [pages + 1, K, P, H], dense or QTensor; positions int32[T]; writes int32[T], flat slots page * P + offset: what they say
-    past page `pages` - 1 is stored nowhere that is read. rope: (x [T, N, H], positions) -> x, arXiv:2104.09864; norms:
-    x -> x over the last axis, arXiv:1910.07467; None: not applied. view, ragged: where the spec keeps tokens exact as well
-    (near.py), the layer's tables and whose the tokens are. -> (q [T, N, H], pool).
+    q [T, N, H], k and v [T, K, H], or all heads side by side in q [T, N + 2K, H] and None for k and v; pool {"k", "v"}
+    of [pages + 1, K, P, H], dense or QTensor; positions int32[T]; writes int32[T], or by head int32[K, T], flat slots
+    page * P + offset: what they say past page `pages` - 1 is stored nowhere that is read. rope: (x [T, N, H],
+    positions) -> x, arXiv:2104.09864; norms: x -> x over the last axis, arXiv:1910.07467; None: not applied. view,
+    ragged: where the spec keeps tokens exact as well (near.py), the layer's tables and whose the tokens are.
+    -> (q [T, N, H], pool).
     """
     q, k, v = separate(q, k, v, spec)
     q, k = (rotate(x, norm, rope, positions) for x, norm in ((q, q_norm), (k, k_norm)))
