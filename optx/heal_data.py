@@ -19,7 +19,7 @@ from optx.errors import HealError, no_such_path
 from optx.lower import Program
 from optx.passes.distill import Distill
 
-ROWS = 16  # sequences that are sampled at once
+ROWS = 64  # sequences that are sampled at once
 SHARD = ".npy"
 
 
