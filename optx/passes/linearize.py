@@ -24,7 +24,7 @@ from optx.passes.sliding_window import far_mass
 from optx.registry import Axis, PassOptions, Site, Skipped, Stage, register
 
 SMALL = 0.1  # rms of what meets silu: silu(s x) ~ s x / 2, so queries, keys and values stay linear
-EPS = 1e-10  # of norms behind numbers that small
+EPS = 1e-5  # of norms: near the square of what comes out of numbers that small, so what is far below it stays small
 OPEN = 1.2784645  # silu of it is 1: a gate that changes nothing
 BETA = -1.3862944  # its sigmoid is 0.2: the share of what a key holds that one token replaces
 FAR = 64  # tokens back from which on `by: mass` counts attention
@@ -101,7 +101,8 @@ def linearize(site: Site, attn: Attention, opt: Linearize) -> Mamba2 | GatedDelt
     said on what the recurrence brings. Where queries and keys are normed the gains stay and the division goes (gated DeltaNet has
     its own). RoPE, sinks and soft caps have no counterpart and go.
 
-    Layers with a window stay: their cache is bounded. Raises PassError for gated attention, whose gate none of the three has.
+    Layers with a window stay, their cache is bounded, and so does gated attention. States of all three are float32. Raises
+    PassError without calibration text where `fit` wants it, and for layers that other passes have rewritten.
     """
     which = "attention; which ones, calibration text says" if opt.unresolved else "attention"
     if reason := check_plain(site, attn, "linearize"):
@@ -113,10 +114,7 @@ def linearize(site: Site, attn: Attention, opt: Linearize) -> Mamba2 | GatedDelt
     if attn.cache.window is not None:
         return Skipped(f"has a window of {attn.cache.window}, so its cache is bounded")
     if attn.gate is not None:
-        raise PassError(
-            f"linearize at {site.path}: its output has a gate ({attn.gate}), which a recurrence replaces by one of another form; "
-            "keep it out with 'match'"
-        )
+        return Skipped(f"its output has a {attn.gate} gate, which {opt.to} has in another form")
     form, d = FORMS[opt.to], attn.q.weight.get_value().shape[0]
     make = {"d": d, "heads": attn.heads, "head_dim": attn.head_dim, "bias": True, "eps": EPS}
     new = form.shape(make | {"dtype": jnp.dtype(attn.o.weight.get_value().dtype).name})
