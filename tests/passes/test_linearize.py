@@ -39,8 +39,8 @@ def mixers(tree) -> list[str]:
     return [type(layer.mixer).__name__ for layer in tree.layers]
 
 
-def plan(family="llama", layers=4, **options):
-    model = families.abstract(family, num_hidden_layers=layers)
+def plan(family="llama", count=4, **options):
+    model = families.abstract(family, num_hidden_layers=count)
     return optx.plan(model, Recipe(attention=[Linearize(**options)]))
 
 
@@ -232,7 +232,7 @@ def test_which_layers(options, want):
 
 
 def test_windows_stay():
-    planned = plan("gemma3", layers=3, to="gdn")
+    planned = plan("gemma3", count=3, to="gdn")
     assert mixers(planned.tree) == ["Attention", "Attention", "GatedDelta"]
     why = {f"layers/{i}/mixer": "has a window of 6, so its cache is bounded" for i in range(2)}
     assert planned.records[0].skipped == why
@@ -259,7 +259,7 @@ def test_what_is_refused():
     with pytest.raises(RecipeError, match=r"linearize reads its inputs \(inputs\) on calibration text"):
         optx.compile(families.concrete("llama"), Recipe(attention=[Linearize(to="gdn")]))
     packed = Recipe(attention=[Linearize(to="gdn")], cache=[QuantizeKV()])
-    with pytest.raises(RecipeError, match="quantize_kv has no site in this model|no_token_cache"):
+    with pytest.raises(LegalityError, match="no_token_cache"):
         optx.plan(families.abstract("llama"), packed)
 
 
