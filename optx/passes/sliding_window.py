@@ -79,7 +79,7 @@ def far_mass(model: nnx.Module, windows: Sequence[np.ndarray], window: int, sink
     """
     if windows[0].shape[1] <= window + sinks:
         raise PassError(
-            f"sliding_window.by: mass is measured on texts of {windows[0].shape[1]} tokens, of which a window of {window} and "
+            f"by: mass is measured on texts of {windows[0].shape[1]} tokens, of which a window of {window} and "
             f"{sinks} sinks hides none; set calibration: {{context: N}} in the recipe to more"
         )
     paths = {f"layers/{i}/mixer": i for i, layer in enumerate(model.layers) if _full(layer.mixer, window)}
