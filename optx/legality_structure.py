@@ -5,6 +5,7 @@ from flax import nnx
 from optx.legality_facts import Finding, Intent, StepFact
 from optx.nn.attention import Attention
 from optx.passes.gqa import Gqa
+from optx.passes.linearize import Linearize
 from optx.passes.mla import Mla
 from optx.passes.share_kv import ShareKV
 
@@ -34,7 +35,7 @@ def _differ(reader: Attention, owner: nnx.Module | None, where: str) -> str | No
 STRUCTURE_FACTS: tuple[StepFact, ...] = (
     StepFact(
         name="reads_other_heads",
-        of=(Gqa, Mla, ShareKV),
+        of=(Gqa, Mla, ShareKV, Linearize),
         found=_reads_other_heads,
         why="the layer would read the cache of one whose heads, positions or window are not its own",
         fix="narrow the pass with 'match' to layers that are alike, or convert the layer whose cache is read the same way",

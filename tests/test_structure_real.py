@@ -9,6 +9,7 @@ import pytest
 import optx
 from optx.cache import Ragged, View
 from optx.passes.gqa import Gqa, gqa
+from optx.passes.linearize import Linearize, linearize
 from optx.passes.mla import Mla, mla
 from optx.passes.share_kv import ShareKV, share_kv
 from optx.registry import SeenBlock, Site
@@ -71,3 +72,10 @@ def test_latents_of_text_lose_less_than_those_of_weights(loses, cut):
 def test_full_rank_loses_nothing(loses):
     assert loses(mla, Mla()) < 1e-5
     assert np.isclose(loses(mla, Mla(rope="pca", rope_dim=192)), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["mamba2", "gdn", "lightning"])
+def test_a_fitted_recurrence_loses_less(loses, to):
+    """Attention says little where it rests on the first token, which weights alone do not show."""
+    fitted, plain = (loses(linearize, Linearize(to=to, fit=fit)) for fit in (True, False))
+    assert fitted < min(0.9, 0.6 * plain), (fitted, plain)

@@ -1,5 +1,7 @@
 """Gated DeltaNet mixer (Yang et al. 2024, arXiv:2412.06464): state and convolution tail cached, no tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -34,8 +36,10 @@ class GatedDelta(nnx.Module):
     Key head n // (N / K) serves value head n.
     """
 
-    def __init__(self, d, *, heads, key_heads, head_dim, key_dim, conv=4, eps=1e-6, dtype="float32", rngs=None):
-        """heads and head_dim are of the values. Raises ConfigError when heads do not group."""
+    def __init__(
+        self, d, *, heads, key_heads, head_dim, key_dim, conv=4, bias=False, eps=1e-6, dtype="float32", rngs=None
+    ):  # fmt: skip
+        """heads and head_dim are of the values; bias: of the projections. Raises ConfigError when heads do not group."""
         if heads % key_heads:
             raise ConfigError(f"gated delta: {heads} value heads do not divide into {key_heads} key heads")
         self.heads, self.key_heads, self.head_dim, self.key_dim = heads, key_heads, head_dim, key_dim
@@ -43,13 +47,14 @@ class GatedDelta(nnx.Module):
         wide = each * head_dim
         channels = key_heads * (2 * key_dim + wide)
         make = {"dtype": dtype, "rngs": rngs}
-        self.qkvz = HeadLinear(d, key_heads, (key_dim, key_dim, wide, wide), axes=("embed", "inner"), **make)
-        self.ba = HeadLinear(d, key_heads, (each, each), axes=("embed", "heads"), **make)
+        project = functools.partial(HeadLinear, d, key_heads, bias=bias, **make)
+        self.qkvz = project((key_dim, key_dim, wide, wide), axes=("embed", "inner"))
+        self.ba = project((each, each), axes=("embed", "heads"))
         self.conv_weight = param((conv, channels), dtype, (None, "inner"), rngs)
         self.dt_bias = param((heads,), "float32", ("heads",), rngs, nnx.initializers.ones)
         self.a_log = param((heads,), "float32", ("heads",), rngs, nnx.initializers.zeros)
         self.norm = RMSNorm(head_dim, eps=eps, axes=("head",), **make)
-        self.out = Linear(heads * head_dim, d, axes=("inner", "embed"), **make)
+        self.out = Linear(heads * head_dim, d, bias=bias, axes=("inner", "embed"), **make)
         state = Stream(name="delta", shape=(heads, key_dim, head_dim), dtype="float32")
         self.cache = CacheSpec(kind="state", streams=(conv_tail(conv, channels), state), dtype=dtype)
         self.choices: tuple[OpChoice, ...] = ()

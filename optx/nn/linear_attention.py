@@ -21,14 +21,17 @@ class LinearAttention(nnx.Module):
 
     BY_LAYER = ("rate",)  # printed as a range where layers are folded
 
-    def __init__(self, d, *, heads, head_dim, rate=1.0, activation="silu", eps=1e-6, dtype="float32", rngs=None):
-        """rate: of forgetting, in units of 2^(-8 n / N) a token; models lower it from layer to layer."""
+    def __init__(
+        self, d, *, heads, head_dim, rate=1.0, activation="silu", bias=False, eps=1e-6, dtype="float32", rngs=None
+    ):  # fmt: skip
+        """rate: of forgetting, in units of 2^(-8 n / N) a token; models lower it from layer to layer; bias: of the
+        projections."""
         self.heads, self.head_dim, self.rate, self.activation = heads, head_dim, rate, activation
         inner = heads * head_dim
-        self.qkv = Linear(d, 3 * inner, dtype=dtype, axes=("embed", "heads"), rngs=rngs)
-        self.gate = Linear(d, inner, dtype=dtype, axes=("embed", "heads"), rngs=rngs)
+        self.qkv = Linear(d, 3 * inner, bias=bias, dtype=dtype, axes=("embed", "heads"), rngs=rngs)
+        self.gate = Linear(d, inner, bias=bias, dtype=dtype, axes=("embed", "heads"), rngs=rngs)
         self.norm = RMSNorm(inner, eps=eps, dtype=dtype, axes=("heads",), rngs=rngs)
-        self.out = Linear(inner, d, dtype=dtype, axes=("heads", "embed"), rngs=rngs)
+        self.out = Linear(inner, d, bias=bias, dtype=dtype, axes=("heads", "embed"), rngs=rngs)
         state = Stream(name="kv", shape=(heads, head_dim, head_dim), dtype="float32")
         self.cache = CacheSpec(kind="state", streams=(state,), dtype=dtype)
         self.choices: tuple[OpChoice, ...] = ()

@@ -9,6 +9,7 @@ from optx.passes import (
     gptq,
     gqa,
     kivi,
+    linearize,
     lossless,
     mla,
     oscar,
@@ -30,6 +31,7 @@ ORDER = (
     share_kv,  # structure: one cache for several layers, calibrated
     sliding_window,  # attention: reads
     mla,  # attention: one latent for all heads, calibrated
+    linearize,  # attention: a state in place of keys and values, calibrated
     distill,  # heal: what conversions have cost is trained back
     split_key_bias,  # fold: bits of keys, exact
     rotate,  # fold: outliers spread, offline

@@ -13,6 +13,7 @@ from flax import nnx
 from optx import ir
 from optx.errors import PassError
 from optx.nn.attention import Attention
+from optx.passes.layer_choice import LARGEST, left_out, taken
 from optx.registry import Axis, PassOptions, Site, Skipped, Stage, register
 from optx.watch import watch
 
@@ -39,8 +40,8 @@ class SlidingWindow(PassOptions):
         match = re.compile(self.match or ".*")
         mass = far_mass(model, windows, self.window, self.sinks)
         mass = {layer: share for layer, share in mass.items() if match.fullmatch(f"layers/{layer}/mixer")}
-        stays = sorted(mass, key=mass.__getitem__, reverse=True)[: len(mass) // self.keep_every]
-        return dataclasses.replace(self, by="place", keep_every=None, layers=tuple(sorted(set(mass) - set(stays))))
+        layers = taken(mass, len(mass) // self.keep_every)
+        return dataclasses.replace(self, by="place", keep_every=None, layers=layers)
 
 
 @register(
@@ -59,20 +60,12 @@ def sliding_window(site: Site, attn: Attention, opt: SlidingWindow) -> Attention
     distances beyond the window; layers that already have a smaller window stay as they are. Layers chosen by mass stand where
     those chosen by place would until a compile has measured them: bytes are the same.
     """
-    for name, least in (("window", 1), ("sinks", 0), ("keep_every", 1)):
-        value = getattr(opt, name)
-        if value is not None and not least <= value < 2**31:  # positions are int32
-            raise PassError(f"sliding_window: {name} {value}; allowed: {least} to {2**31 - 1}")
-    chosen = None if opt.layers is None else {i % site.layers for i in opt.layers if -site.layers <= i < site.layers}
-    if opt.layers is not None and len(chosen) != len(set(opt.layers)):
-        raise PassError(
-            f"sliding_window: layers {list(opt.layers)}; allowed: -{site.layers}..{site.layers - 1}, each once"
-        )
-    if chosen is not None and site.layer not in chosen:
-        return Skipped("layer not listed")
-    if chosen is None and opt.keep_every and site.layer is not None and (site.layer + 1) % opt.keep_every == 0:
-        which = "; which ones, calibration text says" if opt.unresolved else ""
-        return Skipped(f"one layer in {opt.keep_every} stays global{which}")
+    for name, least in (("window", 1), ("sinks", 0)):
+        if not least <= getattr(opt, name) <= LARGEST:  # positions are int32
+            raise PassError(f"sliding_window: {name} {getattr(opt, name)}; allowed: {least} to {LARGEST}")
+    which = "global; which ones, calibration text says" if opt.unresolved else "global"
+    if reason := left_out(site, opt.layers, opt.keep_every, "sliding_window", which):
+        return Skipped(reason)
     if attn.cache.window is not None and attn.cache.window <= opt.window:
         return Skipped(f"has a window of {attn.cache.window}")
     return ir.replace(attn, cache=attn.cache.replace(window=opt.window, sinks=opt.sinks))
@@ -86,7 +79,7 @@ def far_mass(model: nnx.Module, windows: Sequence[np.ndarray], window: int, sink
     """
     if windows[0].shape[1] <= window + sinks:
         raise PassError(
-            f"sliding_window.by: mass is measured on texts of {windows[0].shape[1]} tokens, of which a window of {window} and "
+            f"by: mass is measured on texts of {windows[0].shape[1]} tokens, of which a window of {window} and "
             f"{sinks} sinks hides none; set calibration: {{context: N}} in the recipe to more"
         )
     paths = {f"layers/{i}/mixer": i for i, layer in enumerate(model.layers) if _full(layer.mixer, window)}
