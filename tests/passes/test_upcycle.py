@@ -14,12 +14,11 @@ from optx import ir
 from optx.errors import OptxError, PassError
 from optx.heal import heal
 from optx.heal_loss import routers
-from optx.nn import MLP, GatedMLP, JoinedGatedMLP, Linear, MoE
+from optx.nn import MLP, GatedMLP, JoinedGatedMLP, MoE
 from optx.nn.moe import load, recorded
-from optx.passes.distill import Distill
 from optx.passes.fuse_projections import FuseProjections
 from optx.passes.quantize_weights import QuantizeWeights
-from optx.passes.upcycle import Upcycle, balanced, grouped, predictor
+from optx.passes.upcycle import Upcycle, balanced, grouped, predictor, upcycle
 from optx.recipe import Recipe
 from optx.registry import SeenBlock, Site
 
@@ -101,8 +100,6 @@ def clustered(seed: int = 0, groups: int = 4, d: int = 16, f: int = 64) -> tuple
 
 
 def applied(mlp, x, **options) -> MoE:
-    from optx.passes.upcycle import upcycle
-
     return upcycle(
         Site(path="layers/0/mlp", layers=1, seen=SeenBlock(parts={}, inputs=((x,),))), mlp, Upcycle(**options)
     )
@@ -170,7 +167,22 @@ def test_the_router_is_a_regression():
 
 def test_before_expected():
     planned = optx.plan(families.abstract("llama"), Recipe(structure=[Upcycle(experts=8, shared=1, top_k=1)]))
-    assert planned.records[0].diff.splitlines() == []
+    assert planned.records[0].diff.splitlines() == [
+        "-layers/0-1/mlp: GatedMLP activation=silu",
+        "-layers/0-1/mlp/gate: Linear f32[32, 64]",
+        "-layers/0-1/mlp/up: Linear f32[32, 64]",
+        "-layers/0-1/mlp/down: Linear f32[64, 32]",
+        "+layers/0-1/mlp: MoE",
+        "+layers/0-1/mlp/router: Router f32[32, 7] bias=f32[7] selection_bias=f32[7] gain=f32[7] experts=7 top_k=1 "
+        "score=sigmoid normalized=False scale=1 groups=1 kept=1",
+        "+layers/0-1/mlp/experts: Experts glu=silu gated=True experts=7 active=0.142857",
+        "+layers/0-1/mlp/experts/gate_up: GroupedLinear f32[7, 32, 16] experts=7",
+        "+layers/0-1/mlp/experts/down: GroupedLinear f32[7, 8, 32] experts=7",
+        "+layers/0-1/mlp/shared: GatedMLP activation=silu",
+        "+layers/0-1/mlp/shared/gate: Linear f32[32, 8]",
+        "+layers/0-1/mlp/shared/up: Linear f32[32, 8]",
+        "+layers/0-1/mlp/shared/down: Linear f32[8, 32]",
+    ]
 
 
 def test_weights_read_a_token_fall():
