@@ -224,7 +224,7 @@ def test_calibration_text_is_asked_for():
 def test_packed_weights_are_refused():
     packed, _ = calibrated.through(families.concrete("llama"), Recipe(weights=[QuantizeWeights(format="int8")]))
     with pytest.raises(PassError, match="wants dense weights"):
-        through(packed, experts=8, top_k=2)
+        upcycle(Site(path="layers/0/mlp", layers=2), packed.layers[0].mlp, Upcycle(experts=8, top_k=2))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_the_engine_decodes_what_the_forward_says(made):
     prompt = families.prompt(9)
     answer = compiled.generate([prompt], optx.Sampling(max_tokens=6))[0]
     ids = list(prompt)
-    for token in answer.token_ids:
+    for token in answer:
         assert token == int(np.asarray(compiled.logits(np.asarray([ids], np.int32)))[0, -1].argmax())
         ids.append(token)
 
