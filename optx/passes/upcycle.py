@@ -10,9 +10,8 @@ import numpy as np
 from optx import ir, tensor
 from optx.errors import PassError
 from optx.ir import replace
-from optx.nn.core import MLP, FusedGatedMLP, GatedMLP, JoinedGatedMLP, Linear
+from optx.nn.core import ACTIVATIONS, MLP, FusedGatedMLP, GatedMLP, JoinedGatedMLP, Linear
 from optx.nn.moe import Experts, Glu, MoE, Router
-from optx.pallas.gated_act.reference import ACTIVATIONS
 from optx.registry import Axis, PassOptions, Site, Skipped, Stage, register
 
 TOKENS = 8192  # of calibration text that neurons are grouped on: the energies of all neurons are held at once
@@ -95,7 +94,7 @@ def upcycle(site: Site, mlp: Dense, opt: Upcycle) -> MoE | Skipped:
         return new
     if opt.how == "copy":
         return _copied(new, parts, opt, np.random.default_rng([opt.seed, site.layer or 0]))
-    return _split(new, parts, opt, _inputs(site), np.random.default_rng([opt.seed, site.layer or 0]))
+    return _split(new, parts, opt, site, np.random.default_rng([opt.seed, site.layer or 0]))
 
 
 def _check(site: Site, parts: Parts, opt: Upcycle) -> None:
@@ -161,11 +160,12 @@ def _inputs(site: Site) -> jax.Array:
     return x[:: -(-len(x) // TOKENS)]
 
 
-def _split(new: MoE, parts: Parts, opt: Upcycle, x: jax.Array, rng: np.random.Generator) -> MoE:
+def _split(new: MoE, parts: Parts, opt: Upcycle, site: Site, rng: np.random.Generator) -> MoE:
+    x = _inputs(site)
     norms = jnp.sum(jnp.square(parts.down.weight.get_value().astype(jnp.float32)), axis=1)
     energy = np.asarray(jnp.square(parts.neurons(x).astype(jnp.float32)) * norms)  # [T, F]
     if not np.isfinite(energy).all():
-        raise PassError("upcycle: NaN or Inf in an MLP on calibration text; look at the weights before it")
+        raise PassError(f"upcycle at {site.path}: NaN or Inf in its neurons; look at the weights before it")
     f, random = energy.shape[1], opt.groups == "random"
     first = rng.permutation(f) if random else np.argsort(-energy.mean(0), kind="stable")
     always, rest = np.sort(first[: f // opt.experts * opt.shared]), np.sort(first[f // opt.experts * opt.shared :])
