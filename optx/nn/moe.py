@@ -34,14 +34,16 @@ class Router(nnx.Module):
 
     score: softmax (Mixtral, arXiv:2401.04088) or sigmoid (DeepSeek-V3, arXiv:2412.19437). normalized: weights are divided by
     their sum. With softmax and `normalized` that equals a softmax over the chosen logits. groups > 1: experts lie in groups,
-    of which the `kept` best are looked at, a group being worth the sum of its two best.
+    of which the `kept` best are looked at, a group being worth the sum of its two best. gain: the chosen are summed, not
+    averaged: each weighs 1 + gain_e score_e, 0 at the start, through which a router that was not trained can learn (CMoE,
+    arXiv:2502.04416).
     """
 
     def __init__(
         self, d, experts, *, top_k, score="softmax", normalized=True, scale=1.0, bias=False, selection_bias=False,
-        groups=1, kept=1, dtype="float32", rngs=None,
+        groups=1, kept=1, gain=False, dtype="float32", rngs=None,
     ):  # fmt: skip
-        """bias: of the logits; selection_bias: added to scores for choosing only (`balance_bias` moves it)."""
+        """bias: of the logits; selection_bias: added to scores for choosing only (`balanced_bias` moves it)."""
         whole = experts % groups == 0 and 1 <= kept <= groups
         if not whole or not 1 <= top_k <= kept * (experts // groups):
             raise ConfigError(f"router: {top_k} of {experts} experts in {kept} of {groups} groups does not work out")
@@ -52,6 +54,7 @@ class Router(nnx.Module):
         self.selection_bias = (
             param((experts,), "float32", ("experts",), rngs, nnx.initializers.zeros) if selection_bias else None
         )
+        self.gain = param((experts,), "float32", ("experts",), rngs, nnx.initializers.zeros) if gain else None
 
     def __call__(self, x: jax.Array) -> Routing:
         """x [T, D] -> Routing."""
@@ -64,6 +67,8 @@ class Router(nnx.Module):
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if self.normalized:
             weights /= jnp.sum(weights, axis=-1, keepdims=True) + (1e-20 if self.score == "sigmoid" else 0)
+        if self.gain is not None:
+            weights = 1 + self.gain.get_value()[experts] * weights
         return Routing(weights=weights * self.scale, experts=experts.astype(jnp.int32), scores=scores)
 
     def _within_groups(self, choice):
@@ -135,8 +140,12 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array, routing: Routing) -> jax.Array:
         """x [T, D] -> sum over the K chosen experts of weight * expert(x), [T, D]."""
-        tokens, k = routing.experts.shape
-        flat = routing.experts.reshape(-1)
+        return jnp.einsum("tk,tkd->td", routing.weights, self.outputs(x, routing.experts)).astype(x.dtype)
+
+    def outputs(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
+        """x [T, D], int32[T, K] -> what each chosen expert makes of the token, float32[T, K, D]."""
+        tokens, k = chosen.shape
+        flat = chosen.reshape(-1)
         order = jnp.argsort(flat, stable=True)
         owners = flat[order]
         sizes = jnp.zeros(self.experts, jnp.int32).at[flat].add(1)
@@ -147,8 +156,7 @@ class Experts(nnx.Module):
         else:
             y = ACTIVATIONS[self.glu.activation](self.up(y, sizes, owners))
         y = self.down(y, sizes, owners).astype(jnp.float32)
-        y = y[jnp.argsort(order)].reshape(tokens, k, -1)
-        return jnp.einsum("tk,tkd->td", routing.weights, y).astype(x.dtype)
+        return y[jnp.argsort(order)].reshape(tokens, k, -1)
 
 
 class LatentExperts(nnx.Module):
@@ -171,19 +179,31 @@ class LatentExperts(nnx.Module):
     def __call__(self, x: jax.Array, routing: Routing) -> jax.Array:
         return self.leave(self.inner(self.enter(x), routing))
 
+    def outputs(self, x: jax.Array, chosen: jax.Array) -> jax.Array:
+        """As `Experts.outputs`, without the bias that leaving adds once."""
+        return self.inner.outputs(self.enter(x), chosen) @ tensor.dense(self.leave.weight.get_value()).astype(
+            jnp.float32
+        )
+
 
 class MoE(nnx.Module):
-    """experts(x) [+ shared(x), which every token takes, times sigmoid(shared_gate(x)) where there is one]."""
+    """experts(x) [+ shared(x), which every token takes, times sigmoid(shared_gate(x)) where there is one].
+
+    merged: of what the router calls expert e, the index of the one that stands for it now; None: each for itself.
+    """
 
     def __init__(self, router: Router, experts: Experts, *, shared: nnx.Module | None = None, shared_gate=None):
         self.router, self.experts, self.shared = router, experts, shared
         experts.active = router.top_k / router.experts
         self.shared_gate: Linear | None = shared_gate
+        self.merged: tuple[int, ...] | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         routing = self.router(x)
         if (recorded := _records.get()) is not None:
             recorded.append(routing)
+        if self.merged is not None:
+            routing = dataclasses.replace(routing, experts=jnp.asarray(self.merged, jnp.int32)[routing.experts])
         y = self.experts(x, routing)
         if self.shared is None:
             return y

@@ -16,6 +16,7 @@ from optx.passes import (
     quantize_activations,
     quantize_kv,
     quantize_weights,
+    reduce_experts,
     rotate,
     rotate_online,
     share_kv,
@@ -24,10 +25,13 @@ from optx.passes import (
     split_key_bias,
     trellis,
     turboquant,
+    upcycle,
 )
 
 ORDER = (
     gqa,  # structure: fewer kv heads, calibrated
+    upcycle,  # structure: dense MLPs as experts, calibrated
+    reduce_experts,  # structure: fewer experts, calibrated
     share_kv,  # structure: one cache for several layers, calibrated
     sliding_window,  # attention: reads
     mla,  # attention: one latent for all heads, calibrated
