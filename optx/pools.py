@@ -4,7 +4,56 @@ import dataclasses
 
 import jax
 
+from optx.formats import Format
 from optx.tensor import Tensor, is_qtensor
+
+Pool = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One array that a layer leaves behind: `shape` a token (`(K, H)`) for token caches, a row for state caches."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None  # None: the spec's dtype
+    format: Format | None = None  # None: the spec's format
+    every: int = 1  # tokens of a row that leave one such array behind: an index over blocks of them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Room in the pools: `pages` of `page_size` tokens in every token pool, `slots` rows in every state pool.
+
+    Pools have one page (row) more, which takes the writes of padding: flat slot pages * page_size, row slots.
+    """
+
+    pages: int
+    page_size: int
+    slots: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Caches:
+    """All pools of a model: one dict of streams a layer, and int32[pages, P] positions a token group."""
+
+    layers: tuple[Pool, ...]
+    positions: tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+    """One layer's side of the caches during a step."""
+
+    pool: Pool
+    slots: jax.Array
+    positions: jax.Array | None = None
+    table: jax.Array | None = None
+    lengths: jax.Array | None = None
+    writes: jax.Array | None = None
+    prompts: jax.Array | None = None
+    near: "View | None" = None  # of what the layer keeps exact
 
 
 def _coordinates(pool, index, tokens: bool) -> tuple:

@@ -11,6 +11,7 @@ from optx.passes import (
     kivi,
     lossless,
     mla,
+    moba,
     oscar,
     quantize_activations,
     quantize_kv,
@@ -30,6 +31,7 @@ ORDER = (
     share_kv,  # structure: one cache for several layers, calibrated
     sliding_window,  # attention: reads
     mla,  # attention: one latent for all heads, calibrated
+    moba,  # attention: reads, blocks by their mean keys
     distill,  # heal: what conversions have cost is trained back
     split_key_bias,  # fold: bits of keys, exact
     rotate,  # fold: outliers spread, offline
