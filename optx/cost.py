@@ -207,7 +207,7 @@ def _part_read(spec: CacheSpec, context: int, tokens: int, index: Mapping[str, A
     if spec.select is not None:
         of_index = sum(map(spec.stream_bytes, spec.index))
         chosen = spec.select.chosen(context)
-        scored = kept if kept > chosen else 0
+        scored = kept if kept > chosen or spec.select.stride else 0  # compressed tokens are read in any case
         return of_index * scored + (_unit_bytes(spec) - of_index) * min(kept, tokens * chosen)
     if index is None:
         return _unit_bytes(spec) * kept

@@ -3,8 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from optx.formats import Format
+from optx.ragged import Ragged
 from optx.tensor import Tensor, is_qtensor
 
 Pool = dict[str, Tensor]
@@ -54,6 +56,18 @@ class View:
     writes: jax.Array | None = None
     prompts: jax.Array | None = None
     near: "View | None" = None  # of what the layer keeps exact
+
+
+def as_pages(new: Pool, ragged: Ragged) -> View:
+    """Self-contained sequences as a cache of one page a row."""
+    rows = jnp.arange(ragged.batch, dtype=jnp.int32)
+    return View(
+        pool={name: jnp.moveaxis(ragged.pad(x), 1, 2) for name, x in new.items()},
+        slots=rows,
+        positions=jnp.broadcast_to(jnp.arange(ragged.longest, dtype=jnp.int32), (ragged.batch, ragged.longest)),
+        table=rows[None, :, None],
+        lengths=ragged.counts[None],
+    )
 
 
 def _coordinates(pool, index, tokens: bool) -> tuple:

@@ -289,13 +289,14 @@ class Attention(nnx.Module):
             "dtype": jnp.dtype(self.o.weight.get_value().dtype).name,
             "cache": self.cache.read,
             "mask": self.mask,
-            "chosen": self.select is not None,
+            "chosen": self.select is not None and self.select.masks,
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
             "key_bias": self.key_bias is not None,
             "key_rope": not self.cache.rotated and self.rope is not None,
         }
         flash, *over_cache = attention_sites(facts)
+        over_cache += [] if self.select is None else self.select.sites(facts)
         if self.cache.share is not None:
             return (flash, *over_cache)
         parts = {"rope": self.early, "q_norm": self.q_norm, "k_norm": self.k_norm}

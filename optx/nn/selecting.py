@@ -7,7 +7,8 @@ and kv head, and no others; chunks of prompts are masked.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,16 @@ from flax import nnx
 from optx import near
 from optx.cache import Pool, Ragged, Stream, View
 from optx.pallas.attention.reference import Mask, gather_pages
+from optx.pallas.dispatch import OpSite
 from optx.pools import load, store_tokens
 from optx.selection import Selection
 from optx.tensor import Tensor, dense
 
 
 def best(scores: jax.Array, asked: jax.Array, forced: jax.Array, count: int, block: int) -> jax.Array:
-    """The `count` blocks of the highest scores before a query's own, which is one of them, as are those that are forced.
+    """The `count` blocks of the highest scores before a query's own, which is one of them, as are those that are `forced`.
 
-    scores [B, Q, K, blocks]; asked int32[B, Q]: positions, -1 where there is no query; forced bool[B, Q, 1, blocks].
+    scores [B, Q, K, blocks]; asked int32[B, Q]: positions, -1 where there is no query; forced bool[blocks], or [B, Q, 1, blocks].
     -> int32[B, Q, K, count], ascending; `blocks` where there are fewer.
     """
     blocks = scores.shape[-1]
@@ -77,6 +79,7 @@ class Selector(nnx.Module):
     every: int  # tokens of an entry of the index
     size: int  # tokens that it is made of
     names: tuple[str, ...]  # of its streams
+    masks: bool = True  # chunks of prompts read all, under a mask
 
     @property
     def selection(self) -> Selection:
@@ -88,6 +91,10 @@ class Selector(nnx.Module):
     def entries(self, k: jax.Array, v: jax.Array) -> dict[str, jax.Array]:
         """k, v [M, size, K, H] -> entries [M, K, H] by stream."""
         raise NotImplementedError
+
+    def sites(self, facts: Mapping[str, Any]) -> tuple[OpSite, ...]:
+        """Its own call sites, from the facts of the layer's."""
+        return ()
 
     def stored(self, pool: Pool, ragged: Ragged, view: View) -> Pool:
         """The pool with the entries that the step's tokens complete."""
@@ -129,13 +136,13 @@ def asked_of(ragged: Ragged) -> jax.Array:
 
 
 class BlockMeans(Selector):
-    """MoBA (Lu et al. 2025, arXiv:2502.13189): a query reads its own block and of those before it the `blocks` - 1 with the
-    highest sum over the query heads of a kv head of q . mean(k). No weights."""
+    """MoBA (Lu et al. 2025, arXiv:2502.13189): a query reads its own block, the `first` ones and of those between them the ones
+    with the largest sum over the query heads of a kv head of softmax(scale q . mean(k)) over blocks. No weights."""
 
     names = ("mean",)
 
-    def __init__(self, *, block: int, blocks: int, every: int):
-        self.block, self.blocks, self.every, self.size = block, blocks, every, every
+    def __init__(self, *, block: int, blocks: int, first: int, every: int):
+        self.block, self.blocks, self.first, self.every, self.size = block, blocks, first, every, every
 
     def entries(self, k, v):
         return {"mean": jnp.mean(k.astype(jnp.float32), axis=1).astype(k.dtype)}
@@ -144,10 +151,13 @@ class BlockMeans(Selector):
         """q [T, N, H] over the pool -> [T, N, H]. attend: as of `over_parts`."""
         if self.room(ragged, view) <= self.block * self.blocks:
             return attend("", mask=Mask())[0]
-        means, asked = self.listing(pool, ragged, view)["mean"], asked_of(ragged)
-        q = self.grouped(ragged.pad(q).astype(jnp.float32), means).sum(3)
-        scores = jnp.einsum("bqkh,bjkh->bqkj", q, means.astype(jnp.float32))
-        scores = jnp.pad(scores, ((0, 0),) * 3 + ((0, -scores.shape[-1] % (self.block // self.every)),))
-        scores = scores.reshape(*scores.shape[:3], -1, self.block // self.every).sum(-1)
-        picked = best(scores, asked, jnp.zeros((), bool), self.blocks, self.block)
+        means, asked = self.listing(pool, ragged, view)["mean"].astype(jnp.float32), asked_of(ragged)
+        each = self.block // self.every
+        means = jnp.pad(means, ((0, 0), (0, -means.shape[1] % each), (0, 0), (0, 0)))
+        means = means.reshape(len(means), -1, each, *means.shape[2:]).mean(2)
+        q = self.grouped(ragged.pad(q).astype(jnp.float32), means)
+        logits = jnp.einsum("bqkgh,bjkh->bqkgj", q, means) * attn.scale
+        before = jnp.arange(means.shape[1]) < (asked // self.block)[:, :, None, None, None]
+        scores = jax.nn.softmax(jnp.where(before, logits, -1e30), axis=-1).sum(3)
+        picked = best(scores, asked, jnp.arange(scores.shape[-1]) < self.first, self.blocks, self.block)
         return attend("", mask=Mask(), picked=ragged.unpad(picked), block=self.block)[0]

@@ -22,7 +22,7 @@ def refusal(site: Site, attn: Attention | MLA, name: str, sizes: Mapping[str, in
     if isinstance(attn, MLA):
         raise PassError(
             f"{name} at {site.path}: {type(attn).__name__} keeps one latent of {attn.cache.streams[0].shape[-1]} numbers for "
-            "all heads, and no keys to choose blocks by; take dsa, or leave the layer out with 'match'"
+            "all heads, and no keys to choose by; leave out mla, or keep the layer out with 'match'"
         )
     if attn.cache.select is not None:
         raise PassError(f"{name} at {site.path}: selects its reads already ({attn.cache}); allowed: one such pass a layer")
