@@ -16,19 +16,19 @@ from optx.pools import as_pages
 
 
 class KeyIndexer(Selector):
-    """I_ts = sum_n w_n relu(Q_n q_tn . P k_s): what attention at t reads are the `top_k` tokens s <= t of the highest I_ts.
+    """I_ts = sum_n w_n f(scale Q_n q_tn . P k_s): what attention at t reads are the `top_k` tokens s <= t of the highest I_ts.
 
     q and k are the layer's own, normed and rotated; k_s all kv heads side by side. The cache keeps P k_s, one vector of `dim`
-    numbers a token for all heads. Differs from the paper, where index queries and keys are made of x: those of a model that had
-    none are made of what it has.
+    numbers a token for all heads. f: relu, or the softmax over s. Differs from the paper, where index queries and keys are made of x:
+    those of a model that had none are made of what it has.
     """
 
     names = ("index",)
     block = every = size = 1
     masks = False
 
-    def __init__(self, *, heads, kv_heads, head_dim, dim, top_k, dtype="float32"):
-        self.blocks, self.dim = top_k, dim
+    def __init__(self, *, heads, kv_heads, head_dim, dim, top_k, rule, dtype="float32"):
+        self.blocks, self.dim, self.rule = top_k, dim, rule
         self.asked = param((heads, head_dim, dim), dtype, ("heads", None, None), None)
         self.kept = param((kv_heads, head_dim, dim), dtype, ("kv_heads", None, None), None)
         self.weight = param((heads,), "float32", ("heads",), None)
@@ -50,11 +50,11 @@ class KeyIndexer(Selector):
         if view is None:
             view = as_pages({"k": pool["k"], "v": pool["v"], **self.entries(pool["k"][:, None], None)}, ragged)
             pool = view.pool
-        index_q = jnp.einsum("tnh,nhi->tni", q, self.asked.get_value().astype(q.dtype))
+        index_q = jnp.einsum("tnh,nhi->tni", q, self.asked.get_value().astype(q.dtype)) * attn.scale
         weights = jnp.broadcast_to(self.weight.get_value(), index_q.shape[:2])
         args = (ragged.pad(q), pool["k"], ragged.pad(index_q), ragged.pad(weights), pool["index"])
         where = {"positions": view.positions, "table": view.table, "lengths": view.lengths, "q_positions": asked_of(ragged)}
         sinks = None if attn.sinks is None else attn.sinks.get_value()
-        more = {"scale": attn.scale, "softcap": attn.softcap, "sink_logits": sinks, "v_pool": pool["v"]}
+        more = {"scale": attn.scale, "softcap": attn.softcap, "sink_logits": sinks, "v_pool": pool["v"], "rule": self.rule}
         out = dispatch.call("indexed_attention", attn.choices, *args, top_k=self.blocks, **where, **more)
         return ragged.unpad(out)

@@ -4,20 +4,18 @@ import dataclasses
 import functools
 
 import families
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import selecting
 
 import optx
 from optx import ir
 from optx.cost import step_bytes
-from optx.engine.engine import Engine, EngineOptions
+from optx.engine.engine import Engine
 from optx.engine.request import Sampling
-from optx.engine.speculation import Speculation
 from optx.errors import FormatError, LegalityError, OptxError, PassError
-from optx.nn import selecting
-from optx.pallas import dispatch
+from optx.nn.selecting import BlockMeans
 from optx.passes.evict_kv import EvictKV
 from optx.passes.kivi import Kivi
 from optx.passes.mla import Mla
@@ -26,7 +24,7 @@ from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.sliding_window import SlidingWindow
 from optx.recipe import Recipe
 
-P = 4
+P = selecting.P
 SMALL = Moba(block=P, top_k=3, first=1)
 
 
@@ -100,76 +98,37 @@ def with_entries(tree, layers, every):
     copy = ir.shallow(tree)
     for layer, own in zip(copy.layers, tree.layers, strict=True):
         if own in layers:
-            select = selecting.BlockMeans(block=SMALL.block, blocks=SMALL.top_k, first=SMALL.first, every=every)
+            select = BlockMeans(block=SMALL.block, blocks=SMALL.top_k, first=SMALL.first, every=every)
             streams = (*own.mixer.cache.streams[:2], *select.streams(own.mixer.kv_heads, own.mixer.head_dim))
             cache = own.mixer.cache.replace(streams=streams)
             layer.mixer = ir.replace(own.mixer, select=select, cache=cache)
     return copy
 
 
-OPTIONS = EngineOptions(rows=3, context=64, page_size=P, chunks=(4, 8))
-PROMPTS = [families.prompt(length, seed=length) for length in (3, 33, 9, 21)]
-
-
 @functools.cache
-def greedy(family="llama"):
-    """Continuations of the prompts by whole forwards."""
-    tree, out = compiled(family).tree, []
-    run = jax.jit(lambda tokens, counts: tree(tokens, counts))
-    for prompt in PROMPTS:
-        tokens = list(prompt)
-        for _ in range(12):
-            padded = jnp.asarray([tokens + [0] * (48 - len(tokens))], jnp.int32)
-            tokens.append(int(run(padded, jnp.asarray([len(tokens)]))[0, len(tokens) - 1].argmax()))
-        out.append(tokens[len(prompt) :])
-    return out
+def greedy():
+    return selecting.greedy(compiled().tree)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        OPTIONS,
-        dataclasses.replace(OPTIONS, rows=2, mixed=True, ticks=3),
-        dataclasses.replace(OPTIONS, speculate=Speculation(method="ngram", tokens=3)),
-    ],
-    ids=["apart", "mixed", "speculated"],
-)
-def test_the_engine_answers_as_the_forward(options):
+@pytest.mark.parametrize("way", selecting.WAYS)
+def test_the_engine_answers_as_the_forward(way):
     """Also what is drafted, taken back and written again, and prompts whose pages come from the prefix cache."""
-    engine = Engine(compiled().program, options)
-    for _ in range(2):
-        requests = [engine.add_request(prompt, Sampling(max_tokens=12)) for prompt in PROMPTS]
-        engine.run()
-        engine.check()
-        assert [request.output for request in requests] == greedy()
-    assert engine.stats().prefix_hits > 0
+    engine = Engine(compiled().program, selecting.WAYS[way])
+    assert [selecting.answers(engine) for _ in range(2)] == [greedy()] * 2
+    assert engine.stats().prefix_hit_tokens > 0
 
 
 def test_a_fork_copies_entries():
-    engine = Engine(compiled().program, OPTIONS)
-    requests = engine.add_group(PROMPTS[1], [Sampling(max_tokens=12)] * 2)
+    engine = Engine(compiled().program, selecting.OPTIONS)
+    requests = engine.add_group(selecting.PROMPTS[1], [Sampling(max_tokens=selecting.TOKENS)] * 2)
     engine.run()
     assert [request.output for request in requests] == [greedy()[1]] * 2
 
 
-def lists_read(tree, length, page) -> list[tuple[int, ...]]:
-    """Shapes of the page tables with which a decode step at `length` tokens asks for attention."""
-    found = []
-
-    def note(run, *args, **kwargs):
-        if run.__name__ == "paged_attention" and "table" in kwargs:
-            found.append(kwargs["table"].shape)
-        return run(*args, **kwargs)
-
-    with dispatch.through(note):
-        families.incremental(tree, families.prompt(length), (length - 1, 1), page_size=page)
-    return found
-
-
 def test_a_decode_reads_pages_that_were_chosen_and_no_others():
     """By kv head, three blocks of one page, of two kv heads, in both layers; a chunk reads all of its ten."""
-    assert lists_read(compiled().tree, 40, P) == [(2, 1, 3)] * 2
-    assert lists_read(families.concrete("llama"), 40, P) == [(1, 1, 10)] * 2
+    assert selecting.lists_read(compiled().tree, 40) == [(2, 1, 3)] * 2
+    assert selecting.lists_read(families.concrete("llama"), 40) == [(1, 1, 10)] * 2
 
 
 def test_pages_that_were_not_chosen_may_hold_anything():
@@ -216,8 +175,8 @@ def test_over_packed_pages(format):
     tree = compiled(cache=(QuantizeKV(format=format),)).tree
     tokens = families.prompt(37)
     want = families.forward(tree, tokens)
-    assert families.relative(families.incremental(tree, tokens, (11, 1), page_size=P), want) < 1e-5
-    assert families.relative(want, families.forward(compiled().tree, tokens)) > 1e-4
+    assert families.relative(families.incremental(tree, tokens, (11, 1), page_size=P), want) < 1e-4
+    assert families.relative(want, families.forward(compiled().tree, tokens)) > 1e-3
     assert [stream.format is None for stream in tree.layers[0].mixer.cache.streams] == [False, False, True]
 
 

@@ -11,13 +11,20 @@ from optx.tensor import Tensor, dense
 GATHERED = 1 << 18  # tokens that a block of queries gathers: 300 MB of latents of 576 numbers in bfloat16
 
 
-def index_scores(q, weights, keys) -> jax.Array:
-    """I_s = sum_n w_n relu(q_n . k_s): q [B, N, H], weights float32[B, N], keys [B, S, H] -> float32[B, S].
+def _softmax(products: jax.Array, seen: jax.Array) -> jax.Array:
+    return jax.nn.softmax(jnp.where(seen[:, None], products, -1e30), axis=-1)
 
-    DeepSeek-V3.2 (arXiv:2512.02556, eq. 1).
+
+RULES = {"relu": lambda products, seen: jax.nn.relu(products), "softmax": _softmax}  # f, of products [B, N, S], seen [B, S]
+
+
+def index_scores(q, weights, keys, seen, rule: str = "relu") -> jax.Array:
+    """I_s = sum_n w_n f(q_n . k_s): q [B, N, H], weights float32[B, N], keys [B, S, H], seen bool[B, S] -> float32[B, S].
+
+    relu: DeepSeek-V3.2 (arXiv:2512.02556, eq. 1); softmax: f is the share of s among what is seen.
     """
     products = jnp.einsum("bnh,bsh->bns", q, keys.astype(q.dtype), preferred_element_type=jnp.float32)
-    return jnp.einsum("bn,bns->bs", weights, jax.nn.relu(products))
+    return jnp.einsum("bn,bns->bs", weights, RULES[rule](products, seen))
 
 
 def indexed_attention(
@@ -30,6 +37,7 @@ def indexed_attention(
     top_k: int,
     value_dim: int | None = None,
     v_pool: Tensor | None = None,
+    rule: str = "relu",
     positions: jax.Array,
     table: jax.Array,
     lengths: jax.Array,
@@ -45,7 +53,7 @@ def indexed_attention(
     keys (latents); index_q
     [B, Q, Ni, Hi], index_weights float32[B, Q, Ni], index_pool [pages, 1, P, Hi]; positions int32[pages, P]; table
     int32[1, B, pages]; lengths int32[1, B] cached slots; q_positions int32[B, Q], -1 where there is no query.
-    softcap, sink_logits: as of `attend`. -> out [B, Q, N, Hv].
+    rule: of `index_scores`; softcap, sink_logits: as of `attend`. -> out [B, Q, N, Hv].
     """
     table, (_, page), b = table[0], positions.shape, q.shape[0]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -59,7 +67,7 @@ def indexed_attention(
         q, index_q, weights, asked = query
         asked = asked[:, None]
         seen = mask(asked, at) & (asked >= 0) & stored
-        scores = jnp.where(seen, index_scores(index_q, weights, keys), -jnp.inf)
+        scores = jnp.where(seen, index_scores(index_q, weights, keys, seen, rule), -jnp.inf)
         _, slots = jax.lax.top_k(scores, top_k)
         real = jnp.take_along_axis(seen, slots, axis=1)
         pages = jnp.take_along_axis(table, slots // page, axis=1)
