@@ -23,24 +23,18 @@ from optx import tensor
 from optx.errors import FormatError
 from optx.eviction.policy import Policy
 from optx.formats import Float8Static, Format
-from optx.pools import copy, store
+from optx.pools import Caches as Caches
+from optx.pools import Layout as Layout
+from optx.pools import Pool, copy, store
+from optx.pools import Stream as Stream
+from optx.pools import View as View
 from optx.ragged import Address as Address
 from optx.ragged import Ragged as Ragged
+from optx.selection import Selection
 from optx.tensor import Tensor
 
-Pool = dict[str, Tensor]
 NEAR = "near_"  # begins the names of streams that hold exact copies
 RECORDED = "recorded"  # what a policy of eviction records by kv head and slot, in the pool beside the streams
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stream:
-    """One array that a layer leaves behind: `shape` a token (`(K, H)`) for token caches, a row for state caches."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str | None = None  # None: the spec's dtype
-    format: Format | None = None  # None: the spec's format
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +52,10 @@ class CacheSpec:
     rotated: bool = True  # keys are stored after RoPE
     share: int | None = None  # index of the layer whose cache this layer reads; None: its own
     evict: Policy | None = None  # which tokens a row keeps; None: all, or those in the window
+    select: Selection | None = None  # which of them a query reads, by the streams that are an index; None: all
 
     def __post_init__(self):
+        self._check_selection()
         if self.evict is not None and (self.kind != "paged" or self.window is not None):
             what = f"a window of {self.window} tokens" if self.window else f"a {self.kind} cache"
             raise FormatError(f"{what} with eviction ({self.evict}); allowed: paged keys and values without a window")
@@ -79,6 +75,16 @@ class CacheSpec:
             reason = format_ and format_.check(stream.shape[-1])
             if reason:
                 raise FormatError(f"cache stream {stream.name}{list(stream.shape)}: {reason}")
+
+    def _check_selection(self) -> None:
+        against = {
+            f"a window of {self.window} tokens": self.window is not None,
+            f"eviction ({self.evict})": self.evict is not None,
+            "exact tokens beside packed ones ('recent', 'first', or scales that span tokens)": self.near is not None,
+            f"a {self.kind} cache": self.kind == "state",
+        }
+        if self.select is not None and (wrong := [what for what, holds in against.items() if holds]):
+            raise FormatError(f"{wrong[0]} with selected reads ({self.select}); allowed: one of the two")
 
     def _check_exact(self) -> None:
         for name, tokens in (("recent", self.recent), ("first", self.first)):
@@ -145,7 +151,8 @@ class CacheSpec:
             return None
         streams = tuple(dataclasses.replace(s, name=NEAR + s.name, format=None) for s in self.streams)
         window = max(self.recent, 1) + self.block - 1
-        return self.replace(streams=streams, format=None, window=window, sinks=first, recent=0, first=0, evict=None)
+        exact = {"format": None, "recent": 0, "first": 0, "evict": None, "select": None}
+        return self.replace(streams=streams, window=window, sinks=first, **exact)
 
     @property
     def parts(self) -> tuple["CacheSpec", ...]:
@@ -158,9 +165,29 @@ class CacheSpec:
         does not grow with the context and is counted in `bytes`."""
         if self.share is not None:
             return 0
-        rows, recorded = self.block, [tensor.nbytes(x) for x in self._recorded(()).values()]
-        page = (rows,) if self.holds_tokens else ()
-        return sum(tensor.nbytes(self._abstract(s, (), page)) for s in self.streams) / rows + sum(recorded)
+        recorded = sum(tensor.nbytes(x) for x in self._recorded(()).values())
+        return sum(map(self.stream_bytes, self.streams)) + recorded
+
+    def stream_bytes(self, stream: Stream) -> float:
+        """What one of its streams takes of `unit_bytes`."""
+        page = (self.block,) if self.holds_tokens else ()
+        return tensor.nbytes(self._abstract(stream, (), page)) / self.block / stream.every
+
+    @property
+    def index(self) -> tuple[Stream, ...]:
+        """Streams by which a query chooses what it reads of the others."""
+        return () if self.select is None else tuple(s for s in self.streams if s.name in self.select.index)
+
+    @property
+    def read(self) -> "CacheSpec":
+        """Without its index: what the ops of attention are told of."""
+        streams = tuple(s for s in self.streams if s not in self.index)
+        return self if self.select is None else self.replace(streams=streams, select=None)
+
+    @property
+    def page(self) -> int:
+        """What the size of a page is a multiple of."""
+        return math.lcm(self.block, *(stream.every for stream in self.streams))
 
     def tokens(self, context: int) -> int:
         """Tokens of a context of `context` that a row keeps and that one decode step reads."""
@@ -185,6 +212,7 @@ class CacheSpec:
         parts += [f"first {self.first}"] if self.first else []
         parts += [f"shared with layer {self.share}"] if self.share is not None else []
         parts += [f"evict {self.evict}"] if self.evict is not None else []
+        parts += [f"reads {self.select}"] if self.select is not None else []
         return " ".join(parts)
 
     def _abstract(self, stream: Stream, lead: tuple[int, ...], page: tuple[int, ...] = ()) -> Any:
@@ -201,7 +229,7 @@ class CacheSpec:
         shape = (*lead, self.streams[0].shape[0], *page, channels)
         return {RECORDED: jax.ShapeDtypeStruct(shape, jnp.float32)} if channels else {}
 
-    def abstract(self, layout: "Layout") -> Pool:
+    def abstract(self, layout: Layout) -> Pool:
         """The pool's arrays as shapes: [pages + 1, K, P, H] a stream of tokens, [slots + 1, ...] a state; without those of
         `near`.
 
@@ -209,17 +237,24 @@ class CacheSpec:
         """
         if self.share is not None:
             return {}
-        if layout.page_size % self.block:
+        size = layout.page_size
+        if self.select is not None and self.select.block > 1 and (size % self.page or self.select.block % size):
             raise FormatError(
-                f"cache {self}: pages of {layout.page_size} tokens do not divide into groups of {self.block}, which share their "
+                f"cache {self}: pages of {size} tokens; allowed: a multiple of {self.page}, the tokens of an entry of its index, "
+                f"that divides {self.select.block}, the tokens of a block"
+            )
+        if size % self.block:
+            raise FormatError(
+                f"cache {self}: pages of {size} tokens do not divide into groups of {self.block}, which share their "
                 f"scales; take a page size that is a multiple of {self.block}, or a smaller group"
             )
         if self.holds_tokens:
-            lead, page = (layout.pages + 1,), (layout.page_size,)
-            return {s.name: self._abstract(s, lead, page) for s in self.streams} | self._recorded(lead, page)
+            lead = (layout.pages + 1,)
+            pools = {s.name: self._abstract(s, lead, (size // s.every,)) for s in self.streams}
+            return pools | self._recorded(lead, (size,))
         return {s.name: self._abstract(s, (layout.slots + 1,)) for s in self.streams}
 
-    def init(self, layout: "Layout") -> Pool:
+    def init(self, layout: Layout) -> Pool:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract(layout))
 
     def append(self, pool: Pool, new: dict[str, jax.Array], writes: jax.Array) -> Pool:
@@ -241,20 +276,8 @@ class CacheSpec:
 
     def move(self, pool: Pool, src: jax.Array, dst: jax.Array) -> Pool:
         """Copies entries `src` int32[M] over `dst`: flat token slots, or state rows. Fork, compaction, snapshots."""
-        names = [stream.name for stream in self.streams] + [RECORDED] * (RECORDED in pool)
-        return {name: copy(pool[name], src, dst, self.holds_tokens) for name in names}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Room in the pools: `pages` of `page_size` tokens in every token pool, `slots` rows in every state pool.
-
-    Pools have one page (row) more, which takes the writes of padding: flat slot pages * page_size, row slots.
-    """
-
-    pages: int
-    page_size: int
-    slots: int
+        every = {stream.name: stream.every for stream in self.streams} | ({RECORDED: 1} if RECORDED in pool else {})
+        return {name: copy(pool[name], src // n, dst // n, self.holds_tokens) for name, n in every.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,7 +337,7 @@ class CachePlan:
     def bytes(self, batch: int, context: int) -> float:
         return sum(s.bytes(batch, context) for s in self.specs if s is not None)
 
-    def abstract(self, layout: Layout | Sequence[Layout]) -> "Caches":
+    def abstract(self, layout: Layout | Sequence[Layout]) -> Caches:
         """All pools as shapes. layout: one for all token groups, or one a group (states take the first)."""
         layouts = [layout] * max(len(self.keys), 1) if isinstance(layout, Layout) else list(layout)
         by_key = dict(zip(self.keys, layouts, strict=False))
@@ -332,10 +355,10 @@ class CachePlan:
             ),
         )
 
-    def init(self, layout: Layout | Sequence[Layout]) -> "Caches":
+    def init(self, layout: Layout | Sequence[Layout]) -> Caches:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract(layout))
 
-    def move_tokens(self, caches: "Caches", group: int, src: jax.Array, dst: jax.Array) -> "Caches":
+    def move_tokens(self, caches: Caches, group: int, src: jax.Array, dst: jax.Array) -> Caches:
         """Copies tokens between flat slots in every pool of a group, their positions too."""
         layers = list(caches.layers)
         for i, spec in enumerate(self.specs):
@@ -346,36 +369,13 @@ class CachePlan:
         positions[group] = copy(positions[group], src, dst, True)
         return Caches(layers=tuple(layers), positions=tuple(positions))
 
-    def move_states(self, caches: "Caches", src: jax.Array, dst: jax.Array) -> "Caches":
+    def move_states(self, caches: Caches, src: jax.Array, dst: jax.Array) -> Caches:
         """Copies rows of every state pool: snapshot, restore, fork."""
         layers = [
             spec.move(pool, src, dst) if spec is not None and not spec.holds_tokens else pool
             for spec, pool in zip(self.specs, caches.layers, strict=True)
         ]
         return dataclasses.replace(caches, layers=tuple(layers))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Caches:
-    """All pools of a model: one dict of streams a layer, and int32[pages, P] positions a token group."""
-
-    layers: tuple[Pool, ...]
-    positions: tuple[jax.Array, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class View:
-    """One layer's side of the caches during a step."""
-
-    pool: Pool
-    slots: jax.Array
-    positions: jax.Array | None = None
-    table: jax.Array | None = None
-    lengths: jax.Array | None = None
-    writes: jax.Array | None = None
-    prompts: jax.Array | None = None
-    near: "View | None" = None  # of what the layer keeps exact
 
 
 def view(plan: CachePlan, caches: Caches, address: Address, layer: int) -> View:

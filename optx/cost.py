@@ -18,6 +18,7 @@ from flax import nnx
 
 from optx import ir, tensor
 from optx.cache import CachePlan, CacheSpec
+from optx.selection import Selection as Selection
 from optx.target import Target
 
 MULTIPLIED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # type of activations: field of Peak
@@ -156,12 +157,23 @@ def _attention_flops(facts, spec: CacheSpec, tokens, context, index) -> float:
     """Scores and weighted sum, 2 N (Hk + Hv) a pair of a token and a cached token that it sees; with an index, 2 N H a
     pair of it on top."""
     seen = visible(spec, context, tokens)
+    if spec.select is not None:
+        return _selected_flops(facts, spec, tokens, context)
     chosen = seen if index is None else min(index["top_k"], seen or context)
     each = 2 * facts["heads"] * (facts["head_dim"] + facts["value_dim"])
     flops = each * pairs(tokens, context, chosen)
     return (
         flops if index is None else flops + 2 * index["index_heads"] * index["index_dim"] * pairs(tokens, context, seen)
     )
+
+
+def _selected_flops(facts, spec: CacheSpec, tokens, context) -> float:
+    """What is chosen as above, and 2 N a pair of a token and a number of an entry of the index that it may see."""
+    each, chosen = 2 * facts["heads"] * (facts["head_dim"] + facts["value_dim"]), spec.select.chosen(context)
+    if chosen >= context:
+        return each * pairs(tokens, context)
+    scored = sum(stream.shape[-1] / stream.every for stream in spec.index)
+    return each * pairs(tokens, context, chosen) + 2 * facts["heads"] * scored * pairs(tokens, context)
 
 
 def visible(spec: CacheSpec, context: int, tokens: int) -> int | None:
@@ -192,6 +204,11 @@ def row_read(spec: CacheSpec, context: int, tokens: int = 1, index: Mapping[str,
 def _part_read(spec: CacheSpec, context: int, tokens: int, index: Mapping[str, Any] | None) -> float:
     most = visible(spec, context, tokens)
     kept = context if most is None else min(context, most + tokens - 1)
+    if spec.select is not None:
+        of_index = sum(map(spec.stream_bytes, spec.index))
+        chosen = spec.select.chosen(context)
+        scored = kept if kept > chosen or spec.select.stride else 0  # compressed tokens are read in any case
+        return of_index * scored + (_unit_bytes(spec) - of_index) * min(kept, tokens * chosen)
     if index is None:
         return _unit_bytes(spec) * kept
     of_index = _unit_bytes(spec.replace(streams=tuple(s for s in spec.streams if s.name == index["index"])))
@@ -208,24 +225,6 @@ def _unit_bytes(spec: CacheSpec) -> float:
 def held(spec: CacheSpec, rows: int, context: int) -> float:
     """Bytes of a layer's cache for `rows` rows of `context` tokens: `CacheSpec.bytes`."""
     return rows * sum(_unit_bytes(part) * (part.tokens(context) if part.holds_tokens else 1) for part in spec.parts)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Tokens that a query of block-sparse attention reads: a compressed one every `stride`, `blocks` blocks of `block` that it
-    chooses, and the `window` newest. The branches of NSA (Yuan et al. 2025, arXiv:2502.11089)."""
-
-    stride: int
-    blocks: int
-    block: int
-    window: int
-
-    def tokens(self, context: int) -> float:
-        return min(context, context / self.stride + self.blocks * self.block + self.window)
-
-    def ratio(self, context: int) -> float:
-        """How many times fewer tokens than all."""
-        return context / self.tokens(context)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

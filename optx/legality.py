@@ -14,6 +14,7 @@ from optx.legality_eviction import EVICTION_STEPS, EVICTION_TREES
 from optx.legality_facts import STEP_FACTS, TREE_FACTS, Fact, Finding, Intent, key_bias
 from optx.legality_heads import HEAD_FACTS
 from optx.legality_scales import SCALE_FACTS
+from optx.legality_selection import SELECTION_FACTS
 from optx.legality_structure import STRUCTURE_FACTS
 from optx.pipeline import Instrument, Rules
 from optx.recipe import Recipe
@@ -27,7 +28,7 @@ STACK = Fact(
     fix="keep the one that costs less, which `optx eval --against` tells",
     source="arithmetic: both leave out the tokens that attention hardly reads, and a token that is gone is not skipped again",
 )
-OF_STEPS = (*STEP_FACTS, *SCALE_FACTS, *HEAD_FACTS, *STRUCTURE_FACTS, *EVICTION_STEPS)
+OF_STEPS = (*STEP_FACTS, *SCALE_FACTS, *HEAD_FACTS, *STRUCTURE_FACTS, *EVICTION_STEPS, *SELECTION_FACTS)
 OF_TREES = (*TREE_FACTS, *EVICTION_TREES)
 FACTS: tuple[Fact, ...] = (*OF_STEPS, *OF_TREES)
 

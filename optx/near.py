@@ -65,9 +65,9 @@ def _blocks_as_stored(x: jax.Array, format_: Format, ragged: Ragged) -> jax.Arra
 def _pack_blocks(pool: tensor.QTensor, exact: jax.Array, format_: Format, view: View, ragged: Ragged) -> tensor.QTensor:
     """The blocks that the step completes, read from the plain pages `exact` [pages, K, P, H] into the packed ones."""
     size = format_.block_rows
-    row, left, real = _completed(ragged, size)
+    row, left, real = completed(ragged, size)
     source, target = (
-        _slots(v.table, v.lengths, p, row, left, real, size) for v, p in ((view.near, exact), (view, pool))
+        slots_of(v.table, v.lengths, p, row, left, real, size) for v, p in ((view.near, exact), (view, pool))
     )
     blocks = load(exact, source.reshape(-1), True).reshape(*source.shape, *exact.shape[1:2], exact.shape[3])
     packed = tensor.quantize(jnp.moveaxis(blocks, 1, 2), format_, axis=-1)  # [M, K, G, H]
@@ -77,7 +77,7 @@ def _pack_blocks(pool: tensor.QTensor, exact: jax.Array, format_: Format, view: 
     return dataclasses.replace(pool, data=store_tokens(pool.data, data, target.reshape(-1)), scale=scale, zero=zero)
 
 
-def _completed(ragged: Ragged, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def completed(ragged: Ragged, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Blocks of `size` positions whose last token is among the step's, of at most T / size + B -> (row int32[M], tokens of the
     row from the block's first to its newest int32[M], whether it is one bool[M])."""
     start = ragged.positions[jnp.clip(ragged.starts, 0, ragged.positions.shape[0] - 1)]
@@ -90,7 +90,7 @@ def _completed(ragged: Ragged, size: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return row, end[row] - first, index < ends[-1]
 
 
-def _slots(table, lengths, pool, row, left, real, size: int) -> jax.Array:
+def slots_of(table, lengths, pool, row, left, real, size: int) -> jax.Array:
     """Flat slots int32[M, size] of blocks whose first token is `left` before the end of its row's listing, whose newest slots
     are its newest positions; of the page that takes the writes of padding where a block is not real."""
     pages, page = pool.shape[0] - 1, pool.shape[2]

@@ -5,7 +5,69 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from optx.formats import Format
+from optx.ragged import Ragged
 from optx.tensor import Tensor, is_qtensor
+
+Pool = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One array that a layer leaves behind: `shape` a token (`(K, H)`) for token caches, a row for state caches."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None  # None: the spec's dtype
+    format: Format | None = None  # None: the spec's format
+    every: int = 1  # tokens of a row that leave one such array behind: an index over blocks of them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Room in the pools: `pages` of `page_size` tokens in every token pool, `slots` rows in every state pool.
+
+    Pools have one page (row) more, which takes the writes of padding: flat slot pages * page_size, row slots.
+    """
+
+    pages: int
+    page_size: int
+    slots: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Caches:
+    """All pools of a model: one dict of streams a layer, and int32[pages, P] positions a token group."""
+
+    layers: tuple[Pool, ...]
+    positions: tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+    """One layer's side of the caches during a step."""
+
+    pool: Pool
+    slots: jax.Array
+    positions: jax.Array | None = None
+    table: jax.Array | None = None
+    lengths: jax.Array | None = None
+    writes: jax.Array | None = None
+    prompts: jax.Array | None = None
+    near: "View | None" = None  # of what the layer keeps exact
+
+
+def as_pages(new: Pool, ragged: Ragged) -> View:
+    """Self-contained sequences as a cache of one page a row."""
+    rows = jnp.arange(ragged.batch, dtype=jnp.int32)
+    return View(
+        pool={name: jnp.moveaxis(ragged.pad(x), 1, 2) for name, x in new.items()},
+        slots=rows,
+        positions=jnp.broadcast_to(jnp.arange(ragged.longest, dtype=jnp.int32), (ragged.batch, ragged.longest)),
+        table=rows[None, :, None],
+        lengths=ragged.counts[None],
+    )
 
 
 def _coordinates(pool, index, tokens: bool) -> tuple:

@@ -91,8 +91,8 @@ def _logits(forward: _Forward, tokens: jax.ShapeDtypeStruct):
 def caches_fixpoint(before: nnx.Module, after: nnx.Module) -> str | None:
     """A step returns caches of the structure, shapes and dtypes that it was given."""
     plan: CachePlan = after.cache_plan()
-    whole = math.lcm(LAYOUT.page_size, *(spec.block for spec in plan.specs if spec is not None))
-    caches = plan.abstract(dataclasses.replace(LAYOUT, page_size=whole))
+    pages = {spec.page for spec in plan.specs if spec is not None and spec.page > 1} or {LAYOUT.page_size}
+    caches = plan.abstract(dataclasses.replace(LAYOUT, page_size=math.lcm(*pages)))
     groups = len(plan.keys)
     ragged = dataclasses.replace(jax.eval_shape(lambda: Ragged.dense(ROWS, LENGTH)), rectangular=True)
     shape = jax.ShapeDtypeStruct

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"optx": "optx", "models": "optx.models", "configs": "optx.configs"}
 
 # Rooms (a module or a folder of optx) and the rooms that each may import besides itself. A new room needs a line.
-LEAVES = {"errors", "formats", "tensor", "pools", "cache", "near", "ragged"}
+LEAVES = {"errors", "formats", "tensor", "pools", "cache", "near", "ragged", "selection"}
 HEAL = {"heal_data", "heal_loss", "heal_memory", "heal_phases", "heal_plot", "heal_run", "heal_state"}
 SEARCH = {"search_space", "search_cost", "search_meter", "search_solve"}
 ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
@@ -24,10 +24,11 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "hadamard": set(),
     "formats": {"errors", "ggml", "hadamard"},
     "tensor": {"errors", "formats"},
-    "pools": {"tensor"},
+    "pools": {"formats", "ragged", "tensor"},
+    "selection": set(),
     "eviction": {"errors"},
     "ragged": set(),
-    "cache": {"errors", "eviction", "formats", "pools", "ragged", "tensor"},
+    "cache": {"errors", "eviction", "formats", "pools", "ragged", "selection", "tensor"},
     "near": {"cache", "formats", "pools", "tensor"},
     # Ops, parts and models.
     "pallas": LEAVES | {"target"},
@@ -71,15 +72,16 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     },
     "bisect": {"checkpoint", "errors", "ir", "lower", "pipeline", "quality", "recipe", "registry"},
     "legality": {"errors", "legality_eviction", "legality_facts", "legality_heads", "legality_scales", "pipeline"}
-    | {"legality_structure", "registry", "recipe"},
+    | {"legality_selection", "legality_structure", "registry", "recipe"},
     "legality_eviction": {"legality_facts", "passes"},
     "legality_heads": {"legality_facts", "nn", "passes"},
     "legality_scales": {"ir", "legality_facts", "passes", "tensor"},
+    "legality_selection": {"legality_facts", "nn", "passes"},
     "legality_structure": {"legality_facts", "nn", "passes"},
     "mla_ranks": {"calibrate", "errors", "ir", "passes", "pipeline", "recipe", "registry"},
     "legality_facts": {"cache", "errors", "formats", "ir", "nn", "passes", "pipeline", "registry", "tensor"},
     "lower": {"cache", "errors", "ir", "pallas", "target", "tensor"},
-    "cost": {"cache", "ir", "target", "tensor"},
+    "cost": {"cache", "ir", "selection", "target", "tensor"},
     "cost_mesh": {"cache", "errors", "ir", "tensor"},
     "predict": {"cost", "lower", "target"},
     "estimate": {"cost", "cost_mesh", "ir", "predict", "target"},

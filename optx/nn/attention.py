@@ -13,6 +13,8 @@ from optx.cache import NEAR, RECORDED, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
 from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
 from optx.nn.evicting import record, scores_asked, scoring
+from optx.nn.selecting import Selector, as_mask, listed
+from optx.nn.selecting import tail as tail_of
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask, merge, with_bias
 from optx.pallas.dispatch import OpChoice, OpSite
@@ -47,29 +49,41 @@ def over_parts(spec: CacheSpec, attend, sink_logits=None) -> jax.Array:
     return merge((body, attend(NEAR, mask=exact)))[0]
 
 
-def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, *, chunked: bool = False, **kwargs):
+def attend_cached(
+    choices, q, k_pool, v_pool, ragged: Ragged, view: View, *, chunked: bool = False, picked=None, block=None, tail=False,
+    **kwargs,
+):  # fmt: skip
     """Attention of q [T, N, H] over cached tokens -> (out [T, N, Hv], lse [T, N], scores float32[B, S, K] where asked for); few
     tokens a row take the op that is made for them, also beside chunks of prompts: one op's kernel reads pages at the speed of
-    memory, the other's multiplies. chunked: all take the other."""
+    memory, the other's multiplies. chunked: all take the other. picked int32[T, K, n] (selecting.py): of blocks of `block` tokens
+    those that a token sees; tail: pages of the mask's window are listed alone."""
     kwargs |= {"positions": view.positions, "table": view.table, "lengths": view.lengths}
+    page = view.positions.shape[1]
 
-    def decode(q, asked, **more):
-        return dispatch.call("paged_decode", choices, q, k_pool, v_pool, q_positions=asked, **kwargs | more)
+    def decode(take, asked, **more):
+        args, own = take(q), kwargs | more
+        if picked is not None or tail:  # each query lists pages of its own
+            where = (asked, view.table, page)
+            listing = tail_of(*where, kwargs["mask"].window) if tail else listed(take(picked), *where, block)
+            args, own = args.reshape(-1, 1, *args.shape[2:]), kwargs | listing
+        found = dispatch.call("paged_decode", choices, args, k_pool, v_pool, q_positions=asked.reshape(args.shape[:2]), **own)
+        return *(x.reshape(*asked.shape, *x.shape[2:]) for x in found[:2]), found[2]
 
     if ragged.rectangular and ragged.longest <= DECODE and not chunked:
         asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
-        out, lse, scores = decode(ragged.pad(q), asked)
+        out, lse, scores = decode(ragged.pad, asked)
         return ragged.unpad(out), ragged.unpad(lse), scores
 
     def chunks(ragged):
-        return dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs)
+        more = {} if picked is None else seen_of(ragged.pad(picked), view.table.shape[2] * page, block)
+        return dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs, **more)
 
     if ragged.rectangular or chunked:
         return chunks(ragged)
     single = ragged.counts == 1
     first = jnp.minimum(ragged.starts, q.shape[0] - 1)
     asked = jnp.where(single, ragged.positions[first], -1)
-    *few, of_few = decode(q[first][:, None], asked[:, None], lengths=jnp.where(single, view.lengths, 0))
+    *few, of_few = decode(lambda x: x[first][:, None], asked[:, None], lengths=jnp.where(single, view.lengths, 0))
     *many, of_many = chunks(ragged.without(single))
     row = jnp.minimum(ragged.rows, ragged.batch - 1)
 
@@ -79,9 +93,15 @@ def attend_cached(choices, q, k_pool, v_pool, ragged: Ragged, view: View, *, chu
     return *jax.tree.map(joined, few, many), None if of_few is None else of_few + of_many
 
 
+def seen_of(picked, slots: int, block: int) -> dict[str, Any]:
+    """What ops that see all of `slots` are told of blocks int32[B, Q, K, n]."""
+    return {"chosen": as_mask(picked, -(-slots // block)), "block": block}
+
+
 def attention_sites(facts: Mapping[str, Any], expanded: Mapping[str, Any] | None = None) -> tuple[OpSite, ...]:
     """The calls of a layer: over its cache, and (`expanded`: what differs there) inside self-contained sequences."""
     asked = {op: scores_asked(facts["cache"], op) for op in ("ragged_paged_attention", "paged_decode")}
+    asked["paged_decode"] |= {"chosen": False}  # it is given lists of what is chosen
     over_cache = tuple(OpSite(op=op, args={**facts, **more}) for op, more in asked.items())
     return (OpSite(op="flash_attention", args={**facts, **(expanded or {})}), *over_cache)
 
@@ -139,6 +159,7 @@ class Attention(nnx.Module):
         # Of caches that store no scales (`Float8Static`): float32[K], what stored keys and values were divided by.
         self.k_scale: nnx.Param | None = None
         self.v_scale: nnx.Param | None = None
+        self.select: Selector | None = None  # what it reads by; None: all that the mask shows
         self.cache = paged_spec(kv_heads, head_dim, dtype=dtype, window=window).replace(share=share)
         self.choices: tuple[OpChoice, ...] = ()
 
@@ -166,12 +187,14 @@ class Attention(nnx.Module):
         if self.cache.share is not None:
             q, pool = rotate(q, q_norm, self.rope, turned), view.pool
         elif cached:
-            own = {name: x for name, x in view.pool.items() if name != RECORDED}
-            kwargs = {"positions": ragged.positions, "writes": view.writes, "spec": self.cache}
+            beside = {RECORDED, *(stream.name for stream in self.cache.index)}
+            own = {name: x for name, x in view.pool.items() if name not in beside}
+            kwargs = {"positions": ragged.positions, "writes": view.writes, "spec": self.cache.read}
             kwargs |= {"rope": self.early, "q_norm": q_norm, "k_norm": k_norm}
             kwargs |= {} if self.cache.near is None else {"view": view, "ragged": ragged}
             q, own = dispatch.call("rotate_append", self.choices, q, k, v, own, **kwargs)
             q, pool = rotate(q, None, late, turned), view.pool | own
+            pool = pool if self.select is None else self.select.stored(pool, ragged, view)
         else:
             q, k, v = separate(q, k, v, self.cache)
             k, q = rotate(k, k_norm, self.early, turned), rotate(q, q_norm, self.rope, turned)
@@ -182,7 +205,12 @@ class Attention(nnx.Module):
         if cached:
             more = scoring(self.cache, ragged, view) | ({} if late is None else {"key_rope": late})
             attend = functools.partial(attend, scores=scores, **more)
-        out = over_parts(self.cache, attend, None if self.sinks is None else self.sinks.get_value())
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        if self.select is None:
+            out = over_parts(self.cache, attend, sinks)
+        else:
+            attend = attend if sinks is None else functools.partial(attend, sink_logits=sinks)
+            out = self.select(self, x, q, pool, ragged, view if cached else None, attend)
         pool = record(self.cache, pool, scores[0], ragged, view) if scores else pool
         out = out if self.v_scale is None else out * self._by_head(self.v_scale, out.dtype)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
@@ -198,6 +226,9 @@ class Attention(nnx.Module):
             scores += [] if scored is None else [scored]
             return found
         k = with_bias(k[None], ragged.positions[None, None], **bias)[0] if bias else k
+        if (picked := kwargs.pop("picked", None)) is not None:
+            kwargs |= seen_of(ragged.pad(picked), ragged.longest, kwargs["block"])
+        kwargs.pop("tail", None)
         args = (ragged.pad(x) for x in (q, k, v))
         out, lse, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
         return ragged.unpad(out), ragged.unpad(lse)
@@ -256,8 +287,9 @@ class Attention(nnx.Module):
             "head_dim": self.head_dim,
             "value_dim": self.head_dim,
             "dtype": jnp.dtype(self.o.weight.get_value().dtype).name,
-            "cache": self.cache,
+            "cache": self.cache.read,
             "mask": self.mask,
+            "chosen": self.select is not None and self.select.masks,
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
             "key_bias": self.key_bias is not None,
@@ -265,6 +297,7 @@ class Attention(nnx.Module):
             "key_rope": not self.cache.rotated and self.rope is not None,
         }
         flash, *over_cache = attention_sites(facts)
+        over_cache += [] if self.select is None else self.select.sites(facts)
         if self.cache.share is not None:
             return (flash, *over_cache)
         parts = {"rope": self.early, "q_norm": self.q_norm, "k_norm": self.k_norm}
@@ -280,7 +313,7 @@ class FusedAttention(Fused, Attention):
 
     KEPT = (
         "heads", "kv_heads", "head_dim", "scale", "softcap", "rope", "gate", "o", "q_norm", "k_norm", "sinks", "key_bias",
-        "cache", "k_scale", "v_scale",
+        "cache", "k_scale", "v_scale", "select",
     )  # fmt: skip
 
     def __init__(self, attn: Attention, qkv: Linear):

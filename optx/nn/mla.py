@@ -12,6 +12,7 @@ from optx.nn.indexer import Indexer
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
 from optx.pallas.dispatch import OpChoice, OpSite
+from optx.pools import as_pages
 from optx.tensor import dense
 
 
@@ -69,7 +70,7 @@ class MLA(nnx.Module):
             if not self._chooses(ragged.longest):
                 out = self._expanded(q_nope, q_rope, stored, up_k, up_v, ragged)
                 return self.o(out.reshape(x.shape[0], -1)), pool
-            view = _as_pages(stored, ragged)
+            view = as_pages(stored, ragged)
             pages = view.pool
         elif self.cache.near is None:
             pages = pool = self.cache.append(view.pool, new, view.writes)
@@ -140,15 +141,3 @@ class MLA(nnx.Module):
         index = {"top_k": self.indexer.top_k, "index": self.indexer.stream.name}
         index |= {"index_heads": self.indexer.heads, "index_dim": self.indexer.head_dim}
         return (*sites, OpSite(op="indexed_attention", args=facts | index))
-
-
-def _as_pages(new: dict[str, jax.Array], ragged: Ragged) -> View:
-    """Self-contained sequences as a cache of one page a row."""
-    rows = jnp.arange(ragged.batch, dtype=jnp.int32)
-    return View(
-        pool={name: jnp.moveaxis(ragged.pad(x), 1, 2) for name, x in new.items()},
-        slots=rows,
-        positions=jnp.broadcast_to(jnp.arange(ragged.longest, dtype=jnp.int32), (ragged.batch, ragged.longest)),
-        table=rows[None, :, None],
-        lengths=ragged.counts[None],
-    )

@@ -96,19 +96,20 @@ def _name(row: Row | OpChoice) -> str:
 
 _GPU, _TPU = "mosaic_gpu", "mosaic_tpu"
 
-# What eviction asks of attention over pages, and what a row says that does not do it.
+# What eviction and selection ask of attention, and what a row says that does not do it.
 LACKS = {
     "want_scores": "returns no attention by slot, which the policy of eviction records",
     "score_rule": "sums the attention of all queries by slot, and the policy of eviction counts some or takes the largest",
     "key_rope": "reads keys as they are stored, and these are rotated by their slot when they are read",
     "head_pages": "writes and masks tokens by one page table, and heads that compete for a budget have one each",
+    "chosen": "lets all heads see the same blocks, and here each kv head chooses its own",
 }
-_PLAIN, _SUMS = tuple(LACKS), ("score_rule", "key_rope")
+_PLAIN, _SUMS = tuple(LACKS), ("score_rule", "key_rope", "chosen")
 
 # Best first; the last row of an op is its reference and takes everything.
 ROWS: tuple[Row, ...] = (
-    Row(op="flash_attention", backend=_GPU, arch="sm90", module="flash_attention.mosaic_gpu_sm90"),
-    Row(op="flash_attention", backend=_TPU, module="flash_attention.mosaic_tpu"),
+    Row(op="flash_attention", backend=_GPU, arch="sm90", module="flash_attention.mosaic_gpu_sm90", lacks=("chosen",)),
+    Row(op="flash_attention", backend=_TPU, module="flash_attention.mosaic_tpu", lacks=("chosen",)),
     Row(op="flash_attention", backend="xla", module="attention.reference"),
     Row(
         op="ragged_paged_attention",

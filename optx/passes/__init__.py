@@ -4,6 +4,7 @@ from optx import registry
 from optx.passes import (
     awq,
     distill,
+    dsa,
     evict_kv,
     fuse_projections,
     gptq,
@@ -12,6 +13,8 @@ from optx.passes import (
     linearize,
     lossless,
     mla,
+    moba,
+    nsa,
     oscar,
     quantize_activations,
     quantize_kv,
@@ -36,6 +39,9 @@ ORDER = (
     sliding_window,  # attention: reads
     mla,  # attention: one latent for all heads, calibrated
     linearize,  # attention: a state in place of keys and values, calibrated
+    moba,  # attention: reads, blocks by their mean keys
+    nsa,  # attention: reads, compressed tokens, blocks and a window
+    dsa,  # attention: reads, tokens by an index over them, calibrated
     distill,  # heal: what conversions have cost is trained back
     split_key_bias,  # fold: bits of keys, exact
     rotate,  # fold: outliers spread, offline

@@ -19,13 +19,16 @@ from optx.nn.attention import Attention, FusedAttention
 from optx.nn.core import MLP, FusedGatedMLP, GatedMLP, JoinedGatedMLP, LayerNorm, Linear, RMSNorm
 from optx.nn.decoder import Block
 from optx.nn.delta import GatedDelta
+from optx.nn.dsa import KeyIndexer
 from optx.nn.grouped_mla import GroupedMLA, InverseRMS
 from optx.nn.indexer import Indexer
 from optx.nn.linear_attention import LinearAttention
 from optx.nn.mamba1 import Mamba1
 from optx.nn.mla import MLA
 from optx.nn.moe import Experts, GroupedLinear, LatentExperts, MoE, Router
+from optx.nn.nsa import NSA
 from optx.nn.rotated import Rotated
+from optx.nn.selecting import BlockMeans
 from optx.nn.ssm import Mamba2
 from optx.registry import PassOptions, Seen
 
@@ -35,8 +38,11 @@ READERS: Mapping[type, tuple[str, ...]] = {
     GroupedLinear: ("",),
     Router: ("",),
     Indexer: ("", "k"),
-    Attention: ("q", "k", "v"),
-    FusedAttention: ("qkv",),
+    Attention: ("q", "k", "v", "select"),
+    FusedAttention: ("qkv", "select"),
+    BlockMeans: (),
+    KeyIndexer: (),
+    NSA: ("gate",),
     MLA: ("q", "q_a", "kv_a", "indexer"),
     GroupedMLA: ("q", "kv_a", "key_norm"),
     InverseRMS: ("keys",),
@@ -179,6 +185,8 @@ def _experts(module: Experts, path, part) -> Fold | str:
 def _values(module: Attention, path, part) -> Fold | str:
     if module.v is None:
         return "values are those of another layer"
+    if isinstance(module.select, NSA) and module.select.pool_v is not None:
+        return "an MLP compresses the values"
     shared = module.heads // module.kv_heads
     return Fold(source=f"{path}/v", readers=(f"{path}/o",), part=part, shared=shared, head=module.head_dim)
 

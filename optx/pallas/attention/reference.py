@@ -121,13 +121,20 @@ def attend(
     return out, lse, None if scores is None else jnp.moveaxis(scores, 1, 2)
 
 
+def chosen_slots(chosen, block: int, slots: int) -> jax.Array:
+    """bool[..., blocks] -> bool[..., slots], all slots of a block being chosen or none."""
+    return jnp.repeat(chosen, block, axis=-1)[..., :slots]
+
+
 def flash_attention(
-    q, k, v, *, mask: Mask = Mask(), scale=None, softcap=None, sink_logits=None, valid=None, segments=None
-):
+    q, k, v, *, mask: Mask = Mask(), scale=None, softcap=None, sink_logits=None, valid=None, segments=None, chosen=None,
+    block=None,
+):  # fmt: skip
     """Attention inside self-contained sequences at positions 0, 1, ...
 
     q [B, S, N, H], k [B, S, K, H], v [B, S, K, Hv]; valid bool[B, S]: real tokens; segments int32[B, S]: packed
-    sequences that do not see each other. -> (out [B, S, N, Hv], lse float32[B, S, N], None).
+    sequences that do not see each other; chosen bool[B, K, S, blocks]: of what the mask shows a query sees the blocks of `block`
+    tokens that its kv head has chosen. -> (out [B, S, N, Hv], lse float32[B, S, N], None).
     Equation: Vaswani et al. 2017, arXiv:1706.03762; computed in blocks of queries.
     """
     b, length = q.shape[:2]
@@ -136,9 +143,11 @@ def flash_attention(
     count = -(-length // size)
     position = jnp.arange(length, dtype=jnp.int32)
     if count * size != length:
-        q = jnp.pad(q, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
+        more = (0, count * size - length)
+        q = jnp.pad(q, ((0, 0), more, (0, 0), (0, 0)))
+        chosen = chosen if chosen is None else jnp.pad(chosen, ((0, 0), (0, 0), more, (0, 0)))
 
-    def block(start, first, last):
+    def part_of(start, first, last):
         """Queries start .. start + size against keys first .. last, which hold all that they can see."""
         at = start + jnp.arange(size, dtype=jnp.int32)
         keys = slice(first, last)
@@ -148,16 +157,20 @@ def flash_attention(
         if segments is not None:
             here = jnp.take(segments, at, axis=1, mode="clip")
             seen = seen & (here[:, :, None] == segments[:, None, keys])
+        seen = seen[:, None]
+        if chosen is not None:
+            picked = jax.lax.dynamic_slice_in_dim(chosen, start, size, axis=2)
+            seen = seen & chosen_slots(picked, block, length)[..., keys]
         part = jax.lax.dynamic_slice_in_dim(q, start, size, axis=1)
-        args = (part, k[:, keys], v[:, keys], seen[:, None])
+        args = (part, k[:, keys], v[:, keys], seen)
         return attend(*args, scale=scale, softcap=softcap, sink_logits=sink_logits)[:2]
 
     if count <= UNROLL:
-        blocks = [block(i * size, *mask.reach(i * size, i * size + size, length)) for i in range(count)]
+        blocks = [part_of(i * size, *mask.reach(i * size, i * size + size, length)) for i in range(count)]
         out, lse = (jnp.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
     else:
         starts = jnp.arange(count, dtype=jnp.int32) * size
-        out, lse = jax.lax.map(lambda start: block(start, 0, length), starts)
+        out, lse = jax.lax.map(lambda start: part_of(start, 0, length), starts)
         out, lse = (jnp.moveaxis(x, 0, 1).reshape(b, count * size, *x.shape[3:]) for x in (out, lse))
     return out[:, :length], lse[:, :length], None
 
@@ -225,6 +238,8 @@ def paged_attention(
     score_weights=None,
     prompts=None,
     key_rope=None,
+    chosen=None,
+    block=None,
 ):
     """Attention of up to Q new tokens a row over its cached tokens, their own included (`paged_decode` where Q <= 8).
 
@@ -234,7 +249,8 @@ def paged_attention(
     no query: a row's
     queries are its newest slots; key_bias [K, H], rope: of keys that are stored without their bias (`with_bias`); key_rope:
     rotates keys by their cached positions, where they are stored before that (G = 1). score_weights (q_positions, prompts
-    int32[B]) -> float32[B, Q] and score_reduce ("sum", "max"): what scores are made of.
+    int32[B]) -> float32[B, Q] and score_reduce ("sum", "max"): what scores are made of. chosen bool[B, K, Q, blocks]: of what the
+    mask shows a query sees the blocks of `block` slots that its kv head has chosen.
     Where heads list pages of their own (G = K) and the mask is causal and no more, positions are not asked for: a row's queries
     are its newest slots.
     -> (out [B, Q, N, Hv], lse, scores float32[B, S, K] by slot or None).
@@ -260,6 +276,7 @@ def paged_attention(
     # A slot past `lengths` may hold anything, NaN included: 0 * NaN must not reach the sum.
     real = jnp.moveaxis(stored, 0, 2)[..., None]
     k, v, seen = jnp.where(real, k, 0), jnp.where(real, v, 0), jnp.moveaxis(seen, 0, 1)
+    seen = seen if chosen is None else seen & chosen_slots(chosen, block, seen.shape[-1])
     kwargs = {
         "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else scale,
         "softcap": softcap,

@@ -1,0 +1,64 @@
+"""What is known to break where reads are selected: rows as in legality_facts.py."""
+
+from optx.legality_facts import Finding, Intent, StepFact
+from optx.nn.attention import Attention
+from optx.nn.dsa import KeyIndexer
+from optx.nn.nsa import NSA
+from optx.passes.quantize_kv import QuantizeKV
+from optx.passes.rotate import Rotate
+from optx.passes.rotated_kv import RotatedKV
+from optx.passes.split_key_bias import SplitKeyBias
+
+
+def _selecting(intent: Intent) -> list[tuple[str, Attention]]:
+    return [(path, x) for path, x, _ in intent.sites if isinstance(x, Attention) and x.select is not None]
+
+
+def _keys_without_bias(intent: Intent) -> list[Finding]:
+    biased = [(path, attn) for path, attn in _selecting(intent) if attn.k is not None and attn.k.bias is not None]
+    return [Finding(path=path, got=str(attn.cache)) for path, attn in biased]
+
+
+def _made_for_heads(intent: Intent) -> list[Finding]:
+    """Rotations of heads come from passes on attention and on whole blocks."""
+    layers = {path.removesuffix("/mixer") for path, *_ in intent.sites}
+    mixers = [(p, m) for p, m in intent.mixers().items() if isinstance(m, Attention) and p.removesuffix("/mixer") in layers]
+    pooled = [(p, m) for p, m in mixers if isinstance(m.select, NSA) and m.select.pool_k is not None]
+    indexed = [(p, m) for p, m in mixers if isinstance(m.select, KeyIndexer) and intent.pass_.options is not Rotate]
+    return [Finding(path=path, got=f"{type(attn.select).__name__} over {attn.cache}") for path, attn in pooled + indexed]
+
+
+def _scaled_by_head(intent: Intent) -> list[Finding]:
+    indexed = [(path, attn, o) for path, attn, o in intent.sites if isinstance(getattr(attn, "select", None), KeyIndexer)]
+    return [Finding(path=path, got=f"scale: {o.scale}") for path, _, o in indexed if o.scale == "head"]
+
+
+SELECTION_FACTS: tuple[StepFact, ...] = (
+    StepFact(
+        name="select_without_key_bias",
+        of=(SplitKeyBias,),
+        found=_keys_without_bias,
+        why="an index over cached keys would be made of keys without their bias, and choose by other logits than attention has",
+        fix="leave out split_key_bias, and keep keys in 8 bits",
+        source="arithmetic: q . mean(k) lacks q . mean(R_s b)",
+        override=False,
+    ),
+    StepFact(
+        name="rotated_under_index",
+        of=(RotatedKV, Rotate),
+        found=_made_for_heads,
+        why="keys and values would be rotated under an index that was made for them as they were",
+        fix="take moba, or nsa with hidden: null, whose means rotate along, or store the cache as int8 or fp8",
+        source="arithmetic: mean(x Q) = mean(x) Q, and silu(x Q W) is not silu(x W)",
+        override=False,
+    ),
+    StepFact(
+        name="index_of_scaled_heads",
+        of=(QuantizeKV,),
+        found=_scaled_by_head,
+        why="keys of the heads would be divided by scales of their own under an index that joins the heads",
+        fix="take scale: token or tensor",
+        source="arithmetic: sum_g P_g k_g / s_g is no multiple of sum_g P_g k_g",
+        override=False,
+    ),
+)

@@ -1,0 +1,31 @@
+"""Which cached tokens a query reads, where it does not read all that it may see."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Tokens that a query of sparse attention reads: a compressed one every `stride`, `blocks` blocks of `block` that it chooses,
+    its own among them, and the `window` newest. The branches of NSA (Yuan et al. 2025, arXiv:2502.11089)."""
+
+    blocks: int
+    block: int  # tokens
+    window: int = 0  # tokens; 0: no such branch
+    stride: int | None = None  # tokens; None: what blocks are chosen by is no token
+    index: tuple[str, ...] = ()  # names of the streams that blocks are chosen by
+
+    def chosen(self, context: int) -> int:
+        """Most tokens of a context of `context` that are read as they were left."""
+        return min(context, self.blocks * self.block + self.window)
+
+    def tokens(self, context: int) -> float:
+        compressed = context / self.stride if self.stride else 0
+        return min(context, compressed + self.blocks * self.block + self.window)
+
+    def ratio(self, context: int) -> float:
+        """How many times fewer tokens than all."""
+        return context / self.tokens(context)
+
+    def __str__(self):
+        unit = f" of {self.block}" if self.block > 1 else ""
+        return f"{self.blocks}{unit}" + (f" and the {self.window} newest" if self.window else "")
