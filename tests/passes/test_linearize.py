@@ -316,7 +316,7 @@ def test_damage_is_the_divergence_of_one_converted_layer():
     )
     assert list(found) == [0, 2]
     for layer, got in found.items():
-        tree = through(model, to="gdn", layers=(layer,), text=text)
+        tree = through(model, to="gdn", layers=(layer,), text=text[linear_fit.SCORED :])
         kl = []
         for tokens in text[: linear_fit.SCORED]:
             p, q = (np.asarray(jax.nn.log_softmax(families.forward(m, tokens[0])), np.float64) for m in (model, tree))
