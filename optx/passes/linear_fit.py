@@ -84,7 +84,8 @@ def _sums_of(graph, old_graph):
 def damage(
     model: nnx.Module, windows: Sequence[np.ndarray], layers: Mapping[int, str], convert: Callable
 ) -> dict[int, float]:
-    """Layer -> mean KL(model || model with that layer alone converted) on the first windows, nats a token.
+    """Layer -> mean KL(model || model with that layer alone converted) on the first windows, nats a token; conversions see those
+    behind them, or all where there are no more.
 
     windows: int32[1, T] each; layers: with their paths; convert(path, attention, SeenBlock) -> the new mixer.
     Raises: PassError for a model whose layers read each other's caches.
@@ -99,7 +100,8 @@ def damage(
     found = {}
     for i, layer in enumerate(model.layers):
         if i in layers:
-            inputs = tuple((x if layer.norm is None else layer.norm(x), ragged, None) for x in stream)
+            fresh = stream[SCORED:] or stream
+            inputs = tuple((x if layer.norm is None else layer.norm(x), ragged, None) for x in fresh)
             mixer = convert(layers[i], layer.mixer, SeenBlock(parts={}, inputs=inputs))
             rest = (replace(layer, mixer=mixer), *model.layers[i + 1 :])
             got = [_logits(model, _through(rest, x, ragged)) for x in stream[:SCORED]]

