@@ -22,14 +22,20 @@ def _keys_without_bias(intent: Intent) -> list[Finding]:
 def _made_for_heads(intent: Intent) -> list[Finding]:
     """Rotations of heads come from passes on attention and on whole blocks."""
     layers = {path.removesuffix("/mixer") for path, *_ in intent.sites}
-    mixers = [(p, m) for p, m in intent.mixers().items() if isinstance(m, Attention) and p.removesuffix("/mixer") in layers]
+    mixers = [
+        (p, m) for p, m in intent.mixers().items() if isinstance(m, Attention) and p.removesuffix("/mixer") in layers
+    ]
     pooled = [(p, m) for p, m in mixers if isinstance(m.select, NSA) and m.select.pool_k is not None]
     indexed = [(p, m) for p, m in mixers if isinstance(m.select, KeyIndexer) and intent.pass_.options is not Rotate]
-    return [Finding(path=path, got=f"{type(attn.select).__name__} over {attn.cache}") for path, attn in pooled + indexed]
+    return [
+        Finding(path=path, got=f"{type(attn.select).__name__} over {attn.cache}") for path, attn in pooled + indexed
+    ]
 
 
 def _scaled_by_head(intent: Intent) -> list[Finding]:
-    indexed = [(path, attn, o) for path, attn, o in intent.sites if isinstance(getattr(attn, "select", None), KeyIndexer)]
+    indexed = [
+        (path, attn, o) for path, attn, o in intent.sites if isinstance(getattr(attn, "select", None), KeyIndexer)
+    ]
     return [Finding(path=path, got=f"scale: {o.scale}") for path, _, o in indexed if o.scale == "head"]
 
 

@@ -66,7 +66,9 @@ def attend_cached(
             where = (asked, view.table, page)
             listing = tail_of(*where, kwargs["mask"].window) if tail else listed(take(picked), *where, block)
             args, own = args.reshape(-1, 1, *args.shape[2:]), kwargs | listing
-        found = dispatch.call("paged_decode", choices, args, k_pool, v_pool, q_positions=asked.reshape(args.shape[:2]), **own)
+        found = dispatch.call(
+            "paged_decode", choices, args, k_pool, v_pool, q_positions=asked.reshape(args.shape[:2]), **own
+        )
         return *(x.reshape(*asked.shape, *x.shape[2:]) for x in found[:2]), found[2]
 
     if ragged.rectangular and ragged.longest <= DECODE and not chunked:

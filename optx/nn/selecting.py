@@ -111,7 +111,9 @@ class Selector(nnx.Module):
             return {name: gather_pages(pool[name], view.table) for name in self.names}
         count = -(-ragged.longest // self.every)
         at = (jnp.arange(count)[:, None] + 1) * self.every - self.size + jnp.arange(self.size)
-        parts = (jnp.take(ragged.pad(pool[name]), jnp.maximum(at, 0), axis=1, mode="fill", fill_value=0) for name in "kv")
+        parts = (
+            jnp.take(ragged.pad(pool[name]), jnp.maximum(at, 0), axis=1, mode="fill", fill_value=0) for name in "kv"
+        )
         new = self.entries(*(part.reshape(-1, *part.shape[2:]) for part in parts))
         return {name: x.reshape(ragged.batch, count, *x.shape[1:]) for name, x in new.items()}
 

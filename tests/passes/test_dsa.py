@@ -19,8 +19,8 @@ from optx.engine.engine import Engine
 from optx.errors import LegalityError, PassError, RecipeError
 from optx.passes.dsa import Dsa
 from optx.passes.mla import Mla
-from optx.passes.turboquant import TurboQuant
 from optx.passes.quantize_kv import QuantizeKV
+from optx.passes.turboquant import TurboQuant
 from optx.recipe import Recipe
 
 SMALL = Dsa(top_k=9, dim=8, by="weights")
