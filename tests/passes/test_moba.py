@@ -16,6 +16,7 @@ from optx.engine.engine import Engine
 from optx.engine.request import Sampling
 from optx.errors import FormatError, LegalityError, OptxError, PassError
 from optx.nn.selecting import BlockMeans
+from optx.pallas import dispatch
 from optx.passes.evict_kv import EvictKV
 from optx.passes.kivi import Kivi
 from optx.passes.mla import Mla
@@ -23,6 +24,7 @@ from optx.passes.moba import Moba
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.sliding_window import SlidingWindow
 from optx.recipe import Recipe
+from optx.target import TARGETS
 
 P = selecting.P
 SMALL = Moba(block=P, top_k=3, first=1)
@@ -240,3 +242,14 @@ def test_pages_that_do_not_fit_blocks(page, block):
     plan = compiled(rule=Moba(block=block, top_k=3)).tree.cache_plan()
     with pytest.raises(FormatError, match=f"pages of {page} tokens; allowed: a multiple of 4, .* that divides 4"):
         plan.init(optx.cache.Layout(pages=2, page_size=page, slots=1))
+
+
+def test_rows_that_choose_blocks_say_so():
+    """On Hopper decodes keep their kernel, which reads lists by kv head; prompts are masked, which XLA does."""
+    model = families.abstract("llama", "bfloat16", head_dim=64)
+    tree = optx.plan(model, Recipe(attention=[Moba(block=64, top_k=2)])).tree
+    chosen = {site.op: dispatch.select(site, TARGETS["h100"]) for site in tree.layers[0].mixer.op_sites()}
+    assert str(chosen["paged_decode"]).startswith("mosaic_gpu")
+    for op in ("flash_attention", "ragged_paged_attention"):
+        assert str(chosen[op]) == "xla"
+        assert any("here each kv head chooses its own" in reason for _, reason in chosen[op].declined)
