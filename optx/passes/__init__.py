@@ -3,6 +3,7 @@
 from optx import registry
 from optx.passes import (
     awq,
+    clsa,
     distill,
     dsa,
     evict_kv,
@@ -34,6 +35,7 @@ ORDER = (
     sliding_window,  # attention: reads
     mla,  # attention: one latent for all heads, calibrated
     moba,  # attention: reads, blocks by their mean keys
+    clsa,  # attention: reads, one choice of blocks for several layers
     nsa,  # attention: reads, compressed tokens, blocks and a window
     dsa,  # attention: reads, tokens by an index over them, calibrated
     distill,  # heal: what conversions have cost is trained back

@@ -155,8 +155,8 @@ def test_wrong_options(options, told):
     "recipe, error, told",
     [
         ({"attention": (Mla(), SMALL)}, PassError, r"dsa at layers/./mixer: GroupedMLA keeps one latent of 64 numbers"),
-        ({"fold": (TurboQuant(),)}, LegalityError, "rotated under an index that was made for them"),
-        ({"cache": (QuantizeKV(format="fp8_e4m3", scale="head"),)}, LegalityError, "take scale: token or tensor"),
+        ({"fold": (TurboQuant(),)}, LegalityError, "rotated_under_index"),
+        ({"cache": (QuantizeKV(format="fp8_e4m3", scale="head"),)}, LegalityError, "index_of_scaled_heads"),
     ],
     ids=["latents", "rotated", "scales"],
 )

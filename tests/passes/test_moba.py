@@ -23,6 +23,7 @@ from optx.passes.mla import Mla
 from optx.passes.moba import Moba
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.sliding_window import SlidingWindow
+from optx.passes.split_key_bias import SplitKeyBias
 from optx.recipe import Recipe
 from optx.target import TARGETS
 
@@ -229,12 +230,13 @@ def test_wrong_options(options, told):
         ({"cache": (EvictKV(policy="h2o", budget=8),), "allow_overlap": True}, OptxError, "eviction .* with selected reads"),
         ({"cache": (QuantizeKV(recent=4),)}, OptxError, "exact tokens beside packed ones"),
         ({"cache": (Kivi(bits=4, group=4),)}, OptxError, "exact tokens beside packed ones"),
+        ({"fold": (SplitKeyBias(),)}, LegalityError, "select_without_key_bias"),
     ],
-    ids=["window", "latents", "eviction", "eviction allowed", "recent", "kivi"],
+    ids=["window", "latents", "eviction", "eviction allowed", "recent", "kivi", "bias"],
 )  # fmt: skip
 def test_what_does_not_go_together(recipe, error, told):
     with pytest.raises(error, match=told):
-        optx.plan(families.abstract("llama"), Recipe(**{"attention": (SMALL,), **recipe}))
+        optx.plan(families.abstract("llama", attention_bias=True), Recipe(**{"attention": (SMALL,), **recipe}))
 
 
 @pytest.mark.parametrize("page, block", [(8, 4), (6, 4), (3, 4)])
