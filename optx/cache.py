@@ -165,8 +165,7 @@ class CacheSpec:
         does not grow with the context and is counted in `bytes`."""
         if self.share is not None:
             return 0
-        recorded = sum(tensor.nbytes(x) for x in self._recorded(()).values())
-        return sum(map(self.stream_bytes, self.streams)) + recorded
+        return sum(map(self.stream_bytes, self.streams)) + sum(tensor.nbytes(x) for x in self._recorded(()).values())
 
     def stream_bytes(self, stream: Stream) -> float:
         """What one of its streams takes of `unit_bytes`."""
@@ -177,6 +176,11 @@ class CacheSpec:
     def index(self) -> tuple[Stream, ...]:
         """Streams by which a query chooses what it reads of the others."""
         return () if self.select is None else tuple(s for s in self.streams if s.name in self.select.index)
+
+    @property
+    def follows(self) -> int | None:
+        """Index of the layer of which it reads tokens, or takes the choice of them; None: of none."""
+        return self.share if self.share is not None or self.select is None else self.select.like
 
     @property
     def read(self) -> "CacheSpec":
@@ -394,7 +398,3 @@ def view(plan: CachePlan, caches: Caches, address: Address, layer: int) -> View:
             near=found,
         )
     return found or View(pool=pool, slots=address.slots)
-
-
-def pages_for(tokens: int, page_size: int) -> int:
-    return math.ceil(tokens / page_size)

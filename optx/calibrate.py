@@ -38,7 +38,7 @@ class Feed:
         joined = [np.concatenate(windows[i : i + rows]).reshape(-1) for i in range(0, len(windows), rows)]
         self.chunks: list[jax.Array] = [jnp.asarray(tokens) for tokens in joined]
         self.pools: list[dict[int, Any]] = [{} for _ in joined]  # of layers whose cache others read, by layer
-        self.owners = {owner for i in range(len(self.plan.specs)) if (owner := self.plan.owner(i)) != i}
+        self.owners = {spec.follows for spec in self.plan.specs if spec is not None and spec.follows is not None}
 
     @property
     def tokens(self) -> int:
@@ -85,8 +85,8 @@ class Feed:
         pool = None
         if _how(prefix) == "layer":
             layer = int(prefix.split("/")[1])
-            owner = self.plan.owner(layer)
-            pool = self.pools[i][owner] if owner != layer else None
+            owner = self.plan.specs[layer] and self.plan.specs[layer].follows
+            pool = None if owner is None else self.pools[i][owner]
         return self.chunks[i], pool
 
 

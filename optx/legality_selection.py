@@ -1,9 +1,13 @@
 """What is known to break where reads are selected: rows as in legality_facts.py."""
 
+from flax import nnx
+
 from optx.legality_facts import Finding, Intent, StepFact
 from optx.nn.attention import Attention
 from optx.nn.dsa import KeyIndexer
 from optx.nn.nsa import NSA
+from optx.nn.selecting import BlockMeans
+from optx.passes.clsa import Clsa
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.rotate import Rotate
 from optx.passes.rotated_kv import RotatedKV
@@ -22,15 +26,36 @@ def _keys_without_bias(intent: Intent) -> list[Finding]:
 def _made_for_heads(intent: Intent) -> list[Finding]:
     """Rotations of heads come from passes on attention and on whole blocks."""
     layers = {path.removesuffix("/mixer") for path, *_ in intent.sites}
-    mixers = [(p, m) for p, m in intent.mixers().items() if isinstance(m, Attention) and p.removesuffix("/mixer") in layers]
+    mixers = [
+        (p, m) for p, m in intent.mixers().items() if isinstance(m, Attention) and p.removesuffix("/mixer") in layers
+    ]
     pooled = [(p, m) for p, m in mixers if isinstance(m.select, NSA) and m.select.pool_k is not None]
     indexed = [(p, m) for p, m in mixers if isinstance(m.select, KeyIndexer) and intent.pass_.options is not Rotate]
-    return [Finding(path=path, got=f"{type(attn.select).__name__} over {attn.cache}") for path, attn in pooled + indexed]
+    return [
+        Finding(path=path, got=f"{type(attn.select).__name__} over {attn.cache}") for path, attn in pooled + indexed
+    ]
 
 
 def _scaled_by_head(intent: Intent) -> list[Finding]:
-    indexed = [(path, attn, o) for path, attn, o in intent.sites if isinstance(getattr(attn, "select", None), KeyIndexer)]
+    indexed = [
+        (path, attn, o) for path, attn, o in intent.sites if isinstance(getattr(attn, "select", None), KeyIndexer)
+    ]
     return [Finding(path=path, got=f"scale: {o.scale}") for path, _, o in indexed if o.scale == "head"]
+
+
+def _without_chooser(intent: Intent) -> list[Finding]:
+    after = intent.applied()
+    followers = [
+        (path, m) for path, m in after.items() if m.cache.select is not None and m.cache.select.like is not None
+    ]
+    choosers = [(path, m, after.get(f"layers/{m.cache.select.like}/mixer")) for path, m in followers]
+    return [Finding(path=path, got=f"{m.cache}") for path, m, other in choosers if not _chooses_for(other, m)]
+
+
+def _chooses_for(chooser: nnx.Module | None, follower: Attention) -> bool:
+    lends = isinstance(chooser, Attention) and isinstance(chooser.select, BlockMeans) and chooser.select.lends
+    mine = follower.select.block, follower.select.blocks, follower.kv_heads
+    return lends and mine == (chooser.select.block, chooser.select.blocks, chooser.kv_heads)
 
 
 SELECTION_FACTS: tuple[StepFact, ...] = (
@@ -50,6 +75,15 @@ SELECTION_FACTS: tuple[StepFact, ...] = (
         why="keys and values would be rotated under an index that was made for them as they were",
         fix="take moba, or nsa with hidden: null, whose means rotate along, or store the cache as int8 or fp8",
         source="arithmetic: mean(x Q) = mean(x) Q, and silu(x Q W) is not silu(x W)",
+        override=False,
+    ),
+    StepFact(
+        name="no_layer_to_choose",
+        of=(Clsa,),
+        found=_without_chooser,
+        why="the first layer of its run chooses no blocks, or others, or for other kv heads",
+        fix="give moba one rule for all layers of a run, or narrow clsa with 'match'",
+        source="arithmetic: a choice is a list of blocks a kv head",
         override=False,
     ),
     StepFact(

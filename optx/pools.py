@@ -10,6 +10,7 @@ from optx.ragged import Ragged
 from optx.tensor import Tensor, is_qtensor
 
 Pool = dict[str, Tensor]
+PICKED = "picked"  # what a layer has chosen to read in a step, beside the streams until the layers that take its choice have run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ class Selection:
     window: int = 0  # tokens; 0: no such branch
     stride: int | None = None  # tokens; None: what blocks are chosen by is no token
     index: tuple[str, ...] = ()  # names of the streams that blocks are chosen by
+    like: int | None = None  # the layer whose choice is taken; None: its own
 
     def chosen(self, context: int) -> int:
         """Most tokens of a context of `context` that are read as they were left."""
@@ -28,4 +29,5 @@ class Selection:
 
     def __str__(self):
         unit = f" of {self.block}" if self.block > 1 else ""
-        return f"{self.blocks}{unit}" + (f" and the {self.window} newest" if self.window else "")
+        chosen = "" if self.like is None else f" chosen by layer {self.like}"
+        return f"{self.blocks}{unit}{chosen}" + (f" and the {self.window} newest" if self.window else "")

@@ -147,7 +147,7 @@ def _fault(rule: Rule, before: nnx.Module, after: nnx.Module, where: str) -> str
 def distinct(before: nnx.Module, after: nnx.Module) -> tuple[nnx.Module, nnx.Module]:
     """Both models with one layer of every kind: equal layers trace equally, and tracing is what verification costs."""
     specs = (*before.cache_plan().specs, *after.cache_plan().specs)
-    if len(before.layers) != len(after.layers) or any(s is not None and s.share is not None for s in specs):
+    if len(before.layers) != len(after.layers) or any(s is not None and s.follows is not None for s in specs):
         return before, after
     kinds: dict[tuple, int] = {}
     for i, (old, new) in enumerate(zip(before.layers, after.layers)):

@@ -13,8 +13,10 @@ from optx.errors import LegalityError
 from optx.formats import Int
 from optx.nn import MLA, Attention, Mamba2, Rope
 from optx.nn.moe import Experts, MoE, Router
+from optx.passes.clsa import Clsa
 from optx.passes.evict_kv import EvictKV
 from optx.passes.kivi import Kivi
+from optx.passes.moba import Moba
 from optx.passes.quantize_activations import QuantizeActivations
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
@@ -168,6 +170,10 @@ APART = {
     "codebook_of_gated_values": "test_turboquant.py",
     "split_keys_read_by_others": "test_split_key_bias.py",
     "reads_other_heads": "test_share_kv.py",
+    "select_without_key_bias": "test_moba.py",
+    "rotated_under_index": "test_nsa.py",
+    "index_of_scaled_heads": "test_dsa.py",
+    "no_layer_to_choose": "test_clsa.py",
 }
 CASES = [
     ("stream_does_not_rotate", lambda: families.abstract("gemma3"), rotated(), "layers/0"),
@@ -231,6 +237,10 @@ CASES = [
     ("repetition_cannot_step_back", llama, repeated(match="layers/1/.*"), "layers/0/mixer"),
     ("repetition_cannot_step_back", llama, repeated(), None),
     ("repetition_cannot_step_back", lambda: families.abstract("gemma3"), evicted(), None),  # feeds nothing again
+    ("select_without_key_bias", lambda: llama(attention_bias=True), Recipe(fold=[SplitKeyBias()]), None),
+    ("rotated_under_index", llama, rotated(), None),
+    ("index_of_scaled_heads", llama, Recipe(cache=[KV8]), None),
+    ("no_layer_to_choose", llama, Recipe(attention=[Moba(block=8), Clsa()]), None),
     ("k_bias_low_bit_kv", lambda: llama(attention_bias=True), kv("int4"), "layers/0/mixer"),
     ("k_bias_low_bit_kv", lambda: llama(attention_bias=True), kv("fp8_e4m3"), None),
     ("k_bias_low_bit_kv", llama, kv("int4"), None),

@@ -19,6 +19,7 @@ from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask, merge, with_bias
 from optx.pallas.dispatch import OpChoice, OpSite
 from optx.pallas.rotate_append.reference import rotate, separate
+from optx.pools import PICKED
 
 DECODE = 8  # tokens a row up to which a step is decoding: one, or a few speculated ones
 
@@ -66,7 +67,9 @@ def attend_cached(
             where = (asked, view.table, page)
             listing = tail_of(*where, kwargs["mask"].window) if tail else listed(take(picked), *where, block)
             args, own = args.reshape(-1, 1, *args.shape[2:]), kwargs | listing
-        found = dispatch.call("paged_decode", choices, args, k_pool, v_pool, q_positions=asked.reshape(args.shape[:2]), **own)
+        found = dispatch.call(
+            "paged_decode", choices, args, k_pool, v_pool, q_positions=asked.reshape(args.shape[:2]), **own
+        )
         return *(x.reshape(*asked.shape, *x.shape[2:]) for x in found[:2]), found[2]
 
     if ragged.rectangular and ragged.longest <= DECODE and not chunked:
@@ -187,7 +190,7 @@ class Attention(nnx.Module):
         if self.cache.share is not None:
             q, pool = rotate(q, q_norm, self.rope, turned), view.pool
         elif cached:
-            beside = {RECORDED, *(stream.name for stream in self.cache.index)}
+            beside = {RECORDED, PICKED, *(stream.name for stream in self.cache.index)}
             own = {name: x for name, x in view.pool.items() if name not in beside}
             kwargs = {"positions": ragged.positions, "writes": view.writes, "spec": self.cache.read}
             kwargs |= {"rope": self.early, "q_norm": q_norm, "k_norm": k_norm}
@@ -200,6 +203,7 @@ class Attention(nnx.Module):
             k, q = rotate(k, k_norm, self.early, turned), rotate(q, q_norm, self.rope, turned)
             pool = near.as_stored(self.cache, {"k": k, "v": v}, ragged)
             pool["k"] = rotate(pool["k"], None, late, turned)
+            pool |= {} if view is None else {name: x for name, x in view.pool.items() if name == PICKED}
         attend = functools.partial(self._attend, q, pool, asked if cached else ragged, view if cached else None)
         scores: list[jax.Array] = []  # of the queries, where a policy of eviction asks for them
         if cached:

@@ -10,7 +10,7 @@ from optx.cache import Address, CachePlan, Caches, Ragged, View, view
 from optx.nn.core import Embed, Linear, RMSNorm
 from optx.pallas import dispatch
 from optx.pallas.dispatch import OpChoice, OpSite
-from optx.pools import store_tokens
+from optx.pools import PICKED, store_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class CausalLM(nnx.Module):
         Without caches every row is a self-contained sequence from position 0.
         """
         plan = self.cache_plan()
-        x, y = self.embed(tokens), None
+        x, y, picks = self.embed(tokens), None, {}
         if caches is not None:
             caches = _append_positions(plan, caches, address, ragged)
         pools: list = []
@@ -151,7 +151,11 @@ class CausalLM(nnx.Module):
                 cache = View(pool=pools[plan.owner(i)], slots=ragged.starts) if shared else None
             else:
                 cache = view(plan, Caches(layers=(*pools, *caches.layers[i:]), positions=caches.positions), address, i)
+            if (like := plan.specs[i] and plan.specs[i].select and plan.specs[i].select.like) is not None:
+                cache = cache or View(pool={}, slots=ragged.starts)
+                cache = dataclasses.replace(cache, pool=cache.pool | {PICKED: picks[like]})
             x, y, pool = layer.unjoined(x, y, ragged, cache)
+            picks[i] = pool.pop(PICKED, None)
             pools.append({} if caches is not None and plan.owner(i) != i else pool)
         if caches is not None:
             caches = Caches(layers=tuple(pools), positions=caches.positions)

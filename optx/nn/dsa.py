@@ -19,8 +19,8 @@ class KeyIndexer(Selector):
     """I_ts = sum_n w_n f(scale Q_n q_tn . P k_s): what attention at t reads are the `top_k` tokens s <= t of the highest I_ts.
 
     q and k are the layer's own, normed and rotated; k_s all kv heads side by side. The cache keeps P k_s, one vector of `dim`
-    numbers a token for all heads. f: relu, or the softmax over s. Differs from the paper, where index queries and keys are made of x:
-    those of a model that had none are made of what it has.
+    numbers a token for all heads. f: relu, or the softmax over s. Differs from the paper, where index queries and keys are made
+    of x: those of a model that had none are made of what it has.
     """
 
     names = ("index",)
@@ -53,8 +53,19 @@ class KeyIndexer(Selector):
         index_q = jnp.einsum("tnh,nhi->tni", q, self.asked.get_value().astype(q.dtype)) * attn.scale
         weights = jnp.broadcast_to(self.weight.get_value(), index_q.shape[:2])
         args = (ragged.pad(q), pool["k"], ragged.pad(index_q), ragged.pad(weights), pool["index"])
-        where = {"positions": view.positions, "table": view.table, "lengths": view.lengths, "q_positions": asked_of(ragged)}
+        where = {
+            "positions": view.positions,
+            "table": view.table,
+            "lengths": view.lengths,
+            "q_positions": asked_of(ragged),
+        }
         sinks = None if attn.sinks is None else attn.sinks.get_value()
-        more = {"scale": attn.scale, "softcap": attn.softcap, "sink_logits": sinks, "v_pool": pool["v"], "rule": self.rule}
+        more = {
+            "scale": attn.scale,
+            "softcap": attn.softcap,
+            "sink_logits": sinks,
+            "v_pool": pool["v"],
+            "rule": self.rule,
+        }
         out = dispatch.call("indexed_attention", attn.choices, *args, top_k=self.blocks, **where, **more)
         return ragged.unpad(out)

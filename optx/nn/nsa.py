@@ -14,7 +14,7 @@ from optx.selection import Selection
 
 
 class Pooling(nnx.Module):
-    """x [M, S, K, H] -> mean(x) + up(silu(down(x + position))) of the S tokens, [M, K, H]: what compresses them (section 3.3.1)."""
+    """x [M, S, K, H] -> mean(x) + up(silu(down(x + position))) of the S tokens, [M, K, H]: compression (section 3.3.1)."""
 
     def __init__(self, size: int, head_dim: int, hidden: int, *, dtype="float32"):
         self.position = param((size, head_dim), dtype, (None, None), None)
@@ -35,8 +35,8 @@ class NSA(Selector):
     """g_c a(compressed) + g_s a(chosen blocks) + g_w a(window) with a sigmoid gate g of x a head and branch, a: attention.
 
     Compressed keys and values are pooled from `size` tokens every `stride`. A block's score is the weight of the compressed
-    tokens that overlap it in the first branch, summed over the query heads of a kv head (equations 8 to 10); the `first` blocks and
-    the `local` newest are always among the chosen. All branches read the same keys and values.
+    tokens that overlap it in the first branch, summed over the query heads of a kv head (equations 8 to 10); the `first` blocks
+    and the `local` newest are always among the chosen. All branches read the same keys and values.
     """
 
     names = ("compressed_k", "compressed_v")

@@ -18,7 +18,7 @@ from optx import near
 from optx.cache import Pool, Ragged, Stream, View
 from optx.pallas.attention.reference import Mask, gather_pages
 from optx.pallas.dispatch import OpSite
-from optx.pools import load, store_tokens
+from optx.pools import PICKED, load, store_tokens
 from optx.selection import Selection
 from optx.tensor import Tensor, dense
 
@@ -111,7 +111,9 @@ class Selector(nnx.Module):
             return {name: gather_pages(pool[name], view.table) for name in self.names}
         count = -(-ragged.longest // self.every)
         at = (jnp.arange(count)[:, None] + 1) * self.every - self.size + jnp.arange(self.size)
-        parts = (jnp.take(ragged.pad(pool[name]), jnp.maximum(at, 0), axis=1, mode="fill", fill_value=0) for name in "kv")
+        parts = (
+            jnp.take(ragged.pad(pool[name]), jnp.maximum(at, 0), axis=1, mode="fill", fill_value=0) for name in "kv"
+        )
         new = self.entries(*(part.reshape(-1, *part.shape[2:]) for part in parts))
         return {name: x.reshape(ragged.batch, count, *x.shape[1:]) for name, x in new.items()}
 
@@ -143,6 +145,7 @@ class BlockMeans(Selector):
 
     def __init__(self, *, block: int, blocks: int, first: int, every: int):
         self.block, self.blocks, self.first, self.every, self.size = block, blocks, first, every, every
+        self.lends = False  # whether other layers take its choice
 
     def entries(self, k, v):
         return {"mean": jnp.mean(k.astype(jnp.float32), axis=1).astype(k.dtype)}
@@ -160,4 +163,28 @@ class BlockMeans(Selector):
         before = jnp.arange(means.shape[1]) < (asked // self.block)[:, :, None, None, None]
         scores = jax.nn.softmax(jnp.where(before, logits, -1e30), axis=-1).sum(3)
         picked = best(scores, asked, jnp.arange(scores.shape[-1]) < self.first, self.blocks, self.block)
+        if self.lends:
+            pool[PICKED] = ragged.unpad(picked)
         return attend("", mask=Mask(), picked=ragged.unpad(picked), block=self.block)[0]
+
+
+class Follower(Selector):
+    """Blocks that an earlier layer `like` has chosen in the same step; no index of its own."""
+
+    names = ()
+
+    def __init__(self, chooser: BlockMeans, like: int):
+        self.block, self.blocks, self.like = chooser.block, chooser.blocks, like
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(blocks=self.blocks, block=self.block, like=self.like)
+
+    def stored(self, pool: Pool, ragged: Ragged, view: View) -> Pool:
+        return pool
+
+    def __call__(self, attn, x, q, pool: Pool, ragged: Ragged, view: View | None, attend: Callable) -> jax.Array:
+        """As of BlockMeans, with the choice in the pool."""
+        if self.room(ragged, view) <= self.block * self.blocks:
+            return attend("", mask=Mask())[0]
+        return attend("", mask=Mask(), picked=pool[PICKED], block=self.block)[0]

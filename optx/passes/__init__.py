@@ -3,6 +3,7 @@
 from optx import registry
 from optx.passes import (
     awq,
+    clsa,
     distill,
     dsa,
     evict_kv,
@@ -40,6 +41,7 @@ ORDER = (
     mla,  # attention: one latent for all heads, calibrated
     linearize,  # attention: a state in place of keys and values, calibrated
     moba,  # attention: reads, blocks by their mean keys
+    clsa,  # attention: reads, one choice of blocks for several layers
     nsa,  # attention: reads, compressed tokens, blocks and a window
     dsa,  # attention: reads, tokens by an index over them, calibrated
     distill,  # heal: what conversions have cost is trained back

@@ -22,7 +22,9 @@ class Dsa(PassOptions):
     dim: int | None = None  # numbers of an index key, even; None: half of a head's
     # f of a query head and token: the share of its attention that the index gives the token, or, as published, relu.
     rule: Literal["softmax", "relu"] = "softmax"
-    by: Literal["text", "weights"] = "text"  # what the index keeps: what keys and queries of calibration text, or weights alone, ask
+    by: Literal["text", "weights"] = (
+        "text"  # what the index keeps: what keys and queries of calibration text, or weights alone, ask
+    )
 
     @property
     def needs(self):
@@ -36,15 +38,18 @@ def dsa(site: Site, attn: Attention | MLA, opt: Dsa) -> Attention | Skipped:
     The lightning indexer of DeepSeek-V3.2 (arXiv:2512.02556) made of the layer's own queries and keys: P keeps `dim` / 2 of the
     principal components of all kv heads' keys, taken a frequency of RoPE at a time as complex numbers (as RoRoPE of TransMLA,
     arXiv:2502.07864), weighed by the queries that meet them, so that P commutes with rotation and Q_n q . P k ~ q . k. The cache
-    grows by `dim` numbers a token for all heads. relu is the paper's f, of an index that was trained; what it adds up over heads that
-    were not is no attention, while a softmax is, as far as the index tells. Exact where the context has no more than top_k tokens.
+    grows by `dim` numbers a token for all heads. relu is the paper's f, of an index that was trained; what it adds up over heads
+    that were not is no attention, while a softmax is, as far as the index tells. Exact where the context has no more than top_k
+    tokens.
     """
     if reason := refusal(site, attn, "dsa", {"top_k": opt.top_k}):
         return Skipped(reason)
     pairs = attn.kv_heads * attn.head_dim // 2
     dim = attn.head_dim // 2 // 2 * 2 if opt.dim is None else opt.dim
     if dim % 2 or not 2 <= dim <= 2 * pairs:
-        raise PassError(f"dsa at {site.path}: dim {dim}; allowed: an even number, 2 to {2 * pairs}, all numbers of its keys")
+        raise PassError(
+            f"dsa at {site.path}: dim {dim}; allowed: an even number, 2 to {2 * pairs}, all numbers of its keys"
+        )
     shape = {"heads": attn.heads, "kv_heads": attn.kv_heads, "head_dim": attn.head_dim, "dim": dim, "top_k": opt.top_k}
     selector = KeyIndexer(**shape, rule=opt.rule, dtype=attn.o.weight.get_value().dtype)
     if ir.is_abstract(attn):

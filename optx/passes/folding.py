@@ -28,7 +28,7 @@ from optx.nn.mla import MLA
 from optx.nn.moe import Experts, GroupedLinear, LatentExperts, MoE, Router
 from optx.nn.nsa import NSA
 from optx.nn.rotated import Rotated
-from optx.nn.selecting import BlockMeans
+from optx.nn.selecting import BlockMeans, Follower
 from optx.nn.ssm import Mamba2
 from optx.registry import PassOptions, Seen
 
@@ -41,6 +41,7 @@ READERS: Mapping[type, tuple[str, ...]] = {
     Attention: ("q", "k", "v", "select"),
     FusedAttention: ("qkv", "select"),
     BlockMeans: (),
+    Follower: (),
     KeyIndexer: (),
     NSA: ("gate",),
     MLA: ("q", "q_a", "kv_a", "indexer"),

@@ -35,5 +35,3 @@ def moba(site: Site, attn: Attention | MLA, opt: Moba) -> Attention | Skipped:
         raise PassError(f"moba: first {opt.first} of top_k {opt.top_k} blocks; allowed: 0 to {opt.top_k - 1}")
     every = ENTRY if opt.block % ENTRY == 0 else opt.block
     return with_selector(attn, BlockMeans(block=opt.block, blocks=opt.top_k, first=opt.first, every=every))
-
-

@@ -26,7 +26,8 @@ class Nsa(PassOptions):
     window: int = 512  # newest tokens of the third branch
     first: int = 1  # first blocks, always read
     local: int = 2  # newest blocks, a query's own among them, always read
-    mix: float = 0.02  # of what a head brings, the share of the other two branches at the start; 0: what it brought, if all is read
+    # Of what a head brings, the share of the other two branches at the start; 0: what it brought, if all blocks are chosen.
+    mix: float = 0.02
     hidden: int | None = None  # numbers inside the MLPs that compress, which start as means; None: means
 
 
@@ -44,8 +45,10 @@ def nsa(site: Site, attn: Attention | MLA, opt: Nsa) -> Attention | Skipped:
         return Skipped(reason)
     if opt.size % opt.stride or opt.block % opt.stride:
         raise PassError(f"nsa: stride {opt.stride}; allowed: what divides size {opt.size} and block {opt.block}")
-    if not 0 <= opt.first or opt.first + opt.local > opt.top_k:
-        raise PassError(f"nsa: first {opt.first} and local {opt.local} of top_k {opt.top_k} blocks; allowed: no more than all")
+    if not opt.first >= 0 or opt.first + opt.local > opt.top_k:
+        raise PassError(
+            f"nsa: first {opt.first} and local {opt.local} of top_k {opt.top_k} blocks; allowed: no more than all"
+        )
     if not 0 <= opt.mix < 1:
         raise PassError(f"nsa: mix {opt.mix:g}; allowed: at least 0 and below 1")
     if opt.hidden is not None and opt.hidden < 1:

@@ -25,7 +25,9 @@ def refusal(site: Site, attn: Attention | MLA, name: str, sizes: Mapping[str, in
             "all heads, and no keys to choose by; leave out mla, or keep the layer out with 'match'"
         )
     if attn.cache.select is not None:
-        raise PassError(f"{name} at {site.path}: selects its reads already ({attn.cache}); allowed: one such pass a layer")
+        raise PassError(
+            f"{name} at {site.path}: selects its reads already ({attn.cache}); allowed: one such pass a layer"
+        )
     if reason := heads.check_plain(site, attn, name):
         return reason
     if attn.cache.share is not None:

@@ -19,8 +19,8 @@ from optx.engine.engine import Engine
 from optx.errors import LegalityError, PassError, RecipeError
 from optx.passes.dsa import Dsa
 from optx.passes.mla import Mla
-from optx.passes.turboquant import TurboQuant
 from optx.passes.quantize_kv import QuantizeKV
+from optx.passes.turboquant import TurboQuant
 from optx.recipe import Recipe
 
 SMALL = Dsa(top_k=9, dim=8, by="weights")
@@ -155,8 +155,8 @@ def test_wrong_options(options, told):
     "recipe, error, told",
     [
         ({"attention": (Mla(), SMALL)}, PassError, r"dsa at layers/./mixer: GroupedMLA keeps one latent of 64 numbers"),
-        ({"fold": (TurboQuant(),)}, LegalityError, "rotated under an index that was made for them"),
-        ({"cache": (QuantizeKV(format="fp8_e4m3", scale="head"),)}, LegalityError, "take scale: token or tensor"),
+        ({"fold": (TurboQuant(),)}, LegalityError, "rotated_under_index"),
+        ({"cache": (QuantizeKV(format="fp8_e4m3", scale="head"),)}, LegalityError, "index_of_scaled_heads"),
     ],
     ids=["latents", "rotated", "scales"],
 )

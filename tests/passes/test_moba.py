@@ -16,13 +16,16 @@ from optx.engine.engine import Engine
 from optx.engine.request import Sampling
 from optx.errors import FormatError, LegalityError, OptxError, PassError
 from optx.nn.selecting import BlockMeans
+from optx.pallas import dispatch
 from optx.passes.evict_kv import EvictKV
 from optx.passes.kivi import Kivi
 from optx.passes.mla import Mla
 from optx.passes.moba import Moba
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.sliding_window import SlidingWindow
+from optx.passes.split_key_bias import SplitKeyBias
 from optx.recipe import Recipe
+from optx.target import TARGETS
 
 P = selecting.P
 SMALL = Moba(block=P, top_k=3, first=1)
@@ -227,12 +230,13 @@ def test_wrong_options(options, told):
         ({"cache": (EvictKV(policy="h2o", budget=8),), "allow_overlap": True}, OptxError, "eviction .* with selected reads"),
         ({"cache": (QuantizeKV(recent=4),)}, OptxError, "exact tokens beside packed ones"),
         ({"cache": (Kivi(bits=4, group=4),)}, OptxError, "exact tokens beside packed ones"),
+        ({"fold": (SplitKeyBias(),)}, LegalityError, "select_without_key_bias"),
     ],
-    ids=["window", "latents", "eviction", "eviction allowed", "recent", "kivi"],
+    ids=["window", "latents", "eviction", "eviction allowed", "recent", "kivi", "bias"],
 )  # fmt: skip
 def test_what_does_not_go_together(recipe, error, told):
     with pytest.raises(error, match=told):
-        optx.plan(families.abstract("llama"), Recipe(**{"attention": (SMALL,), **recipe}))
+        optx.plan(families.abstract("llama", attention_bias=True), Recipe(**{"attention": (SMALL,), **recipe}))
 
 
 @pytest.mark.parametrize("page, block", [(8, 4), (6, 4), (3, 4)])
@@ -240,3 +244,14 @@ def test_pages_that_do_not_fit_blocks(page, block):
     plan = compiled(rule=Moba(block=block, top_k=3)).tree.cache_plan()
     with pytest.raises(FormatError, match=f"pages of {page} tokens; allowed: a multiple of 4, .* that divides 4"):
         plan.init(optx.cache.Layout(pages=2, page_size=page, slots=1))
+
+
+def test_rows_that_choose_blocks_say_so():
+    """On Hopper decodes keep their kernel, which reads lists by kv head; prompts are masked, which XLA does."""
+    model = families.abstract("llama", "bfloat16", head_dim=64)
+    tree = optx.plan(model, Recipe(attention=[Moba(block=64, top_k=2)])).tree
+    chosen = {site.op: dispatch.select(site, TARGETS["h100"]) for site in tree.layers[0].mixer.op_sites()}
+    assert str(chosen["paged_decode"]).startswith("mosaic_gpu")
+    for op in ("flash_attention", "ragged_paged_attention"):
+        assert str(chosen[op]) == "xla"
+        assert any("here each kv head chooses its own" in reason for _, reason in chosen[op].declined)

@@ -15,7 +15,10 @@ def _softmax(products: jax.Array, seen: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(seen[:, None], products, -1e30), axis=-1)
 
 
-RULES = {"relu": lambda products, seen: jax.nn.relu(products), "softmax": _softmax}  # f, of products [B, N, S], seen [B, S]
+RULES = {
+    "relu": lambda products, seen: jax.nn.relu(products),
+    "softmax": _softmax,
+}  # f, of products [B, N, S], seen [B, S]
 
 
 def index_scores(q, weights, keys, seen, rule: str = "relu") -> jax.Array:
