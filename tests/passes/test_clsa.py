@@ -13,8 +13,8 @@ from optx import ir
 from optx.cost import step_bytes
 from optx.engine.engine import Engine
 from optx.errors import LegalityError, PassError
-from optx.passes.awq import AWQ
 from optx.passes.clsa import Clsa
+from optx.passes.gptq import GPTQ
 from optx.passes.moba import Moba
 from optx.pools import PICKED
 from optx.recipe import Recipe
@@ -81,7 +81,7 @@ def test_bytes_of_the_index_are_those_of_half_the_layers():
 def test_calibration_goes_on_behind_it():
     """Block by block, with the choice of the layer before: weights as where the whole model runs."""
     model = families.concrete("llama")
-    recipe = Recipe(attention=[SMALL, Clsa()], weights=[AWQ(match="layers/1", format="int4", group=16)])
+    recipe = Recipe(attention=[SMALL, Clsa()], weights=[GPTQ(match="layers/1/.*", format="int4", group=16)])
     tree, _ = calibrated.through(model, recipe)
     assert "int4" in ir.describe(tree.layers[1]) and np.isfinite(families.forward(tree, families.prompt(30))).all()
 
@@ -99,7 +99,7 @@ def test_an_export_reloads(tmp_path):
         ((SMALL, Clsa(every=1)), PassError, "clsa: every 1; allowed: 2 to 2147483647 layers"),
         ((Clsa(),), PassError, "clsa changed nothing: chooses no blocks by mean keys: list moba before"),
         ((Moba(match="layers/1/.*"), Clsa()), LegalityError, "no_layer_to_choose"),
-        ((Moba(match="layers/0/.*", block=32), Moba(), Clsa()), LegalityError, "no_layer_to_choose"),
+        ((Moba(match="layers/0/.*", top_k=4), Moba(), Clsa()), LegalityError, "no_layer_to_choose"),
     ],
     ids=["every", "alone", "no chooser", "other blocks"],
 )
