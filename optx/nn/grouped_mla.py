@@ -11,8 +11,10 @@ from optx.cache import Ragged, Stream, View
 from optx.nn.attention import Attention, attend_cached, attention_sites, over_parts
 from optx.nn.core import Inner, Linear, RMSNorm, Rope, param
 from optx.nn.mla import MLA
+from optx.nn.selecting import LatentMeans
 from optx.pallas import dispatch
 from optx.pallas.dispatch import OpSite
+from optx.pools import as_pages
 from optx.tensor import dense
 
 
@@ -91,6 +93,7 @@ class GroupedMLA(MLA):
             scales = "float16" if attn.cache.dtype == "bfloat16" else attn.cache.dtype
             streams.append(Stream(name="norm", shape=(attn.kv_heads, 1), dtype=scales))
         self.cache = attn.cache.replace(kind="latent", streams=tuple(streams))
+        self.select: LatentMeans | None = None  # what it reads by; None: all that the mask shows
         self.choices = ()
 
     @property
@@ -106,18 +109,38 @@ class GroupedMLA(MLA):
         sinks = None if self.sinks is None else self.sinks.get_value()
         if view is None or view.writes is None:
             pool, stored = {}, near.as_stored(self.cache, new, ragged)
-            attend = functools.partial(self._inside, jnp.concatenate(asked, axis=-1), stored, up_k, up_v, ragged)
-            out = over_parts(self.cache, attend, sinks)
+            if self.select is not None and self.select.chooses(ragged, None):
+                low = self._selected(x, self._absorbed(*asked, up_k), stored, ragged, None, sinks)
+                out = self._raised(low, up_v)
+            else:
+                attend = functools.partial(self._inside, jnp.concatenate(asked, axis=-1), stored, up_k, up_v, ragged)
+                out = over_parts(self.cache, attend, sinks)
         else:
             if self.cache.near is None:
-                pool = self.cache.append(view.pool, new, view.writes)
+                own = {name: view.pool[name] for name in new}
+                pool = view.pool | self.cache.append(own, new, view.writes)
             else:
                 pool = near.append(self.cache, new, view, ragged)
-            attend = functools.partial(self._over, self._absorbed(*asked, up_k), pool, ragged, view)
-            low = over_parts(self.cache, attend, sinks)
-            out = jnp.einsum("tkgr,rkh->tkgh", self._grouped(low), up_v).reshape(*low.shape[:2], self.value_dim)
+            q = self._absorbed(*asked, up_k)
+            if self.select is None:
+                low = over_parts(self.cache, functools.partial(self._over, q, pool, ragged, view), sinks)
+            else:
+                pool = self.select.stored(pool, ragged, view)
+                low = self._selected(x, q, pool, ragged, view, sinks)
+            out = self._raised(low, up_v)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
         return self.o(out.reshape(x.shape[0], -1)), pool
+
+    def _selected(self, x, q, pool, ragged: Ragged, view: View | None, sinks):
+        """Over the latents that queries choose -> [T, N, R]; view None: of self-contained sequences, which are one page each."""
+        pages, more = (view, {}) if view is not None else (as_pages(pool, ragged), {"chunked": True})
+        more |= {} if sinks is None else {"sink_logits": sinks}
+        attend = functools.partial(self._over, q, pages.pool if view is None else pool, ragged, pages, **more)
+        return self.select(self, x, q, pool, ragged, view, attend)
+
+    def _raised(self, low, up_v):
+        """What heads read of latents, [T, N, R] -> of values, [T, N, Hv]."""
+        return jnp.einsum("tkgr,rkh->tkgh", self._grouped(low), up_v).reshape(*low.shape[:2], self.value_dim)
 
     def _grouped(self, x):
         """[T, N, H] -> [T, K, N / K, H]."""
@@ -178,13 +201,21 @@ class GroupedMLA(MLA):
             "head_dim": self.rank + self.slices * self.rope_dim,
             "value_dim": self.rank,
             "dtype": jnp.dtype(self.o.weight.get_value().dtype).name,
-            "cache": self.cache,
+            "cache": self.cache.read,
             "mask": self.mask,
+            "chosen": self.select is not None,
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
             "logit_scales": 0 if self.key_norm is None else self.kv_heads,
         }
         width = self.nope_dim + self.rope_dim
         return attention_sites(
-            facts, {"kv_heads": self.kv_heads, "head_dim": width, "value_dim": self.value_dim, "logit_scales": 0}
+            facts,
+            {
+                "kv_heads": self.kv_heads,
+                "head_dim": width,
+                "value_dim": self.value_dim,
+                "logit_scales": 0,
+                "chosen": False,  # where some are left out, sequences are read as pages
+            },
         )

@@ -79,6 +79,7 @@ class Selector(nnx.Module):
     every: int  # tokens of an entry of the index
     size: int  # tokens that it is made of
     names: tuple[str, ...]  # of its streams
+    parts: tuple[str, ...] = ("k", "v")  # names of the streams that its entries are made of
     masks: bool = True  # chunks of prompts read all, under a mask
 
     @property
@@ -89,7 +90,7 @@ class Selector(nnx.Module):
         return tuple(Stream(name=name, shape=(kv_heads, head_dim), every=self.every) for name in self.names)
 
     def entries(self, k: jax.Array, v: jax.Array) -> dict[str, jax.Array]:
-        """k, v [M, size, K, H] -> entries [M, K, H] by stream."""
+        """k, v (or what `parts` names) [M, size, K, H] -> entries [M, K, H] by stream."""
         raise NotImplementedError
 
     def sites(self, facts: Mapping[str, Any]) -> tuple[OpSite, ...]:
@@ -99,10 +100,10 @@ class Selector(nnx.Module):
     def stored(self, pool: Pool, ragged: Ragged, view: View) -> Pool:
         """The pool with the entries that the step's tokens complete."""
         row, left, real = near.completed(ragged, self.every)
-        find = functools.partial(near.slots_of, view.table, view.lengths, pool["k"], row)
+        find = functools.partial(near.slots_of, view.table, view.lengths, pool[self.parts[0]], row)
         source = find(left + self.size - self.every, real, self.size)
         target = find(left, real, self.every)[:, -1] // self.every
-        new = self.entries(*(_tokens(pool[name], source) for name in ("k", "v")))
+        new = self.entries(*(_tokens(pool[name], source) for name in self.parts))
         return pool | {name: store_tokens(pool[name], x, target) for name, x in new.items()}
 
     def listing(self, pool: Pool, ragged: Ragged, view: View | None) -> dict[str, jax.Array]:
@@ -112,7 +113,8 @@ class Selector(nnx.Module):
         count = -(-ragged.longest // self.every)
         at = (jnp.arange(count)[:, None] + 1) * self.every - self.size + jnp.arange(self.size)
         parts = (
-            jnp.take(ragged.pad(pool[name]), jnp.maximum(at, 0), axis=1, mode="fill", fill_value=0) for name in "kv"
+            jnp.take(ragged.pad(pool[name]), jnp.maximum(at, 0), axis=1, mode="fill", fill_value=0)
+            for name in self.parts
         )
         new = self.entries(*(part.reshape(-1, *part.shape[2:]) for part in parts))
         return {name: x.reshape(ragged.batch, count, *x.shape[1:]) for name, x in new.items()}
@@ -120,6 +122,10 @@ class Selector(nnx.Module):
     def room(self, ragged: Ragged, view: View | None) -> int:
         """Tokens that a row can list."""
         return ragged.longest if view is None else view.table.shape[-1] * view.positions.shape[-1]
+
+    def chooses(self, ragged: Ragged, view: View | None) -> bool:
+        """Whether queries may have to leave blocks out."""
+        return self.room(ragged, view) > self.block * self.blocks
 
     def grouped(self, q: jax.Array, entries: jax.Array) -> jax.Array:
         """q [B, Q, N, H] -> [B, Q, K, N / K, H]."""
@@ -152,7 +158,7 @@ class BlockMeans(Selector):
 
     def __call__(self, attn, x, q, pool: Pool, ragged: Ragged, view: View | None, attend: Callable) -> jax.Array:
         """q [T, N, H] over the pool -> [T, N, H]. attend: as of `over_parts`."""
-        if self.room(ragged, view) <= self.block * self.blocks:
+        if not self.chooses(ragged, view):
             return attend("", mask=Mask())[0]
         means, asked = self.listing(pool, ragged, view)["mean"].astype(jnp.float32), asked_of(ragged)
         each = self.block // self.every
@@ -166,6 +172,21 @@ class BlockMeans(Selector):
         if self.lends:
             pool[PICKED] = ragged.unpad(picked)
         return attend("", mask=Mask(), picked=ragged.unpad(picked), block=self.block)[0]
+
+
+class LatentMeans(BlockMeans):
+    """The same over the latents of `GroupedMLA`, which all heads read: one choice for all of them. Where latents have scales
+    by kv head (`normed`), a latent counts by their mean."""
+
+    def __init__(self, *, normed: bool, **sizes):
+        super().__init__(**sizes)
+        self.parts = ("latent", "norm") if normed else ("latent",)
+
+    def entries(self, latent, norm=None):
+        """latent [M, size, 1, R], norm [M, size, K, 1] -> {"mean": [M, 1, R]}."""
+        x = latent.astype(jnp.float32)
+        x = x if norm is None else x * jnp.mean(norm.astype(jnp.float32), axis=2, keepdims=True)
+        return {"mean": jnp.mean(x, axis=1).astype(latent.dtype)}
 
 
 class Follower(Selector):
@@ -185,6 +206,6 @@ class Follower(Selector):
 
     def __call__(self, attn, x, q, pool: Pool, ragged: Ragged, view: View | None, attend: Callable) -> jax.Array:
         """As of BlockMeans, with the choice in the pool."""
-        if self.room(ragged, view) <= self.block * self.blocks:
+        if not self.chooses(ragged, view):
             return attend("", mask=Mask())[0]
         return attend("", mask=Mask(), picked=pool[PICKED], block=self.block)[0]

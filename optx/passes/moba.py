@@ -4,8 +4,9 @@ import dataclasses
 
 from optx.errors import PassError
 from optx.nn.attention import Attention
+from optx.nn.grouped_mla import GroupedMLA
 from optx.nn.mla import MLA
-from optx.nn.selecting import BlockMeans
+from optx.nn.selecting import BlockMeans, LatentMeans
 from optx.passes.selection import refusal, with_selector
 from optx.registry import Axis, PassOptions, Site, Skipped, Stage, register
 
@@ -20,18 +21,23 @@ class Moba(PassOptions):
 
 
 @register("moba", axis=Axis.READS, stage=Stage.ATTENTION, options=Moba, exact=False, needs_healing=True)
-def moba(site: Site, attn: Attention | MLA, opt: Moba) -> Attention | Skipped:
+def moba(site: Site, attn: Attention | MLA, opt: Moba) -> Attention | GroupedMLA | Skipped:
     """softmax(scale q k^T) v over a query's own block, the first ones and those between with the largest share of
     softmax(scale q . mean(k of the block)), `top_k` in all.
 
-    MoBA (Lu et al. 2025, arXiv:2502.13189), without weights of its own; exact where top_k blocks hold the context. A kv head
-    chooses for all its query heads, by the sum over them, so that decodes read pages of chosen blocks and no others. The cache
-    grows by a mean key for min(block, 64) tokens and kv head. Differs from the paper: there each query head chooses, and
-    no block is read always; a model that was not trained so needs its sinks (StreamingLLM, arXiv:2309.17453).
+    MoBA (Lu et al. 2025, arXiv:2502.13189), without weights of its own; exact where top_k blocks hold the context. A kv
+    head chooses for all its query heads, by the sum over them, so that decodes read pages of chosen blocks and no
+    others. The cache grows by a mean key for min(block, 64) tokens and kv head. Differs from the paper: there each
+    query head chooses, and no block is read always; a model that was not trained so needs its sinks (StreamingLLM,
+    arXiv:2309.17453). Behind `mla` blocks are chosen by means of latents, for all heads together.
     """
-    if reason := refusal(site, attn, "moba", {"block": opt.block, "top_k": opt.top_k}):
+    if reason := refusal(site, attn, "moba", {"block": opt.block, "top_k": opt.top_k}, latents=True):
         return Skipped(reason)
     if not 0 <= opt.first < opt.top_k:
         raise PassError(f"moba: first {opt.first} of top_k {opt.top_k} blocks; allowed: 0 to {opt.top_k - 1}")
     every = ENTRY if opt.block % ENTRY == 0 else opt.block
-    return with_selector(attn, BlockMeans(block=opt.block, blocks=opt.top_k, first=opt.first, every=every))
+    sizes = {"block": opt.block, "blocks": opt.top_k, "first": opt.first, "every": every}
+    latents = isinstance(attn, GroupedMLA)
+    return with_selector(
+        attn, LatentMeans(normed=attn.key_norm is not None, **sizes) if latents else BlockMeans(**sizes)
+    )

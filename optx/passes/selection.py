@@ -5,21 +5,25 @@ from collections.abc import Mapping
 from optx import ir
 from optx.errors import PassError
 from optx.nn.attention import Attention
+from optx.nn.grouped_mla import GroupedMLA
 from optx.nn.mla import MLA
 from optx.nn.selecting import Selector
 from optx.passes import head_moments as heads
 from optx.registry import Site
 
 
-def refusal(site: Site, attn: Attention | MLA, name: str, sizes: Mapping[str, int]) -> str | None:
-    """Why the layer stays as it is. sizes: options that are at least 1.
+def refusal(
+    site: Site, attn: Attention | MLA, name: str, sizes: Mapping[str, int], latents: bool = False
+) -> str | None:
+    """Why the layer stays as it is. sizes: options that are at least 1; latents: those of `mla` may be chosen among.
 
     Raises: PassError for other sizes, latents, and layers whose cache a pass has changed already.
     """
     for option, value in sizes.items():
         if not 1 <= value < 2**31:
             raise PassError(f"{name}: {option} {value}; allowed: 1 to {2**31 - 1}")
-    if isinstance(attn, MLA):
+    grouped = latents and isinstance(attn, GroupedMLA)
+    if isinstance(attn, MLA) and not grouped:
         raise PassError(
             f"{name} at {site.path}: {type(attn).__name__} keeps one latent of {attn.cache.streams[0].shape[-1]} numbers for "
             "all heads, and no keys to choose by; leave out mla, or keep the layer out with 'match'"
@@ -28,7 +32,11 @@ def refusal(site: Site, attn: Attention | MLA, name: str, sizes: Mapping[str, in
         raise PassError(
             f"{name} at {site.path}: selects its reads already ({attn.cache}); allowed: one such pass a layer"
         )
-    if reason := heads.check_plain(site, attn, name):
+    if grouped and attn.cache.packed:
+        raise PassError(
+            f"{name} at {site.path}: its latents are stored as {attn.cache.storage} already; list it before that pass"
+        )
+    if not grouped and (reason := heads.check_plain(site, attn, name)):
         return reason
     if attn.cache.share is not None:
         return f"reads the cache of layer {attn.cache.share}"
@@ -37,7 +45,7 @@ def refusal(site: Site, attn: Attention | MLA, name: str, sizes: Mapping[str, in
     return None
 
 
-def with_selector(attn: Attention, selector: Selector) -> Attention:
+def with_selector(attn: Attention | GroupedMLA, selector: Selector) -> Attention | GroupedMLA:
     """The layer with its reads selected, the index in its cache."""
-    streams = (*attn.cache.streams, *selector.streams(attn.kv_heads, attn.head_dim))
+    streams = (*attn.cache.streams, *selector.streams(*attn.cache.streams[0].shape))
     return ir.replace(attn, select=selector, cache=attn.cache.replace(streams=streams, select=selector.selection))

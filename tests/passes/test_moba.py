@@ -19,7 +19,6 @@ from optx.nn.selecting import BlockMeans
 from optx.pallas import dispatch
 from optx.passes.evict_kv import EvictKV
 from optx.passes.kivi import Kivi
-from optx.passes.mla import Mla
 from optx.passes.moba import Moba
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.sliding_window import SlidingWindow
@@ -225,14 +224,13 @@ def test_wrong_options(options, told):
     "recipe, error, told",
     [
         ({"attention": (SlidingWindow(window=6), SMALL)}, PassError, "moba changed nothing: has a window of 6"),
-        ({"attention": (Mla(), SMALL)}, PassError, r"moba at layers/./mixer: GroupedMLA keeps one latent of 32 numbers"),
         ({"cache": (EvictKV(policy="h2o", budget=8),)}, LegalityError, "overlap.*allow_overlap"),
         ({"cache": (EvictKV(policy="h2o", budget=8),), "allow_overlap": True}, OptxError, "eviction .* with selected reads"),
         ({"cache": (QuantizeKV(recent=4),)}, OptxError, "exact tokens beside packed ones"),
         ({"cache": (Kivi(bits=4, group=4),)}, OptxError, "exact tokens beside packed ones"),
         ({"fold": (SplitKeyBias(),)}, LegalityError, "select_without_key_bias"),
     ],
-    ids=["window", "latents", "eviction", "eviction allowed", "recent", "kivi", "bias"],
+    ids=["window", "eviction", "eviction allowed", "recent", "kivi", "bias"],
 )  # fmt: skip
 def test_what_does_not_go_together(recipe, error, told):
     with pytest.raises(error, match=told):
