@@ -28,6 +28,7 @@ from optx.pools import Layout as Layout
 from optx.pools import Pool, copy, store
 from optx.pools import Stream as Stream
 from optx.pools import View as View
+from optx.pools import pages_for as pages_for
 from optx.ragged import Address as Address
 from optx.ragged import Ragged as Ragged
 from optx.selection import Selection
@@ -169,8 +170,7 @@ class CacheSpec:
 
     def stream_bytes(self, stream: Stream) -> float:
         """What one of its streams takes of `unit_bytes`."""
-        page = (self.block,) if self.holds_tokens else ()
-        return tensor.nbytes(self._abstract(stream, (), page)) / self.block / stream.every
+        return tensor.nbytes(self._abstract(stream, (), (self.block,) * self.holds_tokens)) / self.block / stream.every
 
     @property
     def index(self) -> tuple[Stream, ...]:
