@@ -28,6 +28,7 @@ from optx.pools import Layout as Layout
 from optx.pools import Pool, copy, store
 from optx.pools import Stream as Stream
 from optx.pools import View as View
+from optx.pools import pages_for as pages_for
 from optx.ragged import Address as Address
 from optx.ragged import Ragged as Ragged
 from optx.selection import Selection
@@ -55,7 +56,6 @@ class CacheSpec:
     select: Selection | None = None  # which of them a query reads, by the streams that are an index; None: all
 
     def __post_init__(self):
-        self._check_selection()
         if self.evict is not None and (self.kind != "paged" or self.window is not None):
             what = f"a window of {self.window} tokens" if self.window else f"a {self.kind} cache"
             raise FormatError(f"{what} with eviction ({self.evict}); allowed: paged keys and values without a window")
@@ -64,6 +64,7 @@ class CacheSpec:
         if not 0 <= self.sinks < 2**31:
             raise FormatError(f"cache sinks {self.sinks}; allowed: at least 0 and below 2^31 tokens")
         self._check_exact()
+        self._check_selection()
         if self.evict is not None and self.near is not None:
             raise FormatError(
                 f"exact tokens beside packed ones with eviction ({self.evict}): it moves tokens one by one; leave out 'recent', "
@@ -169,8 +170,7 @@ class CacheSpec:
 
     def stream_bytes(self, stream: Stream) -> float:
         """What one of its streams takes of `unit_bytes`."""
-        page = (self.block,) if self.holds_tokens else ()
-        return tensor.nbytes(self._abstract(stream, (), page)) / self.block / stream.every
+        return tensor.nbytes(self._abstract(stream, (), (self.block,) * self.holds_tokens)) / self.block / stream.every
 
     @property
     def index(self) -> tuple[Stream, ...]:

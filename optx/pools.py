@@ -71,6 +71,10 @@ def as_pages(new: Pool, ragged: Ragged) -> View:
     )
 
 
+def pages_for(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size)
+
+
 def _coordinates(pool, index, tokens: bool) -> tuple:
     """Where entries lie: (row,) of a state pool; (page, slice of heads, offset) of a token pool, whose tokens are the last
     but one axis ([pages + 1, K, P, H]; positions, [pages + 1, P], have nothing after them)."""
