@@ -8,6 +8,8 @@ from optx.nn.dsa import KeyIndexer
 from optx.nn.nsa import NSA
 from optx.nn.selecting import BlockMeans
 from optx.passes.clsa import Clsa
+from optx.passes.evict_kv import EvictKV
+from optx.passes.kivi import Kivi
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.rotate import Rotate
 from optx.passes.rotated_kv import RotatedKV
@@ -43,6 +45,17 @@ def _scaled_by_head(intent: Intent) -> list[Finding]:
     return [Finding(path=path, got=f"scale: {o.scale}") for path, _, o in indexed if o.scale == "head"]
 
 
+def _beside_selection(intent: Intent) -> list[Finding]:
+    """Tokens kept exact, scales that span tokens, and eviction."""
+    selecting = [(path, m, o) for path, m, o in intent.sites if m.cache.select is not None]
+    wrong = [
+        (path, m)
+        for path, m, o in selecting
+        if isinstance(o, Kivi | EvictKV) or getattr(o, "first", 0) or getattr(o, "recent", 0)
+    ]
+    return [Finding(path=path, got=str(m.cache)) for path, m in wrong]
+
+
 def _without_chooser(intent: Intent) -> list[Finding]:
     after = intent.applied()
     followers = [
@@ -59,6 +72,16 @@ def _chooses_for(chooser: nnx.Module | None, follower: Attention) -> bool:
 
 
 SELECTION_FACTS: tuple[StepFact, ...] = (
+    StepFact(
+        name="exact_tokens_beside_selection",
+        of=(QuantizeKV, Kivi, RotatedKV, EvictKV),
+        found=_beside_selection,
+        why="queries choose among pages of one kind that hold all tokens: exact tokens beside packed ones, scales that span tokens "
+        "and eviction keep others",
+        fix="leave out recent and first, take a format with scales a token, or leave out the selection",
+        source="arithmetic: a choice is a list of pages of one table",
+        override=False,
+    ),
     StepFact(
         name="select_without_key_bias",
         of=(SplitKeyBias,),

@@ -17,16 +17,16 @@ def refusal(
 ) -> str | None:
     """Why the layer stays as it is. sizes: options that are at least 1; latents: those of `mla` may be chosen among.
 
-    Raises: PassError for other sizes, latents, and layers whose cache a pass has changed already.
+    Raises: PassError for other sizes, and for layers whose cache a pass has changed already.
     """
     for option, value in sizes.items():
         if not 1 <= value < 2**31:
             raise PassError(f"{name}: {option} {value}; allowed: 1 to {2**31 - 1}")
     grouped = latents and isinstance(attn, GroupedMLA)
     if isinstance(attn, MLA) and not grouped:
-        raise PassError(
-            f"{name} at {site.path}: {type(attn).__name__} keeps one latent of {attn.cache.streams[0].shape[-1]} numbers for "
-            "all heads, and no keys to choose by; leave out mla, or keep the layer out with 'match'"
+        return (
+            f"{type(attn).__name__} keeps one latent of {attn.cache.streams[0].shape[-1]} numbers for all heads, and no keys to "
+            "choose by"
         )
     if attn.cache.select is not None:
         raise PassError(

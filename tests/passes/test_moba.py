@@ -14,7 +14,7 @@ from optx import ir
 from optx.cost import step_bytes
 from optx.engine.engine import Engine
 from optx.engine.request import Sampling
-from optx.errors import FormatError, LegalityError, OptxError, PassError
+from optx.errors import FormatError, LegalityError, PassError
 from optx.nn.selecting import BlockMeans
 from optx.pallas import dispatch
 from optx.passes.evict_kv import EvictKV
@@ -225,9 +225,9 @@ def test_wrong_options(options, told):
     [
         ({"attention": (SlidingWindow(window=6), SMALL)}, PassError, "moba changed nothing: has a window of 6"),
         ({"cache": (EvictKV(policy="h2o", budget=8),)}, LegalityError, "overlap.*allow_overlap"),
-        ({"cache": (EvictKV(policy="h2o", budget=8),), "allow_overlap": True}, OptxError, "eviction .* with selected reads"),
-        ({"cache": (QuantizeKV(recent=4),)}, OptxError, "exact tokens beside packed ones"),
-        ({"cache": (Kivi(bits=4, group=4),)}, OptxError, "exact tokens beside packed ones"),
+        ({"cache": (EvictKV(policy="h2o", budget=8),), "allow_overlap": True}, LegalityError, "exact_tokens_beside_selection"),
+        ({"cache": (QuantizeKV(recent=4),)}, LegalityError, "exact_tokens_beside_selection"),
+        ({"cache": (Kivi(bits=4, group=4),)}, LegalityError, "exact_tokens_beside_selection"),
         ({"fold": (SplitKeyBias(),)}, LegalityError, "select_without_key_bias"),
     ],
     ids=["window", "eviction", "eviction allowed", "recent", "kivi", "bias"],
