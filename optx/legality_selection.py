@@ -76,8 +76,8 @@ SELECTION_FACTS: tuple[StepFact, ...] = (
         name="exact_tokens_beside_selection",
         of=(QuantizeKV, Kivi, RotatedKV, EvictKV),
         found=_beside_selection,
-        why="queries choose among pages of one kind that hold all tokens: exact tokens beside packed ones, scales that span tokens "
-        "and eviction keep others",
+        why="queries choose among pages of one kind that hold all tokens: exact tokens beside packed ones, scales that span "
+        "tokens and eviction keep others",
         fix="leave out recent and first, take a format with scales a token, or leave out the selection",
         source="arithmetic: a choice is a list of pages of one table",
         override=False,
