@@ -38,6 +38,10 @@ class Chip:
     memory: int  # bytes
     minor: int = 0
 
+    @property
+    def capability(self) -> str:
+        return f"{self.major}.{self.minor}"
+
     def textproto(self) -> str:
         info = {
             "threads_per_block_limit": 1024,
@@ -99,6 +103,13 @@ CHIPS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Device(AbstractDevice):
+    """An abstract device that says its architecture, which Mosaic GPU asks for: without, it takes 9.0."""
+
+    compute_capability: str = "9.0"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assembled:
     """What ptxas says of one kernel."""
@@ -121,7 +132,7 @@ def compile_for(chip: Chip, function, *args) -> list[Assembled]:
     )
     where = SingleDeviceSharding(topology.devices[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
-    abstract = AbstractDevice(device_kind=chip.name, num_cores=chip.cores, platform="cuda")
+    abstract = Device(device_kind=chip.name, num_cores=chip.cores, platform="cuda", compute_capability=chip.capability)
     mesh = AbstractMesh((1,), ("_",), (AxisType.Explicit,), abstract_device=abstract)
     with tempfile.TemporaryDirectory() as folder, _environment(folder), jax.sharding.use_abstract_mesh(mesh):
         jax.jit(function).trace(*jax.tree.map(place, args)).lower().compile()
