@@ -60,6 +60,7 @@ class Row:
     order: str = "any"  # of sums: "batch", it depends on other sequences; "own", never, and slower: for batch_invariant
     optional: bool = False  # True: `require` does not insist on it, as the rows after it are as good where it declines
     verified: bool = True  # False: its cases have not all run on the device; chosen only where a recipe requires it
+    ran: bool = True  # False: compiled by the assembler and interpreted, never run on its hardware; the report says so
     lacks: tuple[str, ...] = ()  # facts of a site, keys of LACKS, that it declines
 
     @property
@@ -95,6 +96,8 @@ def _name(row: Row | OpChoice) -> str:
 
 
 _GPU, _TPU = "mosaic_gpu", "mosaic_tpu"
+
+NEVER_RUN = "never run on hardware: `require: xla` takes the reference instead"
 
 # What eviction asks of attention over pages, and what a row says that does not do it.
 LACKS = {
@@ -162,6 +165,7 @@ ROWS: tuple[Row, ...] = (
     Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
     Row(op="indexed_attention", backend="xla", module="indexed_attention.reference"),
     Row(op="matmul", backend=_GPU, arch="sm90", module="matmul.mosaic_gpu_sm90", optional=True),
+    Row(op="matmul", backend=_GPU, arch="sm100", module="matmul.mosaic_gpu_sm100", optional=True, ran=False),
     Row(op="matmul", backend="xla", arch="gpu", module="matmul.xla_gpu"),
     Row(op="matmul", backend="xla", module="matmul.reference"),
     Row(op="rotate_append", backend=_GPU, arch="sm90", module="rotate_append.mosaic_gpu_sm90", optional=True),
@@ -172,6 +176,23 @@ ROWS: tuple[Row, ...] = (
     Row(op="gated_act", backend="xla", module="gated_act.reference"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", module="quant_matmul.mosaic_gpu_sm90"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", variant="w8a8", module="quant_matmul.mosaic_gpu_sm90_w8a8"),
+    Row(op="quant_matmul", backend=_GPU, arch="sm100", module="quant_matmul.mosaic_gpu_sm100", ran=False),
+    Row(
+        op="quant_matmul",
+        backend=_GPU,
+        arch="sm100",
+        variant="w8a8",
+        module="quant_matmul.mosaic_gpu_sm100_w8a8",
+        ran=False,
+    ),
+    Row(
+        op="quant_matmul",
+        backend=_GPU,
+        arch="sm100",
+        variant="fp4",
+        module="quant_matmul.mosaic_gpu_sm100_fp4",
+        ran=False,
+    ),
     Row(op="quant_matmul", backend=_TPU, module="quant_matmul.mosaic_tpu"),
     Row(op="quant_matmul", backend="xla", arch="cpu", module="quant_matmul.xla_cpu"),
     Row(op="quant_matmul", backend="xla", module="quant_matmul.reference"),
@@ -231,7 +252,11 @@ def select(site: OpSite, target: Any, require: str | None = None, invariant: boo
         backend=chosen.backend,
         arch=chosen.arch,
         variant=chosen.variant,
-        note=f"tiles by rule: not tuned on {target.name}" if untuned else "",
+        note="; ".join(
+            said
+            for said, holds in ((NEVER_RUN, not chosen.ran), (f"tiles by rule: not tuned on {target.name}", untuned))
+            if holds
+        ),
         declined=tuple(declined),
     )
 

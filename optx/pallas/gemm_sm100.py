@@ -4,7 +4,7 @@
 in shared memory with the contracted axis last, which every operand type takes; packed weights are widened by warpgroups of
 their own and lie in tensor memory. One warp copies, one issues the products, one warpgroup takes finished tiles out:
 
-    copy ring --full--> (widen --widened-->) MMA --done--> store        MMA --empty--> copy, --spent--> widen; store --taken--> MMA
+    copy --full--> (widen --widened-->) MMA --done--> store; back: MMA --empty--> copy, --spent--> widen; store --taken--> MMA
 
 Thread blocks are persistent: block b takes items b, b + grid, ... (`place`). A contracted axis may be shared out over `split`
 items, whose float32 sums XLA adds. Never run on hardware so far. Sources: PTX ISA 9.1, section 9.7.17 (tcgen05).
@@ -12,7 +12,6 @@ items, whose float32 sums XLA adds. Never run on hardware so far. Sources: PTX I
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +90,7 @@ class Plan:
 
 
 def place(item, plan: Plan):
-    """Work item -> (tile of outputs, tile of rows, part of the contracted axis). Tiles that read the same weights are neighbours."""
+    """Work item -> (tile of outputs, tile of rows, part of the contracted axis). Those of the same weights are neighbours."""
     part, tile = lax.rem(item, plan.tiles.split), lax.div(item, plan.tiles.split)
     return lax.div(tile, plan.bands), lax.rem(tile, plan.bands), part
 
@@ -235,6 +234,7 @@ def _body(x, w, *refs, plan: Plan):
                     value = widen(codes, factor(s_smem) if plan.group else None, factor(z_smem) if plan.zero else None)
                     plgpu.async_store_tmem(wide.at[:, pl.ds(tile * tiles.depth + g * size, size)], value)
                 plgpu.commit_tmem()
+                plgpu.commit_smem()  # codes are read before the copy engine writes the next there
                 plgpu.barrier_arrive(widened.at[tile])
 
         each_step(i, step)
@@ -269,22 +269,24 @@ def _body(x, w, *refs, plan: Plan):
             lax.fori_loop(jnp.maximum(total - WIDENED, 0), total, last, None)
 
 
-def _operand(dtype, depth: int) -> tuple[int, tuple]:
-    """(bytes of a row, transforms) of shared memory [..., depth] that the copy engine fills and the MMA reads."""
-    bits = jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).bits
-    size = depth * bits // 8
-    swizzle = min(size, 128)
-    return size, (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
+def row_bytes(dtype, depth: int) -> int:
+    info = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
+    return depth * info(dtype).bits // 8
+
+
+def _operand(dtype, depth: int) -> tuple:
+    """Transforms of shared memory [..., depth] that the copy engine fills and the MMA reads."""
+    swizzle, bits = min(row_bytes(dtype, depth), 128), row_bytes(dtype, 8)
+    return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
 
 
 def stage_bytes(plan: Plan, x_dtype, w_dtype, scale_dtype=jnp.uint8) -> int:
     """Shared memory of one step."""
     tiles = plan.tiles
-    size = lambda dtype: tiles.depth * (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits // 8  # noqa: E731
     scales = plan.groups * OUTPUTS * jnp.dtype(scale_dtype).itemsize
     scales += plan.groups * OUTPUTS * 2 * plan.zero
     scales += plan.groups * 128 * -(-tiles.rows // 128) * (plan.kind == "blocks")
-    return tiles.rows * size(x_dtype) + OUTPUTS * size(w_dtype) + scales
+    return tiles.rows * row_bytes(x_dtype, tiles.depth) + OUTPUTS * row_bytes(w_dtype, tiles.depth) + scales
 
 
 def out_bytes(tiles: Tiles, itemsize: int) -> int:
@@ -339,8 +341,8 @@ def product(x, w, *more, plan: Plan, dtype) -> jax.Array:
     tensor = lambda n, **kw: plgpu.Barrier(num_arrivals=1, num_barriers=n, orders_tensor_core=True, **kw)  # noqa: E731
     copies = 2 + (plan.group > 0) + plan.zero + blocks
     scratch = [
-        plgpu.SMEM((stages, tiles.rows, tiles.depth), x.dtype, transforms=_operand(x.dtype, tiles.depth)[1]),
-        plgpu.SMEM(w_box, w.dtype, transforms=_operand(w.dtype, 64 if plan.kind == "dense" else tiles.depth)[1]),
+        plgpu.SMEM((stages, tiles.rows, tiles.depth), x.dtype, transforms=_operand(x.dtype, tiles.depth)),
+        plgpu.SMEM(w_box, w.dtype, transforms=_operand(w.dtype, 64 if plan.kind == "dense" else tiles.depth)),
         plgpu.SMEM((2, chunk, OUTPUTS), partial),
         plgpu.TMEM((OUTPUTS, 2 * tiles.rows), jnp.int32 if integers else jnp.float32),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -356,7 +358,11 @@ def product(x, w, *more, plan: Plan, dtype) -> jax.Array:
     elif packed:
         groups = lambda part: plgpu.SMEM((stages, plan.groups, OUTPUTS), part.dtype)  # noqa: E731
         scratch += [groups(part) for part in more[: (plan.group > 0) + plan.zero]]
-        scratch += [plgpu.TMEM((OUTPUTS, WIDENED * tiles.depth), jnp.bfloat16, packed=True), tensor(WIDENED), tensor(WIDENED)]
+        scratch += [
+            plgpu.TMEM((OUTPUTS, WIDENED * tiles.depth), jnp.bfloat16, packed=True),
+            tensor(WIDENED),
+            tensor(WIDENED),
+        ]
     kernel = plgpu.kernel(
         functools.partial(_body, plan=plan),
         out_type=jax.ShapeDtypeStruct((tiles.split, held, plan.outputs), partial),
@@ -375,7 +381,13 @@ def product(x, w, *more, plan: Plan, dtype) -> jax.Array:
 
 def dense(x: jax.Array, w: jax.Array, *, tiles: Tiles | None = None) -> jax.Array:
     """bfloat16 x [rows, D] @ w [D, F] -> bfloat16 [rows, F]; D in multiples of 64, F of 128."""
-    plan = Plan(tiles=tiles or Tiles(rows=16, depth=64, stages=2), depth=w.shape[0], outputs=w.shape[1], rows=x.shape[0], kind="dense")
+    plan = Plan(
+        tiles=tiles or Tiles(rows=16, depth=64, stages=2),
+        depth=w.shape[0],
+        outputs=w.shape[1],
+        rows=x.shape[0],
+        kind="dense",
+    )
     if tiles is None:
         plan = dataclasses.replace(plan, tiles=tiles_for(plan, 64, x.dtype, w.dtype, most=256))
     return product(x, w, plan=plan, dtype=jnp.dtype(jnp.bfloat16))

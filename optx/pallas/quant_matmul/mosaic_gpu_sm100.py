@@ -70,7 +70,7 @@ class Lanes(Arranged):
         if zero is not None:
             zero = (zero.astype(jnp.float32).T + 2 ** (width - 1)).astype(jnp.uint8)
         if isinstance(form, Float4):
-            scale = _bytes_of_blocks(form, self.scale.T, self.outer)
+            scale = join_scale(self.scale.T, self.outer)
         elif self.scale is None:
             scale = self.outer[:, None].astype(form.scale_dtype)
         else:
@@ -91,22 +91,18 @@ def fp4_codes(data: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(unpack_bits(data, 4).astype(jnp.uint4), jnp.float4_e2m1fn)
 
 
-def _bytes_of_blocks(form: Float4, scale: jax.Array, outer: jax.Array | None) -> jax.Array:
-    """bfloat16 factors [F, blocks] -> the stored bytes."""
-    if form.kind == "nv":
-        return fp4.nv_join(scale.astype(jnp.float8_e4m3fn), outer[:, None])
-    word = lax.bitcast_convert_type(scale, jnp.uint16)
-    byte = jnp.where(word == 1 << 6, 0, word >> 7)  # 2^-127 is a subnormal of bfloat16
-    return jnp.where(jnp.isnan(scale), 255, byte).astype(jnp.uint8)
+def split_scale(form: Float4, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Stored bytes [F, ...] -> scales of blocks in float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp4), and of nvfp4 float32[F]."""
+    if form.kind == "mx":
+        return lax.bitcast_convert_type(scale, jnp.float8_e8m0fnu), None
+    blocks, outer = scale[:, : -fp4.OUTER], scale[:, -fp4.OUTER :]
+    return lax.bitcast_convert_type(blocks, jnp.float8_e4m3fn), lax.bitcast_convert_type(outer, jnp.float32)
 
 
-def _factors_of_blocks(form: Float4, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Stored bytes -> bfloat16 [F, blocks] and, of nvfp4, float32 [F]. Both are exact."""
-    if form.kind == "nv":
-        blocks, outer = fp4.nv_split(scale)
-        return blocks.astype(jnp.bfloat16), outer[:, 0]
-    word = jnp.where(scale == 255, 0x7FC0, jnp.where(scale == 0, 1 << 6, scale.astype(jnp.int32) << 7))
-    return lax.bitcast_convert_type(word.astype(jnp.uint16), jnp.bfloat16), None
+def join_scale(scale: jax.Array, outer: jax.Array | None) -> jax.Array:
+    """Inverse of `split_scale`."""
+    parts = [lax.bitcast_convert_type(part, jnp.uint8) for part in (scale, outer) if part is not None]
+    return jnp.concatenate(parts, axis=-1)
 
 
 @jax.jit
@@ -115,7 +111,7 @@ def relayout(w: QTensor) -> Lanes:
     form, width, data, scale, zero, outer = w.format, bits(w.format), w.data, w.scale, None, None
     if isinstance(form, Float4):
         data = fp4_codes(data)
-        scale, outer = _factors_of_blocks(form, scale)
+        scale, outer = split_scale(form, scale)
     elif width == 4:
         data = (unpack_bits(data, 4).astype(jnp.int8) - 8).astype(jnp.int4)
     elif isinstance(form, Int) and not form.symmetric:

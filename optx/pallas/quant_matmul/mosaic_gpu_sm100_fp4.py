@@ -17,11 +17,10 @@ from optx.errors import LoweringError
 from optx.formats import Float4, Format
 from optx.formats.base import pack_bits
 from optx.pallas import gemm_sm100 as gemm
-from optx.pallas.quant_matmul.mosaic_gpu_sm100 import fp4_codes, shape_reason
+from optx.pallas.quant_matmul.mosaic_gpu_sm100 import fp4_codes, join_scale, shape_reason, split_scale
 from optx.tensor import Arranged, QTensor, leaf_bytes
 
 DEPTH = 256  # contracted numbers of a step: a row of the widest swizzle
-OUTER = 4  # bytes of a row's float32 scale behind those of its blocks
 
 
 @jax.tree_util.register_dataclass
@@ -62,10 +61,9 @@ class Blocks(Arranged):
     def qtensor(self) -> QTensor:
         """The weight in its canonical packing: the inverse of `relayout`."""
         whole, fours = self.scale.shape[:2]
-        scale = lax.bitcast_convert_type(self.scale, jnp.uint8).reshape(whole, fours, 32, 4, 4)
+        scale = self.scale.reshape(whole, fours, 32, 4, 4)
         scale = scale.transpose(0, 3, 2, 1, 4).reshape(whole * 128, fours * 4)
-        if self.outer is not None:
-            scale = jnp.concatenate([scale, lax.bitcast_convert_type(self.outer, jnp.uint8)], axis=-1)
+        scale = join_scale(scale, self.outer)
         data = pack_bits(lax.bitcast_convert_type(self.codes, jnp.uint4).astype(jnp.uint8), 4)
         return QTensor(data=data, scale=scale, format=self.format, length=self.length, dtype=self.dtype)
 
@@ -76,12 +74,8 @@ class Blocks(Arranged):
 
 def _parts(q: QTensor) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(codes [rows, D], scales of blocks in the order of the MMA, float32 scales of rows or None)."""
-    blocks = q.length // q.format.group
-    nv = q.format.kind == "nv"
-    scale = gemm.scale_blocks(q.scale[:, :blocks])
-    scale = lax.bitcast_convert_type(scale, jnp.float8_e4m3fn if nv else jnp.float8_e8m0fnu)
-    outer = lax.bitcast_convert_type(q.scale[:, blocks:], jnp.float32) if nv else None
-    return fp4_codes(q.data), scale, outer
+    scale, outer = split_scale(q.format, q.scale)
+    return fp4_codes(q.data), gemm.scale_blocks(scale), outer
 
 
 @jax.jit

@@ -23,7 +23,11 @@ def plan_for(rows: int, w: QTensor, tiles: gemm.Tiles | None = None) -> gemm.Pla
     d, f = w.shape
     first = tiles or gemm.Tiles(rows=16, depth=DEPTH, stages=2)
     plan = gemm.Plan(tiles=first, depth=d, outputs=f, rows=rows, factors=2)
-    return plan if tiles else dataclasses.replace(plan, tiles=gemm.tiles_for(plan, DEPTH, w.data.dtype, w.data.dtype, most=256))
+    return (
+        plan
+        if tiles
+        else dataclasses.replace(plan, tiles=gemm.tiles_for(plan, DEPTH, w.data.dtype, w.data.dtype, most=256))
+    )
 
 
 def quant_matmul(
