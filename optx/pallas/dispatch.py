@@ -110,6 +110,7 @@ _PLAIN, _SUMS = tuple(LACKS), ("score_rule", "key_rope")
 # Best first; the last row of an op is its reference and takes everything.
 ROWS: tuple[Row, ...] = (
     Row(op="flash_attention", backend=_GPU, arch="sm90", module="flash_attention.mosaic_gpu_sm90"),
+    Row(op="flash_attention", backend=_GPU, arch="sm100", module="flash_attention.mosaic_gpu_sm100", ran=False),
     Row(op="flash_attention", backend=_TPU, module="flash_attention.mosaic_tpu"),
     Row(op="flash_attention", backend="xla", module="attention.reference"),
     Row(

@@ -24,7 +24,7 @@ SMS = 148  # of a B200
 SHARED = 227 << 10  # bytes that a block may have
 COLUMNS = 512  # of tensor memory: 128 lanes of 32 bits each
 OUTPUTS = 128  # rows of the MMA
-CHUNK = 32  # rows of x that leave together
+CHUNK = 16  # rows of x that leave together
 WIDENED = 4  # widened steps in tensor memory
 
 
