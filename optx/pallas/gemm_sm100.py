@@ -379,15 +379,13 @@ def product(x, w, *more, plan: Plan, dtype) -> jax.Array:
     return out[: plan.rows]
 
 
+def plan_dense(rows: int, w, tiles: Tiles | None = None) -> Plan:
+    """w: [D, F], abstract will do."""
+    first = tiles or Tiles(rows=16, depth=64, stages=2)
+    plan = Plan(tiles=first, depth=w.shape[0], outputs=w.shape[1], rows=rows, kind="dense")
+    return plan if tiles else dataclasses.replace(plan, tiles=tiles_for(plan, 64, w.dtype, w.dtype, most=256))
+
+
 def dense(x: jax.Array, w: jax.Array, *, tiles: Tiles | None = None) -> jax.Array:
     """bfloat16 x [rows, D] @ w [D, F] -> bfloat16 [rows, F]; D in multiples of 64, F of 128."""
-    plan = Plan(
-        tiles=tiles or Tiles(rows=16, depth=64, stages=2),
-        depth=w.shape[0],
-        outputs=w.shape[1],
-        rows=x.shape[0],
-        kind="dense",
-    )
-    if tiles is None:
-        plan = dataclasses.replace(plan, tiles=tiles_for(plan, 64, x.dtype, w.dtype, most=256))
-    return product(x, w, plan=plan, dtype=jnp.dtype(jnp.bfloat16))
+    return product(x, w, plan=plan_dense(len(x), w, tiles), dtype=jnp.dtype(jnp.bfloat16))

@@ -33,7 +33,6 @@ SHARED = 226 << 10  # bytes of a thread block, barriers apart
 REGISTERS = (224, 64)  # of a thread of the softmax, and of the warps that copy and multiply
 LOWEST = float(jnp.finfo(jnp.float32).min)
 LOG2E = math.log2(math.e)
-STRIP = 64  # numbers of a query, and of a result, that are copied at once
 WIDE = 32  # columns of tensor memory that pass through registers at once
 GROWTH = 8.0  # log2 of how large weights may become before sums are rescaled
 NOT_REAL = -(2**31)  # the segment of keys that nobody sees
@@ -68,6 +67,11 @@ def tiles_for(head_dim: int, value_dim: int) -> Tiles:
     tiles = 1 if value_dim > 128 else 2  # tensor memory holds S and O of each
     left = SHARED - tiles * ROWS * head_dim * 2
     return Tiles(tiles=tiles, stages=min(3, left // (2 * BLOCK * (head_dim + value_dim))))
+
+
+def strip_of(head_dim: int) -> int:
+    """Numbers of a query, and of a result, that are copied at once."""
+    return math.gcd(head_dim, 128)
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
@@ -198,7 +202,8 @@ def _body(q, k, v, *refs, call: Call):
         runs = spans(call, row, rows)
         return runs[0][0], runs[-1][1] - runs[0][0], runs
 
-    strips, value_dim = q.shape[-1] // STRIP, out.shape[-1]
+    strip, value_dim = strip_of(q.shape[-1]), out.shape[-1]
+    strips = q.shape[-1] // strip
     score_of = lambda t: scores.at[:, pl.ds(t * BLOCK, BLOCK)]  # noqa: E731
     weight_of = lambda t, c, size: weights.at[:, pl.ds(t * 2 * BLOCK + c, size)]  # noqa: E731 - over the scores of t
     sum_of = lambda t, c, size: sums.at[:, pl.ds(t * value_dim + c, size)]  # noqa: E731
@@ -216,8 +221,8 @@ def _body(q, k, v, *refs, call: Call):
         for t in range(count):
             at = pl.ds(row + t * ROWS, ROWS)
             for c in range(strips):
-                strip = q.at[batch, at, head, pl.ds(c * STRIP, STRIP)]
-                plgpu.copy_gmem_to_smem(strip, q_smem.at[t, c], loaded.at[t])
+                numbers = q.at[batch, at, head, pl.ds(c * strip, strip)]
+                plgpu.copy_gmem_to_smem(numbers, q_smem.at[t, c], loaded.at[t])
 
         def step(i, slot):
             keys = pl.ds((first + i) * BLOCK, BLOCK)
@@ -236,7 +241,7 @@ def _body(q, k, v, *refs, call: Call):
         def score(i, t):
             slot = lax.rem(i, stages)
             for c in range(strips):
-                keys = k_smem.at[slot, :, pl.ds(c * STRIP, STRIP)].T
+                keys = k_smem.at[slot, :, pl.ds(c * strip, strip)].T
                 done = [scored.at[t]] if c == strips - 1 else []
                 plgpu.tcgen05_mma(score_of(t), q_smem.at[t, c], keys, *done, accumulate=c > 0)
             if t == count - 1:
@@ -340,14 +345,15 @@ def _body(q, k, v, *refs, call: Call):
         some = total > 0
         lse.at[batch, head, at][...] = jnp.where(some, largest * (unit / LOG2E) + jnp.log(total), -jnp.inf)
         part = 1 / jnp.where(some, total, 1.0)
-        for c in range(value_dim // STRIP):  # through the place of Q, which is not read any more
-            done = plgpu.async_load_tmem(sum_of(t, c * STRIP, STRIP), layout=native)
+        for c in range(0, value_dim, 64):  # through the place of Q, which is not read any more
+            done = plgpu.async_load_tmem(sum_of(t, c, 64), layout=native)
             done = jnp.where(lax.broadcast_in_dim(some, done.shape, (0,)), done, 0.0)
             done = done * lax.broadcast_in_dim(part, done.shape, (0,))
-            q_smem.at[t, c][...] = plgpu.layout_cast(done.astype(q_smem.dtype), native(8))
+            to = q_smem.at[t, c // strip, :, pl.ds(c % strip, 64)]
+            to[...] = plgpu.layout_cast(done.astype(q_smem.dtype), native(8))
         plgpu.commit_smem()
-        for c in range(value_dim // STRIP):
-            plgpu.copy_smem_to_gmem(q_smem.at[t, c], out.at[batch, at, head, pl.ds(c * STRIP, STRIP)])
+        for c in range(value_dim // strip):
+            plgpu.copy_smem_to_gmem(q_smem.at[t, c], out.at[batch, at, head, pl.ds(c * strip, strip)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(wg == 0)
@@ -394,12 +400,12 @@ def _run(call: Call, q, k, v, sink_logits, valid, segments):
     tensor = lambda n: plgpu.Barrier(num_arrivals=1, num_barriers=n, orders_tensor_core=True)  # noqa: E731
     both = [plgpu.TMEM((ROWS, count * BLOCK), jnp.float32), plgpu.TMEM((ROWS, count * 2 * BLOCK), q.dtype, packed=True)]
     scratch = [
-        shared(count, h // STRIP, ROWS, STRIP),
+        shared(count, h // strip_of(h), ROWS, strip_of(h)),
         shared(stages, BLOCK, h),
         shared(stages, BLOCK, value_dim),
         both if call.tiles.interpreted else plgpu.RefUnion(*both),
         plgpu.TMEM((ROWS, count * value_dim), jnp.float32),
-        plgpu.Barrier(num_arrivals=h // STRIP, num_barriers=count),
+        plgpu.Barrier(num_arrivals=h // strip_of(h), num_barriers=count),
         plain(stages),
         plain(stages),
         tensor(stages),
