@@ -147,11 +147,7 @@ def test_the_shipped_figures_of_an_h100_predict_its_steps(trees, name, batch):
 def test_plan_says_what_it_predicts_by(capsys):
     assert cli.run(["plan", "qwen3-8b", "--recipe", "int4_kv8", "--target", "h100", "--context", "896"]) == 0
     text = capsys.readouterr().out
-    assert (
-        "TPOT " in text
-        and "predicted: TPOT " in text
-        and "efficiencies and launches: kernels timed (CUPTI)" in text
-    )
+    assert "TPOT " in text and "predicted: TPOT " in text and "efficiencies and launches: kernels timed (CUPTI)" in text
     assert cli.run(["plan", "qwen3-8b", "--target", "mi300x", "--context", "896"]) == 0
     assert "predicted: those bounds alone; what the kernels reach on mi300x was not measured" in capsys.readouterr().out
     both = ["--target", "h100", "--target", "mi300x", "--context", "896"]

@@ -96,6 +96,7 @@ def _name(row: Row | OpChoice) -> str:
 
 
 _GPU, _TPU = "mosaic_gpu", "mosaic_tpu"
+_MMA = ("sm80", "sm89", "sm90", "sm100", "sm120")  # what rows of a warp's matrix instructions are for
 
 NEVER_RUN = "never run on hardware: `require: xla` takes the reference instead"
 
@@ -161,6 +162,21 @@ ROWS: tuple[Row, ...] = (
         module="mla.mosaic_gpu_sm90",
         order="batch",
         lacks=_PLAIN,
+    ),
+    *(
+        # On Hopper after its own rows, and only where a recipe asks: there it is run to be compared.
+        Row(
+            op="paged_decode",
+            backend=_GPU,
+            arch=arch,
+            variant="mma",
+            module="paged_decode.mosaic_gpu_mma",
+            order="batch",
+            verified=arch != "sm90",
+            ran=False,
+            lacks=_PLAIN,
+        )
+        for arch in _MMA
     ),
     Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu", lacks=_PLAIN),
     Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
