@@ -112,6 +112,19 @@ _PLAIN, _SUMS = tuple(LACKS), ("score_rule", "key_rope")
 ROWS: tuple[Row, ...] = (
     Row(op="flash_attention", backend=_GPU, arch="sm90", module="flash_attention.mosaic_gpu_sm90"),
     Row(op="flash_attention", backend=_GPU, arch="sm100", module="flash_attention.mosaic_gpu_sm100", ran=False),
+    *(
+        Row(
+            op="flash_attention",
+            backend=_GPU,
+            arch=arch,
+            variant="mma",
+            module="flash_attention.mosaic_gpu_mma",
+            verified=arch != "sm90",  # on Hopper only where a recipe asks, or to be compared
+            ran=False,
+        )
+        for arch in _MMA
+        if arch != "sm100"
+    ),
     Row(op="flash_attention", backend=_TPU, module="flash_attention.mosaic_tpu"),
     Row(op="flash_attention", backend="xla", module="attention.reference"),
     Row(

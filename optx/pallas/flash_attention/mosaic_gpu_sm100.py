@@ -56,7 +56,7 @@ class Call:
     mask: Mask
     scale: float
     softcap: float | None
-    tiles: Tiles
+    tiles: Any  # Tiles, of the kernel that is called
     length: int  # S
     group: int  # query heads of a kv head
     marked: bool = False  # tokens have segments, or some are not real
@@ -104,23 +104,30 @@ def flash_attention(
     valid bool[B, S]; segments int32[B, S], above -2**31. -> (out [B, S, N, Hv], lse float32[B, S, N], None).
     Raises: LoweringError naming the argument for shapes and dtypes that it does not take.
     """
-    if reason := _refusal(q, k, v):
-        raise LoweringError(f"flash_attention (mosaic_gpu/sm100): {reason}")
+    static = {"mask": mask, "scale": scale, "softcap": softcap, "tiles": tiles or tiles_for(q.shape[-1], v.shape[-1])}
+    return attend(_run, "sm100", HEAD_DIMS, static, q, k, v, sink_logits, valid, segments)
+
+
+def attend(run, name: str, head_dims, static: dict, q, k, v, sink_logits, valid, segments):
+    """run(call, q, k, v, sink_logits, valid, segments) -> (out, lse) with checked arguments, and the reference's gradient."""
+    if reason := _refusal(q, k, v, head_dims):
+        raise LoweringError(f"flash_attention (mosaic_gpu/{name}): {reason}")
+    scale, softcap = static["scale"], static["softcap"]
     call = Call(
-        mask=mask,
+        mask=static["mask"],
         scale=float(1 / math.sqrt(q.shape[-1]) if scale is None else scale),
         softcap=None if softcap is None else float(softcap),
-        tiles=tiles or tiles_for(q.shape[-1], v.shape[-1]),
+        tiles=static["tiles"],
         length=q.shape[1],
         group=q.shape[2] // k.shape[2],
         marked=valid is not None or segments is not None,
         sinks=sink_logits is not None,
     )
-    out, lse = _differentiable(call, q, k, v, sink_logits, valid, segments)
+    out, lse = _differentiable(run, call, q, k, v, sink_logits, valid, segments)
     return out, lse, None
 
 
-def _refusal(q, k, v) -> str | None:
+def _refusal(q, k, v, head_dims) -> str | None:
     if q.ndim != 4 or q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         names = " and ".join(jnp.dtype(d).name for d in DTYPES)
         return f"q, k, v are {q.dtype}{q.shape}, {k.dtype}{k.shape}, {v.dtype}{v.shape}; allowed: [B, S, heads, width] in {names}"
@@ -128,21 +135,21 @@ def _refusal(q, k, v) -> str | None:
     kv_heads, value_dim = v.shape[2:]
     if k.shape != (b, s, kv_heads, h) or v.shape[:2] != (b, s) or n % kv_heads or not s:
         return f"q {q.shape}, k {k.shape}, v {v.shape}; allowed: k [B, S, K, H] and v [B, S, K, Hv], K a divisor of the heads"
-    if (h, value_dim) not in HEAD_DIMS:
-        return f"(H, Hv) is {(h, value_dim)}; allowed: {', '.join(map(str, HEAD_DIMS))}"
+    if (h, value_dim) not in head_dims:
+        return f"(H, Hv) is {(h, value_dim)}; allowed: {', '.join(map(str, head_dims))}"
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(call, q, k, v, sink_logits, valid, segments):
-    return _run(call, q, k, v, sink_logits, valid, segments)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(run, call, q, k, v, sink_logits, valid, segments):
+    return run(call, q, k, v, sink_logits, valid, segments)
 
 
-def _forward(call, *args):
-    return _run(call, *args), args
+def _forward(run, call, *args):
+    return run(call, *args), args
 
 
-def _backward(call, kept, cotangents):
+def _backward(run, call, kept, cotangents):
     q, k, v, sink_logits, valid, segments = kept
 
     def defined(q, k, v, sink_logits):
@@ -156,32 +163,43 @@ def _backward(call, kept, cotangents):
 _differentiable.defvjp(_forward, _backward)
 
 
-def spans(call: Call, row: int, rows: int) -> list[tuple[Any, Any, bool]]:
+def spans(call: Call, row: int, rows: int, block: int = BLOCK) -> list[tuple[Any, Any, bool]]:
     """(first step, step behind the last, masked) of the runs of steps that query rows row .. row + rows - 1 meet, in order:
     where masked is False every row sees every key. row may be traced."""
-    mask, steps = call.mask, jnp.int32(pl.cdiv(call.length, BLOCK))
-    last = lax.min(lax.div(row + rows + BLOCK - 1, BLOCK), steps) if mask.causal else steps
+    mask, steps = call.mask, jnp.int32(pl.cdiv(call.length, block))
+    last = lax.min(lax.div(row + rows + block - 1, block), steps) if mask.causal else steps
     oldest = lambda query: lax.max(mask.oldest(query), 0)  # noqa: E731
-    first = jnp.int32(0) if mask.window is None or mask.sinks else lax.min(lax.div(oldest(row), BLOCK), last)
+    first = jnp.int32(0) if mask.window is None or mask.sinks else lax.min(lax.div(oldest(row), block), last)
     if call.marked or mask.apart:
         return [(first, last, True)]
     whole = first
     if mask.window is not None:
-        whole = lax.max(first, lax.min(lax.div(oldest(row + rows - 1) + BLOCK - 1, BLOCK), last))
-    torn = lax.div(row + 1, BLOCK) if mask.causal else jnp.int32(call.length // BLOCK)
+        whole = lax.max(first, lax.min(lax.div(oldest(row + rows - 1) + block - 1, block), last))
+    torn = lax.div(row + 1, block) if mask.causal else jnp.int32(call.length // block)
     torn = lax.max(whole, lax.min(torn, last))
     left = [] if mask.window is None else [(first, whole, True)]
     return [*left, (whole, torn, False), (torn, last, True)]
 
 
-def _logits(call: Call, scores):
-    """Scores to what the softmax compares: in log2 once they are multiplied by `_unit`."""
+def seen_of(call: Call, start, step, shape, layout):
+    """bool[rows, keys]: what the mask lets rows start .. see of the keys of a step, in a layout of registers."""
+    mask, (_, block) = call.mask, shape
+    iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)  # noqa: E731
+    # Positions from the step's first key on, where the mask allows: columns are constants then.
+    base = 0 if mask.sinks or mask.skip or mask.block > 1 else step * block
+    key = step * block - base + iota(1)
+    there = mask(start - base + iota(0), key)
+    return there if mask.causal else there & (key < call.length - base)
+
+
+def logits_of(call: Call, scores):
+    """Scores to what the softmax compares: in log2 once they are multiplied by `unit_of`."""
     if call.softcap is not None:
         return jnp.tanh(scores * (call.scale / call.softcap)) * call.softcap
     return scores if call.scale > 0 else scores * call.scale
 
 
-def _unit(call: Call) -> float:
+def unit_of(call: Call) -> float:
     return LOG2E * (call.scale if call.softcap is None and call.scale > 0 else 1)
 
 
@@ -276,24 +294,15 @@ def _body(q, k, v, *refs, call: Call):
     native = plgpu.Layout.TCGEN05_TMEM_NATIVE
     by_row = native.reduce(1)
 
-    unit = _unit(call)
+    unit = unit_of(call)
 
     def softmax(t):
         first, _, runs = reach()
         start = row + t * ROWS
         at = pl.ds(start, ROWS)
 
-        def iota(axis):
-            return plgpu.broadcasted_iota(jnp.int32, (ROWS, BLOCK), axis, layout=native)
-
         def seen(step):
-            # Positions from the step's first key on, where the mask allows: columns are constants then.
-            mask = call.mask
-            base = 0 if mask.sinks or mask.skip or mask.block > 1 else step * BLOCK
-            key = step * BLOCK - base + iota(1)
-            there = mask(start - base + iota(0), key)
-            if not mask.causal:
-                there = there & (key < call.length - base)
+            there = seen_of(call, start, step, (ROWS, BLOCK), native)
             if call.marked:
                 mine = plgpu.load(marks[0].at[batch, at], layout=by_row, optimized=False)
                 keys = marks[1].at[batch, pl.ds(step * BLOCK, BLOCK)]
@@ -305,7 +314,7 @@ def _body(q, k, v, *refs, call: Call):
         def step(i, carry, masked: bool):
             largest, total = carry
             plgpu.barrier_wait(scored.at[t])
-            logits = _logits(call, plgpu.async_load_tmem(score_of(t), layout=native))
+            logits = logits_of(call, plgpu.async_load_tmem(score_of(t), layout=native))
             plgpu.wait_load_tmem()
             there = seen(first + i) if masked else None
             logits = jnp.where(there, logits, LOWEST) if masked else logits
@@ -371,7 +380,7 @@ def _body(q, k, v, *refs, call: Call):
         softmax(wg - 1)
 
 
-def _marks(call: Call, valid, segments, rows: int):
+def marks_of(call: Call, valid, segments, rows: int):
     """int32[B, rows]: the segment of a query, and of a key that is real."""
     pad = lambda x, fill: jnp.pad(x, ((0, 0), (0, rows - x.shape[1])), constant_values=fill)  # noqa: E731
     some = valid if segments is None else segments
@@ -390,7 +399,7 @@ def _run(call: Call, q, k, v, sink_logits, valid, segments):
     whole = row_tiles * count * ROWS
     padded = s + (whole - s if call.tiles.interpreted else -s % 8)  # copies of tiles want a multiple of 8 tokens
     q, k, v = (jnp.pad(x, ((0, 0), (0, padded - s), (0, 0), (0, 0))) for x in (q, k, v))
-    more = [*_marks(call, valid, segments, whole)] if call.marked else []
+    more = [*marks_of(call, valid, segments, whole)] if call.marked else []
     more += [sink_logits.astype(jnp.float32)] if call.sinks else []
 
     def shared(*shape):
