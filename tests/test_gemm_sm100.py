@@ -67,6 +67,13 @@ def test_dense(rows, d, f, split):
     assert relative_error(found, x.astype(jnp.float32) @ w.astype(jnp.float32)) < 5e-3
 
 
+def test_tiles_that_leave_in_one_piece():
+    """Several items a thread block, each of as many rows as leave at once: the place of one waits for the copy out of it."""
+    x, w = inputs(None, 10, 128, 768)
+    found = interpreted(gemm.dense, x, w, tiles=dataclasses.replace(TILES, rows=16, depth=64))
+    assert relative_error(found, x.astype(jnp.float32) @ w.astype(jnp.float32)) < 5e-3
+
+
 @pytest.mark.parametrize("stored", FORMATS)
 def test_widened(stored):
     x, w = inputs(stored)

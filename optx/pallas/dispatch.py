@@ -227,6 +227,7 @@ ROWS: tuple[Row, ...] = (
     Row(op="quant_matmul", backend="xla", arch="cpu", module="quant_matmul.xla_cpu"),
     Row(op="quant_matmul", backend="xla", module="quant_matmul.reference"),
     Row(op="grouped_matmul", backend=_GPU, arch="sm90", module="grouped_matmul.mosaic_gpu_sm90"),
+    Row(op="grouped_matmul", backend=_GPU, arch="sm100", module="grouped_matmul.mosaic_gpu_sm100", ran=False),
     Row(op="grouped_matmul", backend=_TPU, module="grouped_matmul.mosaic_tpu"),
     Row(op="grouped_matmul", backend="xla", module="grouped_matmul.reference"),
     Row(op="ssm_scan", backend="xla", module="ssm_scan.reference"),

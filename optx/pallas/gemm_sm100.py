@@ -52,6 +52,9 @@ class Plan:
     group: int = 0  # contracted numbers of one scale; packed: 0 where scales come after the sum
     zero: bool = False  # packed: codes have a zero point a group
     factors: int = 0  # 1: outputs have a factor after the sum; 2: rows too
+    grouped: bool = (
+        False  # dense: w is [E, D, F], each tile of rows has an expert; how many tiles there are is known on the device
+    )
 
     @property
     def steps(self) -> int:
@@ -89,10 +92,11 @@ class Plan:
         return 2 * self.tiles.rows + widened + scales
 
 
-def place(item, plan: Plan):
+def place(item, plan: Plan, bands=None):
     """Work item -> (tile of outputs, tile of rows, part of the contracted axis). Those of the same weights are neighbours."""
     part, tile = lax.rem(item, plan.tiles.split), lax.div(item, plan.tiles.split)
-    return lax.div(tile, plan.bands), lax.rem(tile, plan.bands), part
+    bands = plan.bands if bands is None else bands  # tiles of rows, if some are left out
+    return lax.div(tile, bands), lax.rem(tile, bands), part
 
 
 def start(part, k, plan: Plan):
@@ -122,6 +126,7 @@ def _body(x, w, *refs, plan: Plan):
     tiles, packed, blocks = plan.tiles, plan.kind == "packed", plan.kind == "blocks"
     refs = list(refs)
     take = lambda there: refs.pop(0) if there else None  # noqa: E731
+    experts = take(plan.grouped)  # how many tiles of rows there are, and the expert of each
     scale, zero = take(plan.group > 0), take(plan.zero)
     x_scale, outer, x_outer = take(blocks), take(plan.factors > 0), take(plan.factors > 1)
     out, x_smem, w_smem, out_smem, acc, full, empty, done, taken = (refs.pop(0) for _ in range(9))
@@ -130,11 +135,13 @@ def _body(x, w, *refs, plan: Plan):
     s_tmem, xs_tmem = take(blocks), take(blocks)
 
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
-    mine = lax.div(plan.items - block + tiles.grid - 1, tiles.grid)
+    bands = experts[0] if plan.grouped else plan.bands
+    items = plan.columns * tiles.split * bands
+    mine = lax.div(lax.max(items - block, 0) + tiles.grid - 1, tiles.grid)
     steps, total = plan.steps, mine * plan.steps
 
     def each_item(visit):
-        lax.fori_loop(0, mine, lambda i, _: visit(i, *place(block + i * tiles.grid, plan)), None)
+        lax.fori_loop(0, mine, lambda i, _: visit(i, *place(block + i * tiles.grid, plan, bands)), None)
 
     def each_step(i, visit):
         lax.fori_loop(0, steps, lambda k, _: visit(k, i * steps + k), None)
@@ -154,7 +161,8 @@ def _body(x, w, *refs, plan: Plan):
             numbers = pl.ds(at, tiles.depth)
             copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
             copy(x.at[rows, numbers], x_smem)
-            copy(w.at[numbers, outputs] if plan.kind == "dense" else w.at[outputs, numbers], w_smem)
+            weights = w.at[experts[1 + band]] if plan.grouped else w
+            copy(weights.at[numbers, outputs] if plan.kind == "dense" else weights.at[outputs, numbers], w_smem)
             if blocks:
                 fours = pl.ds(lax.div(at, 4 * plan.group), plan.groups // 4)
                 wide = -(-tiles.rows // 128)
@@ -211,7 +219,7 @@ def _body(x, w, *refs, plan: Plan):
                 of_row = plgpu.load(x_outer.at[rows], layout=layout, optimized=False)
                 tile = tile * lax.broadcast_in_dim(of_row, tile.shape, (1,))
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            to = out_smem.at[c % 2]
+            to = out_smem.at[lax.rem(i * (tiles.rows // chunk) + c, 2)]
             to.T[...] = plgpu.layout_cast(tile.astype(out.dtype), plgpu.Layout.TCGEN05_TMEM_NATIVE(1))
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(to, out.at[part, rows, outputs])
@@ -320,7 +328,8 @@ def tiles_for(plan: Plan, depth: int, x_dtype, w_dtype, scale_dtype=jnp.uint8, m
 def product(x, w, *more, plan: Plan, dtype) -> jax.Array:
     """x [rows, D], w -> [rows, F] in dtype.
 
-    w: [D, F] where dense, else [F, D]. more, those that the plan has, in this order: scale (packed: bfloat16 [D / group, F];
+    w: [D, F] where dense ([E, D, F] grouped, then int32[1 + tiles of rows] comes first of more: how many there are, the
+    expert of each), else [F, D]. more, those that the plan has, in this order: scale (packed: bfloat16 [D / group, F];
     blocks: as `scale_blocks` has it), zero bfloat16 [D / group, F], x_scale (`scale_blocks`), outer float32 [F], x_outer
     float32 [rows].
     """
