@@ -171,7 +171,7 @@ def _predicted_text(e: Estimate) -> str:
     left = f"; at their bounds for want of a measurement: {', '.join(found.unmeasured)}" if found.unmeasured else ""
     return (
         f"predicted: TPOT {_ms(found.seconds)} ms, {speed:,.5g} tokens/s, {found.seconds / e.tpot:.2f}x the bound (efficiencies "
-        f"and launches measured: {found.source}){left}"
+        f"and launches: {found.source}){left}"
     )
 
 

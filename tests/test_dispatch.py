@@ -64,7 +64,9 @@ def test_attention_on_each_target():
     assert chosen(part()) == {op: "xla" if op in new else "mosaic_gpu/sm90" for op in ops}
     assert chosen(part(), "h200") == chosen(part())
     assert chosen(part(), "cpu") == dict.fromkeys(ops, "xla")
-    assert chosen(part(), "b200") == dict.fromkeys(ops, "xla")
+    new = {"flash_attention": "mosaic_gpu/sm100", "paged_decode": "mosaic_gpu/sm100/mma"}
+    assert chosen(part(), "b200") == dict.fromkeys(ops, "xla") | new
+    assert chosen(part(), "b200", "xla") == dict.fromkeys(ops, "xla")
     assert chosen(part(), "tpu-v6e") == dict.fromkeys(ops, "mosaic_tpu") | {"rotate_append": "xla"}
 
 

@@ -15,6 +15,7 @@ from optx.target import TARGETS
 
 ASKED = {
     *(
+        "a100",
         "h100",
         "h200",
         "b200",
@@ -99,7 +100,8 @@ def test_what_is_bought_is_paid_off_in_three_years():
         ("TPU7x", "tpu-v7x"),
         ("AMD Instinct MI300X", "mi300x"),
         ("cpu", "cpu"),
-        ("NVIDIA A100", None),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("Tesla V100-SXM2-16GB", None),
     ],
 )
 def test_devices_are_recognised(kind, name):

@@ -2,7 +2,7 @@
 
     python -m optx.bench.aot [--arch sm90] [--op paged_decode]      (needs the wheels of `optx[cuda13]`; one arch a process)
 
-Nothing is executed: that a kernel compiles says nothing of its speed or of its numbers.
+Nothing is executed: that a kernel compiles says nothing of its speed or of its numbers. For sm100, static estimates follow.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSha
 from tqdm import tqdm
 
 from optx import target as targets
+from optx.bench import estimate
 from optx.bench.cases import registry
 from optx.report import table
 
@@ -37,14 +38,20 @@ class Chip:
     clock: float  # GHz
     memory: int  # bytes
     minor: int = 0
+    shared: int = 232448  # bytes of shared memory that a block may have
+    accelerated: bool = True  # whether code is for this architecture alone (sm_90a)
+
+    @property
+    def capability(self) -> str:
+        return f"{self.major}.{self.minor}"
 
     def textproto(self) -> str:
         info = {
             "threads_per_block_limit": 1024,
             "threads_per_warp": 32,
             "shared_memory_per_block": 49152,
-            "shared_memory_per_core": 233472,
-            "shared_memory_per_block_optin": 232448,
+            "shared_memory_per_core": self.shared + 1024,
+            "shared_memory_per_block_optin": self.shared,
             "threads_per_core_limit": 2048,
             "core_count": self.cores,
             "fpus_per_core": 128,
@@ -69,7 +76,8 @@ class Chip:
             "dnn_version": '"9.28.1"',
         }
         fields = " ".join(f"{key}: {value}" for key, value in info.items())
-        capability = f"major: {self.major} minor: {self.minor} feature_extension: ACCELERATED_FEATURES"
+        extension = " feature_extension: ACCELERATED_FEATURES" if self.accelerated else ""
+        capability = f"major: {self.major} minor: {self.minor}{extension}"
         return (
             f"gpu_device_info {{ {fields} cuda_compute_capability {{ {capability} }} }} "
             'platform_name: "CUDA" dnn_version_info { major: 9 minor: 28 patch: 1 } '
@@ -96,7 +104,48 @@ CHIPS = {
         clock=1.965,
         memory=191514411008,
     ),
+    # For rows that are meant for more than one architecture; shared memory of a block and of an SM as the guide has them.
+    "sm80": Chip(
+        name="NVIDIA A100-SXM4-80GB",
+        major=8,
+        cores=108,
+        bandwidth=2039000000000,
+        l2=41943040,
+        clock=1.41,
+        memory=85899345920,
+        shared=166912,
+        accelerated=False,
+    ),
+    "sm89": Chip(
+        name="NVIDIA GeForce RTX 4090",
+        major=8,
+        minor=9,
+        cores=128,
+        bandwidth=1008000000000,
+        l2=75497472,
+        clock=2.52,
+        memory=25769803776,
+        shared=101376,
+        accelerated=False,
+    ),
+    "sm120": Chip(
+        name="NVIDIA GeForce RTX 5090",
+        major=12,
+        cores=170,
+        bandwidth=1792000000000,
+        l2=100663296,
+        clock=2.41,
+        memory=34359738368,
+        shared=101376,
+    ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Device(AbstractDevice):
+    """An abstract device that says its architecture, which Mosaic GPU asks for: without, it takes 9.0."""
+
+    compute_capability: str = "9.0"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +157,23 @@ class Assembled:
     spill_bytes: int  # stores + loads
     stack_bytes: int
     smem_bytes: int = 0  # a block's scratch in shared memory
+    tmem_columns: int = 0  # of tensor memory, of 512
     sass: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def matrix(self) -> str:
+        """Matrix instructions in the SASS: UTC*MMA are tcgen05, *GMMA wgmma, HMMA and the like of a warp."""
+        return ", ".join(sorted(set(re.findall(r"\b(UTC[A-Z]*MMA|[HQI]GMMA|[HQIO]MMA)\b", self.sass)))) or "-"
+
+    @property
+    def looped(self) -> int:
+        """Reads and writes of local memory inside loops: spilled registers that cost time again and again."""
+        lines = self.sass.splitlines()
+        labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+        jumps = ((i, m[1]) for i, line in enumerate(lines) if (m := re.search(r"\bBRA\S* .*`?\(?(\.L_x_\d+)", line)))
+        loops = [(labels[to], i) for i, to in jumps if labels.get(to, i) < i]
+        local = [i for i, line in enumerate(lines) if re.search(r"\b(LDL|STL)\b", line)]
+        return sum(any(first <= i <= last for first, last in loops) for i in local)
 
 
 def compile_for(chip: Chip, function, *args) -> list[Assembled]:
@@ -121,7 +186,7 @@ def compile_for(chip: Chip, function, *args) -> list[Assembled]:
     )
     where = SingleDeviceSharding(topology.devices[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
-    abstract = AbstractDevice(device_kind=chip.name, num_cores=chip.cores, platform="cuda")
+    abstract = Device(device_kind=chip.name, num_cores=chip.cores, platform="cuda", compute_capability=chip.capability)
     mesh = AbstractMesh((1,), ("_",), (AxisType.Explicit,), abstract_device=abstract)
     with tempfile.TemporaryDirectory() as folder, _environment(folder), jax.sharding.use_abstract_mesh(mesh):
         jax.jit(function).trace(*jax.tree.map(place, args)).lower().compile()
@@ -145,7 +210,8 @@ def _read(folder: Path) -> list[Assembled]:
     found = []
     for log in sorted(folder.glob("*.ptxas")):
         sass, resources = log.with_suffix(".sass_ctrl"), log.with_suffix(".resources.txt")
-        smem = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text()) if resources.exists() else None
+        asked = resources.read_text() if resources.exists() else ""
+        smem, tmem = (re.search(rf"{name}=(\d+)", asked) for name in ("smem_scratch_bytes", "tmem_scratch_cols"))
         for entry in re.split(r"(?=Compiling entry function)", log.read_text())[1:]:
             name = re.search(r"Compiling entry function '([^']+)'", entry)[1]
             used = re.search(r"Used (\d+) registers", entry)
@@ -158,6 +224,7 @@ def _read(folder: Path) -> list[Assembled]:
                     spill_bytes=stores + loads,
                     stack_bytes=stack,
                     smem_bytes=int(smem[1]) if smem else 0,
+                    tmem_columns=int(tmem[1]) if tmem else 0,
                     sass=sass.read_text() if sass.exists() else "",
                 )
             )
@@ -165,8 +232,10 @@ def _read(folder: Path) -> list[Assembled]:
 
 
 def compile_rows(arch: str, ops: tuple[str, ...] = ()) -> tuple[list[list[str]], list[str]]:
-    """Lines of (row, case, kernel, registers, spills, shared memory) of every case on every GPU row of `arch`; failures."""
-    target = next(t for t in targets.TARGETS.values() if t.arch == arch)
+    """Lines of (row, case, kernel, registers, spills, shared and tensor memory, matrix instructions) of every case on every GPU
+    row of `arch`; failures."""
+    here = (t for t in targets.TARGETS.values() if t.arch == arch)
+    target = next(here, targets.Target(name=arch, platform="gpu", arch=arch))
     lines, failures = [], []
     for case in tqdm(registry.cases(ops), unit="case", file=sys.stderr, mininterval=5):
         rows = registry.kernels(case, target)
@@ -183,7 +252,7 @@ def compile_rows(arch: str, ops: tuple[str, ...] = ()) -> tuple[list[list[str]],
             for k in found:
                 lines.append([
                     f"{row.op} {row.name}", case.name, k.kernel.removesuffix("_mosaic_gpu_kernel"), str(k.registers),
-                    str(k.spill_bytes), f"{k.smem_bytes / 1024:.0f} KiB",
+                    f"{k.spill_bytes} ({k.looped} in loops)", f"{k.smem_bytes / 1024:.0f} KiB", str(k.tmem_columns), k.matrix,
                 ])  # fmt: skip
     return lines, failures
 
@@ -194,8 +263,20 @@ def main() -> int:
     parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
     args = parser.parse_args()
     lines, failures = compile_rows(args.arch, tuple(args.op))
-    print(table(("row", "case", "kernel", "registers", "spilled bytes", "shared memory"), lines))
+    header = (
+        "row",
+        "case",
+        "kernel",
+        "registers",
+        "spilled bytes",
+        "shared memory",
+        "tensor memory",
+        "matrix instructions",
+    )
+    print(table(header, lines))
     print("\n".join(failures))
+    if args.arch == "sm100":
+        print(estimate.text(estimate.estimates()))
     return 1 if failures or not lines else 0
 
 

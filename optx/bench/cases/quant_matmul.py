@@ -1,5 +1,6 @@
 """Cases and benchmark shapes of `quant_matmul` with 16-bit activations: every packed format, one row to a prefill."""
 
+import dataclasses
 import functools
 
 import jax
@@ -32,6 +33,18 @@ def case(stored: str, m, d, f, *, small=False, **kwargs) -> Case:
     return Case(op=OP, name=f"{stored}_{m}x{d}x{f}", make=make, site=site(d, f, format_), small=small)
 
 
+def rounded(stored: str, m, d, f) -> Case:
+    """Activations in the weight's format, blocks of 4-bit floats both."""
+    format_ = formats.parse(stored)
+
+    def make(rng):
+        args, _ = call(rng, m, d, f, format_)
+        return args, {"activations": format_}
+
+    about = site(d, f, format_) | {"activations": format_}
+    return Case(op=OP, name=f"{stored}_both_{m}x{d}x{f}", make=make, site=about, small=False)
+
+
 GROUPED = [f"int{width}_g{group}{zero}" for width in (4, 8) for group in (32, 64, 128) for zero in ("", "_asym")]
 CHANNEL = ["int4", "int4_asym", "int8", "int8_asym", "fp8_e4m3"]
 
@@ -59,6 +72,8 @@ CASES = (
     case("int8_g32_asym", 700, 1024, 12352),
     case("fp8_e4m3_g128", 700, 1024, 12352),
     case("mxfp4", 700, 1024, 12352),
+    *(case(stored, 40, 1024, 1024) for stored in (*GROUPED, *CHANNEL, "fp8_e4m3_g128", "mxfp4", "nvfp4")),
+    *(rounded(stored, m, 4096, f) for stored in ("mxfp4", "nvfp4") for m, f in ((3, 4096), (64, 6144), (1001, 1024))),
 )
 
 
@@ -82,7 +97,19 @@ def shape(stored: str, m, d=4096, f=24576) -> Shape:
     )
 
 
+def both(stored: str, m, d=4096, f=24576) -> Shape:
+    """`shape` with activations in the weight's format."""
+    base, format_ = shape(stored, m, d, f), formats.parse(stored)
+
+    def make(rng):
+        return base.make(rng)[0], {"activations": format_}
+
+    about = dict(base.site) | {"activations": format_}
+    return dataclasses.replace(base, name=f"{stored}_both_{m}x{d}x{f}", make=make, site=about, unit="fp8", peers={})
+
+
 SHAPES = (
+    *(both(stored, m) for stored in ("mxfp4", "nvfp4") for m in (16, 4096)),
     *(shape("int4_g128", m) for m in (1, 16, 64, 256, 4096)),
     *(shape(stored, 16) for stored in ("int8", "fp8_e4m3", "mxfp4", "nvfp4")),
     shape("int4_g128", 16, f=4096),
