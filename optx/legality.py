@@ -28,7 +28,7 @@ STACK = Fact(
     fix="keep the one that costs less, which `optx eval --against` tells",
     source="arithmetic: both leave out the tokens that attention hardly reads, and a token that is gone is not skipped again",
 )
-OF_STEPS = (*STEP_FACTS, *SCALE_FACTS, *HEAD_FACTS, *STRUCTURE_FACTS, *EVICTION_STEPS, *SELECTION_FACTS)
+OF_STEPS = (*SELECTION_FACTS, *STEP_FACTS, *SCALE_FACTS, *HEAD_FACTS, *STRUCTURE_FACTS, *EVICTION_STEPS)
 OF_TREES = (*TREE_FACTS, *EVICTION_TREES)
 FACTS: tuple[Fact, ...] = (*OF_STEPS, *OF_TREES)
 

@@ -8,8 +8,11 @@ from optx.nn.dsa import KeyIndexer
 from optx.nn.nsa import NSA
 from optx.nn.selecting import BlockMeans
 from optx.passes.clsa import Clsa
+from optx.passes.dsa import Dsa
 from optx.passes.evict_kv import EvictKV
 from optx.passes.kivi import Kivi
+from optx.passes.moba import Moba
+from optx.passes.nsa import Nsa
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.rotate import Rotate
 from optx.passes.rotated_kv import RotatedKV
@@ -56,6 +59,10 @@ def _beside_selection(intent: Intent) -> list[Finding]:
     return [Finding(path=path, got=str(m.cache)) for path, m in wrong]
 
 
+def _chosen_twice(intent: Intent) -> list[Finding]:
+    return [Finding(path=path, got=str(x.cache)) for path, x, _ in intent.sites if x.cache.select is not None]
+
+
 def _without_chooser(intent: Intent) -> list[Finding]:
     after = intent.applied()
     followers = [
@@ -80,6 +87,15 @@ SELECTION_FACTS: tuple[StepFact, ...] = (
         "tokens and eviction keep others",
         fix="leave out recent and first, take a format with scales a token, or leave out the selection",
         source="arithmetic: a choice is a list of pages of one table",
+        override=False,
+    ),
+    StepFact(
+        name="selected_twice",
+        of=(Moba, Nsa, Dsa),
+        found=_chosen_twice,
+        why="the layer chooses what it reads already",
+        fix="keep one of the passes, or give them layers of their own with 'match'",
+        source="arithmetic: a step reads one list of pages a layer",
         override=False,
     ),
     StepFact(

@@ -7,6 +7,7 @@ from optx.nn.attention import Attention
 from optx.passes.gqa import Gqa
 from optx.passes.linearize import Linearize
 from optx.passes.mla import Mla
+from optx.passes.reduce_experts import ReduceExperts, too_few
 from optx.passes.share_kv import ShareKV
 
 
@@ -32,7 +33,22 @@ def _differ(reader: Attention, owner: nnx.Module | None, where: str) -> str | No
     return None
 
 
+def _too_few_experts(intent: Intent) -> list[Finding]:
+    counts = [(path, moe.router, options.count(path, moe.router.experts)) for path, moe, options in intent.sites]
+    reasons = [(path, too_few(router, count)) for path, router, count in counts]
+    return [Finding(path=path, got=reason) for path, reason in reasons if reason]
+
+
 STRUCTURE_FACTS: tuple[StepFact, ...] = (
+    StepFact(
+        name="fewer_experts_than_a_token_takes",
+        of=(ReduceExperts,),
+        found=_too_few_experts,
+        why="the router could not choose as many experts as a token takes",
+        fix="keep more",
+        source="arithmetic: a top-k of fewer than k",
+        override=False,
+    ),
     StepFact(
         name="reads_other_heads",
         of=(Gqa, Mla, ShareKV, Linearize),

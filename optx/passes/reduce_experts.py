@@ -98,19 +98,23 @@ def _merged(site: Site, moe: MoE, core: Experts, opt: ReduceExperts, count: int)
     return merged(core, np.asarray(groups), _statistics(site, moe)[0], opt.align), {"merged": groups}
 
 
-def _check_router(site: Site, router: Router, count: int) -> None:
+def too_few(router: Router, count: int) -> str | None:
+    """Why a router cannot choose among `count` experts, with what is allowed."""
     if count % router.groups:
-        raise PassError(
-            f"reduce_experts at {site.path}: {count} experts do not divide into its {router.groups} groups, of which a token "
-            f"looks at {router.kept}; allowed: multiples of {router.groups}"
+        return (
+            f"{count} experts do not divide into its {router.groups} groups, of which a token looks at {router.kept}; allowed: "
+            f"multiples of {router.groups}"
         )
     if router.top_k > router.kept * (count // router.groups):
         of = "" if router.groups == 1 else f" in {router.kept} of {router.groups} groups"
         least = -(-router.top_k // router.kept) * router.groups
-        raise PassError(
-            f"reduce_experts at {site.path}: a token takes {router.top_k} experts, and {count} stay{of}; allowed: at "
-            f"least {least}"
-        )
+        return f"a token takes {router.top_k} experts, and {count} stay{of}; allowed: at least {least}"
+    return None
+
+
+def _check_router(site: Site, router: Router, count: int) -> None:
+    if reason := too_few(router, count):
+        raise PassError(f"reduce_experts at {site.path}: {reason}")
 
 
 def _groups(site: Site, moe: MoE, opt: ReduceExperts, count: int) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def test_experts_that_no_token_takes_are_pruned_exactly(family):
     keep = router.experts - len(gone)
     if router.groups > 1:
         with pytest.raises(
-            PassError, match="a token takes 3 experts, and 4 stay in 2 of 4 groups; allowed: at least 8"
+            OptxError, match="a token takes 3 experts, and 4 stay in 2 of 4 groups; allowed: at least 8"
         ):
             through(model, keep=keep)
         return
@@ -260,13 +260,13 @@ def test_bytes_fall():
     ],
 )
 def test_refusals(options, message):
-    with pytest.raises(PassError, match=message):
+    with pytest.raises(OptxError, match=message):
         optx.plan(shapes("mixtral"), Recipe(structure=[ReduceExperts(**options)]))
 
 
 def test_groups_that_do_not_divide():
     with pytest.raises(
-        PassError, match="6 experts do not divide into its 4 groups, of which a token looks at 2; allowed: multiples"
+        OptxError, match="6 experts do not divide into its 4 groups, of which a token looks at 2; allowed: multiples"
     ):
         optx.plan(shapes("deepseek_v3"), Recipe(structure=[ReduceExperts(keep=6)]))
 
