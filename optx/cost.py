@@ -235,7 +235,7 @@ class StepBytes:
     context: int
     weights: int  # read
     kv: float  # read; metadata and states included
-    kv_token: float  # that one more token (and one row's states) takes for good
+    kv_token: float  # that one more token takes for good; states do not grow
     held: float  # in memory: all weights, and the caches of all sequences
     unread: int = 0  # weights that the step leaves alone but for single rows: an untied input embedding
 
@@ -267,7 +267,7 @@ def step_bytes(tree: nnx.Module, batch: int = 1, context: int = 1) -> StepBytes:
         context=context,
         weights=weights_read(tree, batch),
         kv=sum(op.cache for op in step_ops(tree, batch=batch, context=context)),
-        kv_token=sum(_unit_bytes(spec) for spec in specs),
+        kv_token=sum(_unit_bytes(spec) for spec in specs if spec.holds_tokens),
         held=ir.weight_bytes(tree) + sum(held(spec, batch, context) for spec in specs),
         unread=0 if tree.output is None else ir.weight_bytes(tree.embed),
     )
