@@ -129,7 +129,7 @@ ROWS: tuple[Row, ...] = (
             variant="mma",
             module="flash_attention.mosaic_gpu_mma",
             verified=arch != "sm90",  # on Hopper only where a recipe asks, or to be compared
-            ran=False,
+            ran=arch == "sm90",
             lacks=("chosen",),
         )
         for arch in _MMA
@@ -195,7 +195,7 @@ ROWS: tuple[Row, ...] = (
             variant="mma",
             module="paged_decode.mosaic_gpu_mma",
             order="batch",
-            verified=arch != "sm90",
+            verified=False,  # mended after its first run gave NaN, and not run since
             ran=False,
             lacks=_PLAIN,
         )

@@ -6,7 +6,8 @@ nothing here; the copies do: by the tensor memory accelerator from Hopper on, by
 
 A thread block is one warpgroup that reads the pages part, part + parts, ... of a row and a kv head, a few copies ahead; its
 warps share out the keys of a page, then the columns of the values. Parts end as sums of their own, which XLA merges
-(FlashAttention-2, arXiv:2307.08691, section 3.1). Never run on hardware so far.
+(FlashAttention-2, arXiv:2307.08691, section 3.1). Its first run, on an H100, lacked the barrier between weights and values and gave
+NaN; it has not run since.
 """
 
 import dataclasses
@@ -241,14 +242,14 @@ def _body(q, k_pool, v_pool, positions, table, lengths, q_positions, *refs, call
         weights = jnp.where(seen, jnp.exp2(logits - spread(top, 0, shape)), 0.0)
         total = total * shrink + jnp.sum(weights, axis=1)
         p_smem[...] = weights.astype(q.dtype)
+        plgpu.commit_smem()  # a barrier: warps read weights of keys that other warps have computed
         values = load(v_smem.at[slot], right_layout)
         token = plgpu.broadcasted_iota(jnp.int32, (page, h), 0, layout=right_layout)
         values = jnp.where(
             token < length - first, values, jnp.zeros((), q.dtype)
         )  # what was never written may be anything
         sums = product(sums * spread(shrink, 0, sums.shape), load(p_smem, left_layout), values)
-        if tiles.tma:
-            plgpu.commit_smem()  # what was read is read before the copy engine writes there
+        plgpu.commit_smem()  # what was read is read before copies and the next weights are written there
         fetch_next(slot, i + stages)
         return top, total, sums
 
