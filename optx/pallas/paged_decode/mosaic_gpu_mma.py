@@ -6,8 +6,8 @@ nothing here; the copies do: by the tensor memory accelerator from Hopper on, by
 
 A thread block is one warpgroup that reads the pages part, part + parts, ... of a row and a kv head, a few copies ahead; its
 warps share out the keys of a page, then the columns of the values. Parts end as sums of their own, which XLA merges
-(FlashAttention-2, arXiv:2307.08691, section 3.1). Its first run, on an H100, lacked the barrier between weights and values and gave
-NaN; it has not run since.
+(FlashAttention-2, arXiv:2307.08691, section 3.1). Its first run, on an H100, lacked the barrier between weights and values and
+gave NaN; it has not run since.
 """
 
 import dataclasses
