@@ -20,6 +20,7 @@ from optx.passes.moba import Moba
 from optx.passes.quantize_activations import QuantizeActivations
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.quantize_weights import QuantizeWeights
+from optx.passes.reduce_experts import ReduceExperts
 from optx.passes.rotate import Rotate
 from optx.passes.rotate_online import RotateOnline
 from optx.passes.share_kv import ShareKV
@@ -99,6 +100,11 @@ def shared():
     mixer = model.layers[1].mixer
     ir.put(model, "layers/1/mixer", ir.replace(mixer, k=None, v=None, cache=mixer.cache.replace(share=0)))
     return model
+
+
+def chosen():
+    """With reads selected."""
+    return optx.plan(llama(), Recipe(attention=[Moba(block=8)]), "cpu").tree
 
 
 def routed(width=None):
@@ -237,6 +243,12 @@ CASES = [
     ("repetition_cannot_step_back", llama, repeated(match="layers/1/.*"), "layers/0/mixer"),
     ("repetition_cannot_step_back", llama, repeated(), None),
     ("repetition_cannot_step_back", lambda: families.abstract("gemma3"), evicted(), None),  # feeds nothing again
+    ("selected_twice", chosen, Recipe(attention=[Moba(block=8)]), "layers/0/mixer"),
+    ("selected_twice", llama, Recipe(attention=[Moba(block=8)]), None),
+    ("exact_tokens_beside_selection", chosen, Recipe(cache=[QuantizeKV(format="int8", recent=4)]), "layers/0/mixer"),
+    ("exact_tokens_beside_selection", chosen, Recipe(cache=[KV8]), None),
+    ("fewer_experts_than_a_token_takes", routed, Recipe(structure=[ReduceExperts(keep=1)]), "layers/0/mlp"),
+    ("fewer_experts_than_a_token_takes", routed, Recipe(structure=[ReduceExperts(keep=2)]), None),
     ("select_without_key_bias", lambda: llama(attention_bias=True), Recipe(fold=[SplitKeyBias()]), None),
     ("rotated_under_index", llama, rotated(), None),
     ("index_of_scaled_heads", llama, Recipe(cache=[KV8]), None),
