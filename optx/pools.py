@@ -45,6 +45,7 @@ class Caches:
     positions: tuple[jax.Array, ...]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class View:
     """One layer's side of the caches during a step."""

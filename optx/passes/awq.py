@@ -131,11 +131,11 @@ def _calls(block: Block, parts: Sequence[str], inputs: tuple, tokens: int) -> di
 def _calls_of(graph, parts, windows: int):
     def run(state, arguments):
         block, called = nnx.merge(graph, state), {}
-        x, ragged, cache = arguments
+        x, ragged, cache = arguments  # cache: what an earlier layer has left for this one, or None
         rows = Ragged.dense(min(windows, ragged.batch), ragged.longest)
         few = x[: rows.rows.shape[0]]
         if cache is not None:
-            cache = View(pool=jax.tree.map(lambda p: p[: few.shape[0]], cache.pool), slots=rows.starts)
+            cache = View(pool=jax.tree.map(lambda p: p[: few.shape[0]], cache), slots=rows.starts)
 
         def note(path, call, *args):
             called[path] = args

@@ -17,9 +17,12 @@ from optx.formats.search import clipped_grid
 from optx.nn.core import Linear
 from optx.nn.moe import GroupedLinear
 from optx.passes.awq import AWQ
+from optx.passes.clsa import Clsa
 from optx.passes.gptq import GPTQ
+from optx.passes.moba import Moba
 from optx.passes.quantize_weights import QuantizeWeights
 from optx.passes.rotate_online import RotateOnline
+from optx.passes.share_kv import ShareKV
 from optx.recipe import Recipe
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -129,3 +132,18 @@ def test_what_runs_rotated_takes_no_scale():
     tokens = jnp.asarray([families.prompt(48)], jnp.int32)
     rounded = calibrated.through(tree, plain())[0]
     assert families.relative(out(tokens), tree(tokens)) < 0.8 * families.relative(rounded(tokens), tree(tokens))
+
+
+@pytest.mark.parametrize(
+    "before",
+    [{"structure": [ShareKV(factor=2)]}, {"attention": [Moba(block=4, top_k=3), Clsa()]}],
+    ids=["share_kv", "clsa"],
+)
+def test_layers_that_read_what_an_earlier_one_has_left(before):
+    """Keys and values, or a choice of blocks: the scales of such a layer are searched with what it reads."""
+    model = families.concrete("llama")
+    plain, _ = calibrated.through(model, Recipe(**before))
+    tree, _ = calibrated.through(model, Recipe(**before, weights=[AWQ(format="int8", values=False)]))
+    assert tensor.is_packed(ir.get(tree, "layers/1/mixer/q").weight.get_value())
+    tokens = families.prompt(20)
+    assert 0 < families.relative(families.forward(tree, tokens), families.forward(plain, tokens)) < 0.05
