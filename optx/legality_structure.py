@@ -34,8 +34,9 @@ def _differ(reader: Attention, owner: nnx.Module | None, where: str) -> str | No
 
 
 def _too_few_experts(intent: Intent) -> list[Finding]:
-    counts = [(path, moe.router, options.count(path, moe.router.experts)) for path, moe, options in intent.sites]
-    reasons = [(path, too_few(router, count)) for path, router, count in counts]
+    """The router of merged experts stays as it is."""
+    pruned = [(path, moe.router, options) for path, moe, options in intent.sites if options.how == "prune"]
+    reasons = [(path, too_few(router, options.count(path, router.experts))) for path, router, options in pruned]
     return [Finding(path=path, got=reason) for path, reason in reasons if reason]
 
 
