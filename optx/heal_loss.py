@@ -1,6 +1,6 @@
 """How far a student is from its teacher, differentiable and in bounded memory.
 
-Every block of layers is run again when its gradient is taken (Chen et al. 2016, arXiv:1604.06174), and logits exist for some
+Every block of layers is run again when its gradient is taken (Chen et al. 2016, arXiv:1604.06174), and logits exist for a
 thousand tokens at a time.
 """
 
@@ -16,7 +16,7 @@ from optx.cache import Ragged
 from optx.nn.core import Embed, LayerNorm, Linear, RMSNorm
 from optx.nn.moe import GroupedLinear, MoE, load, recorded
 
-ROWS = 4096  # tokens whose logits exist at once
+ROWS = 1024  # tokens whose logits exist at once
 NARROW = (Embed, GroupedLinear, LayerNorm, Linear, RMSNorm)  # parts whose vectors follow the type of their matrices
 
 

@@ -18,7 +18,7 @@ from optx.target import Target
 def needed(teacher: nnx.Module, student: nnx.Module, options: Distill) -> dict[str, float]:
     """{what: bytes}, from abstract trees. What moves has a float32 weight, a gradient (another while parts of a batch are
     added up) and two moments; products are made of a copy in `options.dtype`; of activations, what enters each block, one
-    block's own, and logits of some thousand tokens with their gradients."""
+    block's own, and of a thousand tokens both models' logits, log-probabilities and gradients."""
     size = jnp.dtype(options.dtype).itemsize
     counts = {name: math.prod(value.shape) for name, value in values_of(student).items()}
     moving = sum(counts.values())
@@ -38,7 +38,7 @@ def needed(teacher: nnx.Module, student: nnx.Module, options: Distill) -> dict[s
         "student": (4 + size) * sum(counts.values()),
         "optimizer": (12 + 4 * (options.accumulate > 1)) * moving,
         "activations": size * tokens * (states * width + 8 * widest),
-        "logits": 4 * 4 * min(tokens, ROWS) * vocab,
+        "logits": 6 * 4 * min(tokens, ROWS) * vocab,
     }
 
 
