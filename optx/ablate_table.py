@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optx.ir import size_text
+from optx.pipeline import Healing
 from optx.report import table
 
 UNCOMPILED = "(uncompiled)"
@@ -37,6 +38,12 @@ class Result:
     compile_seconds: float | None = None  # a pass that variants share counts for each
     eval_seconds: float | None = None
     passes: tuple[dict, ...] = ()  # as the report of a compile has them
+
+    @property
+    def healing(self) -> Healing | None:
+        """What training has won back."""
+        found = next((p["healing"] for p in self.passes if p.get("healing")), None)
+        return None if found is None else Healing(**found)
 
     def line(self) -> str:
         """What is told of it when it comes."""
@@ -129,6 +136,12 @@ class Outcome:
             "kernels where they were measured (others count at their bound).",
             "compile s: passes and lowering; a pass that variants share is run once and counted for each.",
             f"{FRONT}: no other variant is lower in both KL and {AXES[self.x][0]}.",
+            *(
+                f"healed: {r.model}, {r.variant}: KL {h.kl[0]:.3g} to {h.kl[1]:.3g} on sequences that were not trained on, "
+                f"{h.steps:,} steps, {h.tokens:,} tokens, {h.seconds:,.0f} s"
+                for r in self.results
+                if (h := r.healing) is not None
+            ),
             *(f"refused: {r.model}, {r.variant}: {r.refused}" for r in self.results if r.refused),
         ]
 

@@ -5,7 +5,7 @@ import json as json_text
 import sys
 from pathlib import Path
 
-from optx import ablate, ablate_config, ablate_plot
+from optx import ablate, ablate_config, ablate_plot, heal_plot
 from optx import target as targets
 from optx.ablate_config import Ablation, ModelRow, Study
 from optx.ablate_table import AXES, Outcome
@@ -14,6 +14,7 @@ from optx.cli_verbs import read_text, say
 from optx.errors import RecipeError, UsageError
 
 FILES = ("table.md", "table.csv", "results.json", "pareto.png")
+HEALING = "healing.png"
 
 
 def ablations(
@@ -92,6 +93,10 @@ def _write(outcome: Outcome, data: str, out: Path) -> None:
         say(f"note: no variant has a KL, so {plot} is not drawn")
     else:
         say(f"written to {out}: {', '.join(FILES)}")
+    several = len({r.model for r in outcome.results}) > 1
+    healed = {f"{r.model}, {r.variant}" if several else r.variant: r.healing for r in outcome.results if r.healing}
+    if heal_plot.compare(healed, out / HEALING):
+        say(f"curves of healing: {out / HEALING}")
 
 
 def verb(model_flags: tuple[Flag, ...], calibration: Flag, json: Flag) -> Verb:
@@ -126,6 +131,6 @@ def verb(model_flags: tuple[Flag, ...], calibration: Flag, json: Flag) -> Verb:
         "recipes, a grid of fields by dotted path over a base recipe, or the base without each of its rules (leave_one_out). "
         "Each result is kept in DIR/results under a hash of the model's files, recipe, text, protocol and versions: a run "
         "that was stopped goes on, a second one computes only what is new. A recipe that a model refuses is a row with the "
-        f"reason. Written: {', '.join(FILES)}.",
+        f"reason. Written: {', '.join(FILES)}, and {HEALING} where recipes heal.",
         run=ablations,
     )

@@ -40,6 +40,7 @@ def check(teacher: nnx.Module, student: nnx.Module, options: Distill, room: int 
         raise HealError(f"distill.context: got {options.context}; allowed: up to the model's {teacher.context}")
     if options.devices > (here := jax.local_device_count()):
         raise HealError(f"distill.devices: got {options.devices}; this machine has {here}")
+    heal_data.check_reader()
     heal_data.files(options)
     heal_memory.check(teacher, student, options, room)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from optx.errors import HealError, no_such_path
 from optx.lower import Program
 from optx.passes.distill import Distill
 
-ROWS = 64  # sequences that are sampled at once
+ROWS = 256  # sequences that are sampled at once, as far as their pages fit
 SHARD = ".npy"
 
 
@@ -58,6 +59,12 @@ def files(options: Distill) -> list[Path]:
         if not path.is_file():
             raise HealError(f"distill.text: {no_such_path(path)}")
     return paths
+
+
+def check_reader() -> None:
+    """Raises HealError where grain is not installed."""
+    if importlib.util.find_spec("grain") is None:
+        raise HealError("healing reads its text through grain, which is missing: pip install 'optx[heal]'")
 
 
 def digests(options: Distill) -> list[str]:
@@ -131,11 +138,9 @@ def _checked(ids: np.ndarray, path: Path, vocab: int) -> np.ndarray:
 
 
 def batches(rows: np.ndarray, options: Distill) -> Batches:
-    """Batches of rows in a shuffled order, epoch after epoch, through grain. Raises HealError where grain is not installed."""
-    try:
-        import grain
-    except ImportError:
-        raise HealError("healing reads its text through grain, which is missing: pip install 'optx[heal]'") from None
+    """Batches of rows in a shuffled order, epoch after epoch, through grain."""
+    import grain
+
     shuffled = grain.MapDataset.source(rows).seed(options.seed).shuffle().repeat()
     batched = shuffled.batch(options.batch, drop_remainder=True)
     return iter(batched.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

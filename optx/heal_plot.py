@@ -1,5 +1,7 @@
-"""The curve of a healing run: KL against the uncompiled model over the tokens trained on."""
+"""The curves of healing: KL against the uncompiled model over the run."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from optx.heal_state import CURVES, LOG, rows
@@ -41,6 +43,37 @@ def draw(folder: Path, healing: Healing) -> Path:
         axes.legend(frameon=False)
         FigureCanvasAgg(figure).print_png(folder / CURVES)
     return folder / CURVES
+
+
+def compare(runs: Mapping[str, Healing], path: Path) -> bool:
+    """Writes a PNG: a panel a run by name, KL on held-out sequences over the seconds of training. False, and nothing written,
+    where the log of none is left."""
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    logs = {name: Path(run.folder) / LOG for name, run in runs.items()}
+    held = {name: [r for r in rows(log) if r["kind"] == "held_out"] for name, log in logs.items() if log.exists()}
+    if not held:
+        return False
+    across = min(4, len(held))
+    down = math.ceil(len(held) / across)
+    with style.context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.6 + 2.0 * down), dpi=DPI, layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False, sharex=True)
+        for axes, (name, lines) in zip(panels.flat, held.items()):
+            kl = [line["kl"] for line in lines]
+            axes.plot([line["seconds"] for line in lines], kl, "o-", color=KV, markersize=3.5, linewidth=1.2)
+            axes.set_title(f"{name}: {kl[0]:.3g} to {kl[-1]:.3g}", fontsize=9)
+            axes.set(yscale="log")
+            axes.grid(True, which="both", axis="y", color="#e3e7ec", linewidth=0.7)
+            axes.set_axisbelow(True)
+        for axes in list(panels.flat)[len(held) :]:
+            axes.set_axis_off()
+        figure.supxlabel("seconds of training", fontsize=9)
+        figure.supylabel("KL on held-out sequences, nats a token", fontsize=9)
+        FigureCanvasAgg(figure).print_png(path)
+    return True
 
 
 def _phases(train: list[dict]) -> list[tuple[tuple[str, float, float], float]]:

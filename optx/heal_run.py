@@ -192,7 +192,7 @@ class Run:
             each = [run(self.teacher, student, tokens) for tokens in parts]
             mean = {name: float(np.mean([float(one[name]) for one in each])) for name in each[0]}
             found = {"kl": mean["kl"], "perplexity": math.exp(mean["nll"]), "teacher": math.exp(mean["teacher_nll"])}
-            self.state.log(kind="held_out", step=self.step, **found)
+            self.state.log(kind="held_out", step=self.step, **found, seconds=self.elapsed)
             return found
 
         return measure

@@ -6,8 +6,7 @@ nothing here; the copies do: by the tensor memory accelerator from Hopper on, by
 
 A thread block is one warpgroup that reads the pages part, part + parts, ... of a row and a kv head, a few copies ahead; its
 warps share out the keys of a page, then the columns of the values. Parts end as sums of their own, which XLA merges
-(FlashAttention-2, arXiv:2307.08691, section 3.1). Its first run, on an H100, lacked the barrier between weights and values and
-gave NaN; it has not run since.
+(FlashAttention-2, arXiv:2307.08691, section 3.1).
 """
 
 import dataclasses
@@ -187,7 +186,7 @@ def _body(q, k_pool, v_pool, positions, table, lengths, q_positions, *refs, call
     right_layout = plgpu.Layout.MMA_RHS(q.dtype, m_warps=high)
     by_row, by_column = acc_layout.reduce(1), acc_layout.reduce(0)
     shape = (call.rows, page)
-    spread = lambda x, axis, to: plgpu.layout_cast(lax.broadcast_in_dim(x, to, (axis,)), acc_layout)  # noqa: E731
+    spread = lambda x, axis, to, layout=acc_layout: plgpu.layout_cast(lax.broadcast_in_dim(x, to, (axis,)), layout)  # noqa: E731
     load = lambda ref, layout: plgpu.load(ref, layout=layout, optimized=False)  # noqa: E731
 
     def product(acc, a, b):
@@ -244,10 +243,10 @@ def _body(q, k_pool, v_pool, positions, table, lengths, q_positions, *refs, call
         p_smem[...] = weights.astype(q.dtype)
         plgpu.commit_smem()  # a barrier: warps read weights of keys that other warps have computed
         values = load(v_smem.at[slot], right_layout)
-        token = plgpu.broadcasted_iota(jnp.int32, (page, h), 0, layout=right_layout)
-        values = jnp.where(
-            token < length - first, values, jnp.zeros((), q.dtype)
-        )  # what was never written may be anything
+        # Counted along one axis: a pair of a register lies along tokens here, and an iota of two axes counts it along columns.
+        token = plgpu.broadcasted_iota(jnp.int32, (page,), 0, layout=right_layout.reduce(1))
+        written = spread(token < length - first, 0, (page, h), right_layout)
+        values = jnp.where(written, values, jnp.zeros((), q.dtype))  # what was never written may be anything
         sums = product(sums * spread(shrink, 0, sums.shape), load(p_smem, left_layout), values)
         plgpu.commit_smem()  # what was read is read before copies and the next weights are written there
         fetch_next(slot, i + stages)
