@@ -117,7 +117,8 @@ class CacheSpec:
         kinds = [str(format_ or self.dtype) for format_ in self.formats]
         if len(set(kinds)) == 1:
             return kinds[0]
-        return ", ".join(f"{stream.name} {kind}" for stream, kind in zip(self.streams, kinds, strict=True))
+        each = zip(self.streams, self.formats, strict=True)
+        return ", ".join(f"{stream.name} {format_ or stream.dtype or self.dtype}" for stream, format_ in each)
 
     @property
     def holds_tokens(self) -> bool:
