@@ -114,10 +114,10 @@ class CacheSpec:
     @property
     def storage(self) -> str:
         """What streams are stored in, as text: `int8`, or `k int8, v int4` where they differ."""
-        kinds = [str(format_ or self.dtype) for format_ in self.formats]
-        if len(set(kinds)) == 1:
-            return kinds[0]
-        return ", ".join(f"{stream.name} {kind}" for stream, kind in zip(self.streams, kinds, strict=True))
+        if len(kinds := {str(format_ or self.dtype) for format_ in self.formats}) == 1:
+            return kinds.pop()
+        each = zip(self.streams, self.formats, strict=True)
+        return ", ".join(f"{stream.name} {format_ or stream.dtype or self.dtype}" for stream, format_ in each)
 
     @property
     def holds_tokens(self) -> bool:

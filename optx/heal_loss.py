@@ -15,6 +15,7 @@ from optx import ir
 from optx.cache import Ragged
 from optx.nn.core import Embed, LayerNorm, Linear, RMSNorm
 from optx.nn.moe import GroupedLinear, MoE, load, recorded
+from optx.nn.recorder import auxiliary
 
 ROWS = 1024  # tokens whose logits exist at once
 NARROW = (Embed, GroupedLinear, LayerNorm, Linear, RMSNorm)  # parts whose vectors follow the type of their matrices
@@ -45,11 +46,12 @@ def cast(values: Mapping[str, jax.Array], names: frozenset[str], dtype) -> dict[
 
 
 class Again(nnx.Module):
-    """A block that keeps nothing for its gradient but what enters it, and counts the tokens of its experts."""
+    """A block that keeps nothing for its gradient but what enters it, counts the tokens of its experts and hands on the losses
+    of its own."""
 
-    def __init__(self, block: nnx.Module, loads: list[jax.Array]):
+    def __init__(self, block: nnx.Module, loads: list[jax.Array], own: list[jax.Array]):
         self.block = block
-        self.loads = nnx.static(loads)
+        self.loads, self.own = nnx.static(loads), nnx.static(own)
 
     @property
     def mixer(self) -> nnx.Module | None:
@@ -61,24 +63,26 @@ class Again(nnx.Module):
         @jax.checkpoint
         def run(state, x, y, pool):
             view = None if cache is None else dataclasses.replace(cache, pool=pool)
-            with recorded() as routings:
+            with recorded() as routings, auxiliary() as own:
                 out = nnx.merge(graph, state).unjoined(x, y, ragged, view)
-            return out, [load(routing) for routing in routings]
+            return out, [load(routing) for routing in routings], own
 
-        out, loads = run(state, x, y, None if cache is None else cache.pool)
+        out, loads, own = run(state, x, y, None if cache is None else cache.pool)
         self.loads.extend(loads)
+        self.own.extend(own)
         return out
 
 
 def forward(model: nnx.Module, tokens: jax.Array, tapped: bool):
     """tokens int32[B, T] -> (hidden [B, T, D] before the head, float32[E] tokens of each expert by routing layer, inputs of all
-    layers but the first [B, T, D] where `tapped`). The tree is changed: it must be the caller's own."""
+    layers but the first [B, T, D] where `tapped`, losses of single layers). The tree is changed: it must be the caller's own."""
     loads: list[jax.Array] = []
-    model.layers = nnx.List([Again(layer, loads) for layer in model.layers])
+    own: list[jax.Array] = []
+    model.layers = nnx.List([Again(layer, loads, own) for layer in model.layers])
     taps = tuple(range(1, len(model.layers))) if tapped else ()
     hidden, _, states = model.backbone(tokens.reshape(-1), Ragged.dense(*tokens.shape), taps=taps)
     shape = (*tokens.shape, -1)
-    return hidden.reshape(shape), loads, tuple(x.reshape(shape) for x in states)
+    return hidden.reshape(shape), loads, tuple(x.reshape(shape) for x in states), own
 
 
 def losses(
@@ -87,13 +91,15 @@ def losses(
     """tokens int32[B, T] -> (figures, tokens of each expert by routing layer). Both trees are changed.
 
     kl: mean KL(teacher || student) of the next token, nats; nll, teacher_nll: mean -log p of the tokens after the first; hidden:
-    mean over layers and tokens of |h - h_teacher|^2 / |h_teacher|^2, 0 where not asked for.
+    mean over layers and tokens of |h - h_teacher|^2 / |h_teacher|^2, 0 where not asked for; auxiliary: mean over the student's
+    layers that have a loss of their own (nn/recorder.py), missing where none has.
     """
-    wanted, _, states = jax.lax.stop_gradient(forward(teacher, tokens, hidden))
-    found, loads, mine = forward(student, tokens, hidden)
+    wanted, _, states, _ = jax.lax.stop_gradient(forward(teacher, tokens, hidden))
+    found, loads, mine, own = forward(student, tokens, hidden)
     pairs = [*zip(mine, states, strict=True), (found, wanted)]
     distance = sum(map(_distance, *zip(*pairs))) / len(pairs) if hidden else jnp.float32(0)
-    return _of_logits(teacher, student, wanted, found, tokens) | {"hidden": distance}, loads
+    more = {"hidden": distance} | ({"auxiliary": sum(own) / len(own)} if own else {})
+    return _of_logits(teacher, student, wanted, found, tokens) | more, loads
 
 
 def _distance(found: jax.Array, wanted: jax.Array) -> jax.Array:

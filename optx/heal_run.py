@@ -151,11 +151,13 @@ class Run:
 
         def loss(moving, tokens):
             parts, loads = self._losses(teacher, frozen | moving | biases, tokens)
-            return parts["kl"] + self.options.hidden * parts["hidden"], (parts, loads)
+            value = parts["kl"] + self.options.hidden * parts["hidden"]
+            return value + parts["auxiliary"] if "auxiliary" in parts else value, (parts, loads)
 
         def of_part(tokens):
             (value, (parts, loads)), slope = jax.value_and_grad(loss, has_aux=True)(moving, tokens)
-            return slope, {"loss": value, "kl": parts["kl"], "hidden": parts["hidden"]}, loads
+            told = {name: parts[name] for name in ("kl", "hidden", "auxiliary") if name in parts}
+            return slope, {"loss": value} | told, loads
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, tokens[0]))
         total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of_part(part)), None), zero, tokens)

@@ -12,6 +12,7 @@ from optx.passes.dsa import Dsa
 from optx.passes.evict_kv import EvictKV
 from optx.passes.kivi import Kivi
 from optx.passes.moba import Moba
+from optx.passes.mosa import Mosa
 from optx.passes.nsa import Nsa
 from optx.passes.quantize_kv import QuantizeKV
 from optx.passes.rotate import Rotate
@@ -20,7 +21,8 @@ from optx.passes.split_key_bias import SplitKeyBias
 
 
 def _selecting(intent: Intent) -> list[tuple[str, Attention]]:
-    return [(path, x) for path, x, _ in intent.sites if isinstance(x, Attention) and x.select is not None]
+    """Layers with an index over their keys or values."""
+    return [(p, x) for p, x, _ in intent.sites if isinstance(x, Attention) and x.select is not None and x.select.parts]
 
 
 def _keys_without_bias(intent: Intent) -> list[Finding]:
@@ -91,7 +93,7 @@ SELECTION_FACTS: tuple[StepFact, ...] = (
     ),
     StepFact(
         name="selected_twice",
-        of=(Moba, Nsa, Dsa),
+        of=(Moba, Nsa, Dsa, Mosa),
         found=_chosen_twice,
         why="the layer chooses what it reads already",
         fix="keep one of the passes, or give them layers of their own with 'match'",

@@ -14,12 +14,17 @@ class Selection:
     stride: int | None = None  # tokens; None: what blocks are chosen by is no token
     index: tuple[str, ...] = ()  # names of the streams that blocks are chosen by
     like: int | None = None  # the layer whose choice is taken; None: its own
+    share: float | None = (
+        None  # of tokens that a kv head sees beside the window: all are read, under a mask; None: no such mask
+    )
 
     def chosen(self, context: int) -> int:
         """Most tokens of a context of `context` that are read as they were left."""
-        return min(context, self.blocks * self.block + self.window)
+        return context if self.share is not None else min(context, self.blocks * self.block + self.window)
 
     def tokens(self, context: int) -> float:
+        if self.share is not None:
+            return context
         compressed = context / self.stride if self.stride else 0
         return min(context, compressed + self.blocks * self.block + self.window)
 
@@ -28,6 +33,8 @@ class Selection:
         return context / self.tokens(context)
 
     def __str__(self):
+        if self.share is not None:
+            return f"all under a mask of {self.share:.3g} by kv head and the {self.window} newest"
         unit = f" of {self.block}" if self.block > 1 else ""
         chosen = "" if self.like is None else f" chosen by layer {self.like}"
         return f"{self.blocks}{unit}{chosen}" + (f" and the {self.window} newest" if self.window else "")

@@ -89,6 +89,7 @@ def test_a_model_is_no_distance_from_itself(source):
     tokens = jnp.asarray([families.prompt(12)])
     found, _ = losses(source.load(), source.load(), tokens, hidden=True)
     assert abs(float(found["kl"])) < 1e-6 and float(found["hidden"]) == 0
+    assert "auxiliary" not in found, "no layer has a loss of its own"
 
 
 @pytest.mark.slow

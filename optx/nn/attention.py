@@ -13,7 +13,7 @@ from optx.cache import NEAR, RECORDED, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
 from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
 from optx.nn.evicting import record, scores_asked, scoring
-from optx.nn.selecting import Selector, as_mask, listed
+from optx.nn.selecting import Selector, as_mask, asked_of, listed
 from optx.nn.selecting import tail as tail_of
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask, merge, with_bias
@@ -51,18 +51,19 @@ def over_parts(spec: CacheSpec, attend, sink_logits=None) -> jax.Array:
 
 
 def attend_cached(
-    choices, q, k_pool, v_pool, ragged: Ragged, view: View, *, chunked: bool = False, picked=None, block=None, tail=False,
-    **kwargs,
+    choices, q, k_pool, v_pool, ragged: Ragged, view: View, *, chunked: bool = False, picked=None, chosen=None, block=None,
+    tail=False, **kwargs,
 ):  # fmt: skip
     """Attention of q [T, N, H] over cached tokens -> (out [T, N, Hv], lse [T, N], scores float32[B, S, K] where asked for); few
     tokens a row take the op that is made for them, also beside chunks of prompts: one op's kernel reads pages at the speed of
     memory, the other's multiplies. chunked: all take the other. picked int32[T, K, n] (selecting.py): of blocks of `block` tokens
-    those that a token sees; tail: pages of the mask's window are listed alone."""
+    those that a token sees; chosen: the same as a function of positions int32[B, Q] -> bool[B, K, Q, blocks], under which all
+    pages are read; tail: pages of the mask's window are listed alone."""
     kwargs |= {"positions": view.positions, "table": view.table, "lengths": view.lengths}
     page = view.positions.shape[1]
 
     def decode(take, asked, **more):
-        args, own = take(q), kwargs | more
+        args, own = take(q), kwargs | more | ({} if chosen is None else {"chosen": chosen(asked), "block": block})
         if picked is not None or tail:  # each query lists pages of its own
             where = (asked, view.table, page)
             listing = tail_of(*where, kwargs["mask"].window) if tail else listed(take(picked), *where, block)
@@ -73,12 +74,12 @@ def attend_cached(
         return *(x.reshape(*asked.shape, *x.shape[2:]) for x in found[:2]), found[2]
 
     if ragged.rectangular and ragged.longest <= DECODE and not chunked:
-        asked = jnp.where(ragged.valid, ragged.pad(ragged.positions), -1)
-        out, lse, scores = decode(ragged.pad, asked)
+        out, lse, scores = decode(ragged.pad, asked_of(ragged))
         return ragged.unpad(out), ragged.unpad(lse), scores
 
     def chunks(ragged):
         more = {} if picked is None else seen_of(ragged.pad(picked), view.table.shape[2] * page, block)
+        more |= {} if chosen is None else {"chosen": chosen(asked_of(ragged)), "block": block}
         return dispatch.call("ragged_paged_attention", choices, q, k_pool, v_pool, ragged=ragged, **kwargs, **more)
 
     if ragged.rectangular or chunked:
@@ -101,10 +102,13 @@ def seen_of(picked, slots: int, block: int) -> dict[str, Any]:
     return {"chosen": as_mask(picked, -(-slots // block)), "block": block}
 
 
-def attention_sites(facts: Mapping[str, Any], expanded: Mapping[str, Any] | None = None) -> tuple[OpSite, ...]:
-    """The calls of a layer: over its cache, and (`expanded`: what differs there) inside self-contained sequences."""
+def attention_sites(
+    facts: Mapping[str, Any], expanded: Mapping[str, Any] | None = None, listed: bool = True
+) -> tuple[OpSite, ...]:
+    """The calls of a layer: over its cache, and (`expanded`: what differs there) inside self-contained sequences. listed: decodes
+    are given lists of what is chosen, not a mask."""
     asked = {op: scores_asked(facts["cache"], op) for op in ("ragged_paged_attention", "paged_decode")}
-    asked["paged_decode"] |= {"chosen": False}  # it is given lists of what is chosen
+    asked["paged_decode"] |= {"chosen": False} if listed else {}
     over_cache = tuple(OpSite(op=op, args={**facts, **more}) for op, more in asked.items())
     return (OpSite(op="flash_attention", args={**facts, **(expanded or {})}), *over_cache)
 
@@ -230,6 +234,8 @@ class Attention(nnx.Module):
             scores += [] if scored is None else [scored]
             return found
         k = with_bias(k[None], ragged.positions[None, None], **bias)[0] if bias else k
+        if (chosen := kwargs.get("chosen")) is not None:
+            kwargs["chosen"] = chosen(asked_of(ragged))
         if (picked := kwargs.pop("picked", None)) is not None:
             kwargs |= seen_of(ragged.pad(picked), ragged.longest, kwargs["block"])
         kwargs.pop("tail", None)
@@ -300,7 +306,7 @@ class Attention(nnx.Module):
             "head_pages": self.cache.evict is not None and self.cache.evict.apart,
             "key_rope": not self.cache.rotated and self.rope is not None,
         }
-        flash, *over_cache = attention_sites(facts)
+        flash, *over_cache = attention_sites(facts, listed=self.select is None or self.select.listed)
         over_cache += [] if self.select is None else self.select.sites(facts)
         if self.cache.share is not None:
             return (flash, *over_cache)

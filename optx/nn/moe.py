@@ -3,10 +3,8 @@
 No capacity: every token reaches its experts. Routing is in float32.
 """
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from flax import nnx
 from optx import tensor
 from optx.errors import ConfigError
 from optx.nn.core import ACTIVATIONS, Linear, arranged, param
+from optx.nn.recorder import Recorder
 from optx.pallas import dispatch
 from optx.pallas.dispatch import OpChoice, OpSite
 
@@ -200,8 +199,7 @@ class MoE(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         routing = self.router(x)
-        if (recorded := _records.get()) is not None:
-            recorded.append(routing)
+        recorded.add(lambda: routing)
         if self.merged is not None:
             routing = dataclasses.replace(routing, experts=jnp.asarray(self.merged, jnp.int32)[routing.experts])
         y = self.experts(x, routing)
@@ -211,18 +209,7 @@ class MoE(nnx.Module):
         return y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)
 
 
-_records: contextvars.ContextVar[list[Routing] | None] = contextvars.ContextVar("recorded routings", default=None)
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Routing]]:
-    """Collects the Routing of every MoE traced inside, in order of the layers."""
-    found: list[Routing] = []
-    before = _records.set(found)
-    try:
-        yield found
-    finally:
-        _records.reset(before)
+recorded: Recorder[Routing] = Recorder("routings")  # of every MoE
 
 
 def load(routing: Routing, valid: jax.Array | None = None) -> jax.Array:

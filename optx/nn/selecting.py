@@ -83,6 +83,7 @@ class Selector(nnx.Module):
     names: tuple[str, ...]  # of its streams
     parts: tuple[str, ...] = ("k", "v")  # names of the streams that its entries are made of
     masks: bool = True  # chunks of prompts read all, under a mask
+    listed: bool = True  # few tokens a row read lists of pages; False: all, under a mask
 
     @property
     def selection(self) -> Selection:

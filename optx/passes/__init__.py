@@ -15,6 +15,7 @@ from optx.passes import (
     lossless,
     mla,
     moba,
+    mosa,
     nsa,
     oscar,
     quantize_activations,
@@ -44,6 +45,7 @@ ORDER = (
     clsa,  # attention: reads, one choice of blocks for several layers
     nsa,  # attention: reads, compressed tokens, blocks and a window
     dsa,  # attention: reads, tokens by an index over them, calibrated
+    mosa,  # attention: reads, tokens that a router of each kv head keeps, calibrated
     distill,  # heal: what conversions have cost is trained back
     split_key_bias,  # fold: bits of keys, exact
     rotate,  # fold: outliers spread, offline

@@ -64,6 +64,8 @@ def distill(site: Site, model: CausalLM, opt: Distill) -> CausalLM:
 
     loss = KL(teacher || student) of the logits at temperature 1 (Hinton et al. 2015, arXiv:1503.02531) + hidden x mean over
     layers and tokens of |h_student - h_teacher|^2 / |h_teacher|^2 (hidden-state alignment: Bick et al. 2024,
-    arXiv:2408.10189). First converted parts move alone, then what `train` says.
+    arXiv:2408.10189) + mean over the layers that choose by a trained index of KL(attention || index), whose gradient reaches the
+    index alone (nn/dsa.py). AdamW divides it by its size, so that it has no weight. First converted parts move alone, then what
+    `train` says.
     """
     return shallow(model)

@@ -39,8 +39,8 @@ def dsa(site: Site, attn: Attention | MLA, opt: Dsa) -> Attention | Skipped:
     principal components of all kv heads' keys, taken a frequency of RoPE at a time as complex numbers (as RoRoPE of TransMLA,
     arXiv:2502.07864), weighed by the queries that meet them, so that P commutes with rotation and Q_n q . P k ~ q . k. The cache
     grows by `dim` numbers a token for all heads. relu is the paper's f, of an index that was trained; what it adds up over heads
-    that were not is no attention, while a softmax is, as far as the index tells. Exact where the context has no more than top_k
-    tokens.
+    that were not is no attention, while a softmax is, as far as the index tells. Healing trains the index by a loss of its own
+    (nn/dsa.py). Exact where the context has no more than top_k tokens.
     """
     if reason := refusal(site, attn, "dsa", {"top_k": opt.top_k}):
         return Skipped(reason)

@@ -92,6 +92,21 @@ def _sums_of(graph):
     return jax.jit(run)
 
 
+def weights_of(attn: Attention, q: jax.Array, k: jax.Array) -> jax.Array:
+    """Attention of whole sequences: q [B, S, N, H], k [B, S, K, H] as `turned` makes them -> float32[B, K, N / K, S, S], queries
+    before keys."""
+    b, length, kv_heads, h = k.shape
+    q = q.reshape(b, length, kv_heads, -1, h)
+    logits = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=jnp.float32) * attn.scale
+    logits = logits if attn.softcap is None else attn.softcap * jnp.tanh(logits / attn.softcap)
+    at = jnp.arange(length)
+    logits = jnp.where(attn.mask(at[:, None], at), logits, -jnp.inf)
+    if attn.sinks is not None:  # takes part in the softmax, and is no key
+        sink = attn.sinks.get_value().astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        logits = jnp.concatenate([logits, jnp.broadcast_to(sink, (*logits.shape[:-1], 1))], axis=-1)
+    return jax.nn.softmax(logits, axis=-1)[..., :length]
+
+
 def of_weights(attn: Attention) -> Moments:
     """As if inputs were white noise: E[y y^T] = W^T W + b b^T; normed heads have H numbers of mean square 1 before the gain."""
     q = by_head(attn.q, attn.heads)[..., : attn.head_dim]

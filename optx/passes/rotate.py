@@ -15,14 +15,18 @@ from optx.nn.attention import Attention, FusedAttention
 from optx.nn.core import MLP, FusedGatedMLP, GatedMLP, JoinedGatedMLP, Linear, RMSNorm
 from optx.nn.decoder import Block
 from optx.nn.delta import GatedDelta
+from optx.nn.dsa import KeyIndexer
 from optx.nn.grouped_mla import GroupedMLA, InverseRMS
 from optx.nn.indexer import Indexer
 from optx.nn.linear_attention import LinearAttention
 from optx.nn.mamba1 import Mamba1
 from optx.nn.mla import MLA
 from optx.nn.moe import Experts, GroupedLinear, LatentExperts, MoE, Router
+from optx.nn.nsa import NSA
 from optx.nn.rotated import Orthogonal, RotatedBlock
+from optx.nn.selecting import BlockMeans, Follower
 from optx.nn.ssm import Mamba2
+from optx.nn.token_router import TokenRouter
 from optx.registry import Axis, Noted, PassOptions, Site, Skipped, Stage, register
 
 
@@ -82,8 +86,13 @@ class Ports:
 
 
 PORTS: Mapping[type[nnx.Module], Ports] = {
-    Attention: Ports(reads=("q", "k", "v"), writes=("o",)),
-    FusedAttention: Ports(reads=("qkv",), writes=("o",)),
+    Attention: Ports(reads=("q", "k", "v"), writes=("o",), inside=("select",)),
+    FusedAttention: Ports(reads=("qkv",), writes=("o",), inside=("select",)),
+    BlockMeans: Ports(),
+    Follower: Ports(),
+    KeyIndexer: Ports(),
+    NSA: Ports(reads=("gate",)),
+    TokenRouter: Ports(reads=("router",)),
     MLA: Ports(reads=("q", "q_a", "kv_a"), writes=("o",), inside=("indexer",)),
     GroupedMLA: Ports(reads=("q", "kv_a"), writes=("o",), inside=("key_norm",)),
     InverseRMS: Ports(reads=("keys",)),

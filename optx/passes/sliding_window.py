@@ -13,6 +13,7 @@ from flax import nnx
 from optx import ir
 from optx.errors import PassError
 from optx.nn.attention import Attention
+from optx.passes.head_moments import weights_of
 from optx.passes.layer_choice import LARGEST, left_out, taken
 from optx.registry import Axis, PassOptions, Site, Skipped, Stage, register
 from optx.watch import watch
@@ -110,15 +111,7 @@ def _full(mixer: nnx.Module | None, window: int) -> bool:
 
 def _far(attn: Attention, q: jax.Array, k: jax.Array, window: int, sinks: int) -> jax.Array:
     """q [B, S, N, H], k [B, S, K, H] -> float32[]."""
-    b, length, kv_heads, h = k.shape
-    q = q.reshape(b, length, kv_heads, -1, h)
-    logits = jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=jnp.float32) * attn.scale
-    logits = logits if attn.softcap is None else attn.softcap * jnp.tanh(logits / attn.softcap)
-    at = jnp.arange(length)
-    logits = jnp.where(attn.mask(at[:, None], at), logits, -jnp.inf)
-    if attn.sinks is not None:  # takes part in the softmax, and is no key
-        sink = attn.sinks.get_value().astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
-        logits = jnp.concatenate([logits, jnp.broadcast_to(sink, (*logits.shape[:-1], 1))], axis=-1)
+    at = jnp.arange(k.shape[1])
     hidden = (at[:, None] - at >= window) & (at >= sinks)
-    mass = jnp.sum(jax.nn.softmax(logits, axis=-1)[..., :length] * hidden, axis=-1)
+    mass = jnp.sum(weights_of(attn, q, k) * hidden, axis=-1)
     return jnp.mean(mass[..., window + sinks :])

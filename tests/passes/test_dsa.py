@@ -5,18 +5,24 @@ import functools
 
 import calibrated
 import families
+import healing
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import selecting
+from flax import nnx
 
 import optx
 from optx import ir
 from optx.cache import Ragged
-from optx.checkpoint.source import from_module
+from optx.checkpoint.source import fill, from_module
 from optx.cost import step_bytes, step_ops
 from optx.engine.engine import Engine
 from optx.errors import LegalityError, PassError, RecipeError
+from optx.heal import heal
+from optx.heal_loss import losses, values_of
+from optx.heal_state import LOG, rows
 from optx.passes.dsa import Dsa
 from optx.passes.mla import Mla
 from optx.passes.quantize_kv import QuantizeKV
@@ -112,6 +118,54 @@ def test_calibration_text_chooses_what_an_index_keeps():
     assert errors[1] < errors[0], errors
     with pytest.raises(RecipeError, match="dsa.*calibration"):
         optx.compile(from_module(model, "tiny", families.tokenizer()), Recipe(attention=[Dsa(top_k=9)]))
+
+
+@pytest.mark.parametrize("rule", ["softmax", "relu"])
+def test_the_loss_of_an_index_against_numpy(rule):
+    """KL(attention of all heads || index) a token; sinks take part in attention, and carry nothing."""
+    attn = compiled("qwen3", dataclasses.replace(SMALL, rule=rule)).tree.layers[-1].mixer
+    logits = np.linspace(-2, 2, attn.heads, dtype=np.float32)
+    attn = ir.replace(attn, sinks=nnx.Param(jnp.asarray(logits)))
+    x = np.random.default_rng(2).normal(size=(2 * 13, families.D)).astype(np.float32)
+    ragged, found = Ragged.dense(2, 13), []
+    q, k, _ = attn.turned(jnp.asarray(x), ragged.positions)
+    for row in (0, 1):
+        index, own = (np.float64(y) * attn.scale for y in index_of(attn, x[13 * row : 13 * row + 13]))
+        for t in range(13):
+            p = np.exp(own[t, :, : t + 1])
+            p = (p / (p.sum(-1, keepdims=True) + np.exp(logits)[:, None])).sum(0)
+            i = np.exp(index[t, :, : t + 1])
+            i = (i / i.sum(-1, keepdims=True)).sum(0) if rule == "softmax" else np.exp(np.log(np.maximum(i, 1)).sum(0))
+            p, i = p / p.sum(), i / i.sum()
+            found.append((p * np.log(p / i)).sum())
+    assert attn.select.loss(attn, q, k, ragged) == pytest.approx(np.mean(found), rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "relu"])
+def test_an_index_learns_by_a_loss_that_moves_nothing_else(rule):
+    model, tree = families.concrete("llama"), compiled(rule=dataclasses.replace(SMALL, rule=rule)).tree
+    forms, values = (ir.abstract(model), ir.abstract(tree)), (values_of(model), values_of(tree))
+    tokens = jnp.asarray([families.prompt(24, seed) for seed in (1, 2)], jnp.int32)
+
+    def of(name):
+        def loss(moved):
+            pair = (fill(form, x.__getitem__) for form, x in zip(forms, (values[0], moved), strict=True))
+            return losses(*pair, tokens, hidden=False)[0][name]
+
+        slopes = jax.jit(jax.grad(loss))(values[1])
+        return {name for name, slope in slopes.items() if np.any(np.asarray(slope))}
+
+    index = {name for name in values[1] if "/select/" in name}
+    assert len(index) == 6 and of("auxiliary") == index and not of("kl") & index
+
+
+def test_healing_trains_the_index(tmp_path):
+    source = healing.source()
+    student = optx.compile(source, Recipe(attention=[SMALL])).tree
+    options = healing.options(tmp_path, steps=40, every=40, train="converted", lr=1e-2)
+    heal(source, source.load(), student, options, folder=tmp_path / "state")
+    found = [row["auxiliary"] for row in rows(tmp_path / "state" / LOG) if row["kind"] == "train"]
+    assert len(found) == 40 and np.mean(found[-5:]) < 0.7 * np.mean(found[:5]), found
 
 
 def test_bytes_and_operations_of_a_step():

@@ -175,6 +175,12 @@ def test_wrong_options(options, told):
         optx.plan(families.abstract("llama"), Recipe(attention=[Nsa(**options)]))
 
 
+def test_trained_gates_rotate_along():
+    tree, tokens = trained(hidden=None), families.prompt(37)
+    turned = optx.compile(tree, Recipe(fold=[Rotate()])).tree
+    assert families.relative(families.forward(turned, tokens), families.forward(tree, tokens)) < 1e-4
+
+
 @pytest.mark.parametrize("rule", [Rotate(), TurboQuant()], ids=["rotate", "turboquant"])
 def test_mlps_do_not_rotate_along(rule):
     """Means do: then nothing is refused, and rotated values give what they gave."""
