@@ -43,8 +43,13 @@ class Inner:
     softcap: float | None = None
     # True: tiles are other rows and meet the same keys; False: the same rows, and steps are dealt to tiles in turn.
     shared: bool = True
-    # True: P has columns of its own: the interpreter lets no part of a union of refs live beside another part of it.
+    # True: P has columns of its own, as the interpreter lets no part of a union of refs live beside another part of it, and
+    # strips are wider, as each costs it as much time as another.
     interpreted: bool = False
+
+    @property
+    def wide(self) -> int:
+        return 64 if self.interpreted else WIDE
 
     @property
     def strip(self) -> int:
@@ -135,10 +140,10 @@ def sums_of(refs, inner: Inner, t, c=0, size=None):
     return refs.sums.at[:, pl.ds(t * inner.value_dim + c, size or inner.value_dim)]
 
 
-def drain(inner: Inner, steps, barrier):
+def drain(slots: int, steps, barrier):
     """Awaits the last arrivals, so that barriers end in a known phase."""
-    await_ = lambda i, _: plgpu.barrier_wait(barrier.at[lax.rem(i, inner.stages)])  # noqa: E731
-    lax.fori_loop(lax.max(steps - inner.stages, 0), steps, await_, None)
+    await_ = lambda i, _: plgpu.barrier_wait(barrier.at[lax.rem(i, slots)])  # noqa: E731
+    lax.fori_loop(lax.max(steps - slots, 0), steps, await_, None)
 
 
 def multiply(refs, inner: Inner, steps, live=None):
@@ -198,9 +203,10 @@ def softmax(refs, inner: Inner, t, carry, runs, seen, after=lambda i: None):
     """Of tile t, by its warpgroup -> (largest logit, sum of weights) float32[ROWS].
 
     carry: the same before any step; runs: (first of the tile's steps, step behind the last, whether `seen` is asked) in order;
-    seen(i, c, size) -> bool[ROWS, size], of keys c .. c + size of the tile's step i; after(i) is called before its weights are handed on.
+    seen(i, c, size) -> bool[ROWS, size], of keys c .. c + size of the tile's step i; after(i): called before its weights are
+    handed on.
     """
-    native = plgpu.Layout.TCGEN05_TMEM_NATIVE
+    native, wide = plgpu.Layout.TCGEN05_TMEM_NATIVE, inner.wide
     spread = lambda x, size: lax.broadcast_in_dim(x, (ROWS, size), (0,))  # noqa: E731
 
     def step(i, carry, masked: bool):
@@ -208,13 +214,13 @@ def softmax(refs, inner: Inner, t, carry, runs, seen, after=lambda i: None):
         plgpu.barrier_wait(refs.scored.at[t])
 
         def scores(c):
-            found = plgpu.async_load_tmem(scores_of(refs, t, c, WIDE), layout=native)
+            found = plgpu.async_load_tmem(scores_of(refs, t, c, wide), layout=native)
             plgpu.wait_load_tmem()
             return found if inner.sign > 0 else -found
 
         highest = None
-        for c in range(0, BLOCK, WIDE):
-            part = jnp.where(seen(i, c, WIDE), scores(c), LOWEST) if masked else scores(c)
+        for c in range(0, BLOCK, wide):
+            part = jnp.where(seen(i, c, wide), scores(c), LOWEST) if masked else scores(c)
             part = jnp.max(part, axis=1)
             highest = part if highest is None else jnp.maximum(highest, part)
         top = jnp.maximum(largest, inner.logits(highest))
@@ -224,18 +230,18 @@ def softmax(refs, inner: Inner, t, carry, runs, seen, after=lambda i: None):
 
         @pl.when(grown & (i > 0))
         def _():
-            for c in range(0, inner.value_dim, WIDE):
-                part = sums_of(refs, inner, t, c, WIDE)
+            for c in range(0, inner.value_dim, wide):
+                part = sums_of(refs, inner, t, c, wide)
                 old = plgpu.async_load_tmem(part, layout=native)
                 plgpu.wait_load_tmem()
-                plgpu.async_store_tmem(part, old * spread(shrink, WIDE))
+                plgpu.async_store_tmem(part, old * spread(shrink, wide))
 
         base, total = top * inner.unit, total * shrink
-        for c in range(0, BLOCK, WIDE):
-            part = jnp.exp2(inner.logits(scores(c)) * inner.unit - spread(base, WIDE))
-            part = jnp.where(seen(i, c, WIDE), part, 0.0) if masked else part
+        for c in range(0, BLOCK, wide):
+            part = jnp.exp2(inner.logits(scores(c)) * inner.unit - spread(base, wide))
+            part = jnp.where(seen(i, c, wide), part, 0.0) if masked else part
             total = total + jnp.sum(part, axis=1)
-            plgpu.async_store_tmem(weights_of(refs, t, c, WIDE), part.astype(refs.q.dtype))
+            plgpu.async_store_tmem(weights_of(refs, t, c, wide), part.astype(refs.q.dtype))
         after(i)
         plgpu.commit_tmem()
         plgpu.barrier_arrive(refs.weighed.at[t])
@@ -251,8 +257,8 @@ def full(x):
     return plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.TCGEN05_TMEM_NATIVE.reduce(1))
 
 
-def store(refs, inner: Inner, t, carry, out, lse, rows: int = ROWS):
-    """The results of tile t in its first `rows`: out [rows, Hv] by the copy engine, lse [ROWS].
+def store(refs, inner: Inner, t, carry, out, lse):
+    """The results of tile t: out [rows, Hv], its first rows, by the copy engine; lse [ROWS].
 
     They pass through the place of its Q, or of a stage of K where tiles have one Q: neither is read any more.
     """
@@ -276,5 +282,5 @@ def store(refs, inner: Inner, t, carry, out, lse, rows: int = ROWS):
     plgpu.commit_smem()
     width = math.gcd(inner.value_dim, inner.strip)
     for c in range(0, inner.value_dim, width):
-        plgpu.copy_smem_to_gmem(place(c, width).at[pl.ds(0, rows)], out.at[:, pl.ds(c, width)])
+        plgpu.copy_smem_to_gmem(place(c, width).at[pl.ds(0, out.shape[0])], out.at[:, pl.ds(c, width)])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -221,8 +221,8 @@ def _body(q, k, v, /, *refs, call: Call, **held):
             plgpu.copy_gmem_to_smem(v.at[batch, keys, kv_head], held.v.at[slot], held.v_full.at[slot])
 
         lax.fori_loop(0, steps, step, None)
-        inner.drain(form, steps, held.k_empty)
-        inner.drain(form, steps, held.v_empty)
+        inner.drain(form.stages, steps, held.k_empty)
+        inner.drain(form.stages, steps, held.v_empty)
 
     native = plgpu.Layout.TCGEN05_TMEM_NATIVE
 
