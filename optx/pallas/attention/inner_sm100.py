@@ -260,7 +260,7 @@ def full(x):
 def store(refs, inner: Inner, t, carry, out, lse):
     """The results of tile t: out [rows, Hv], its first rows, by the copy engine; lse [ROWS].
 
-    They pass through the place of its Q, or of a stage of K where tiles have one Q: neither is read any more.
+    They pass through the place of its Q, or of keys and values where tiles have one Q: none is read any more.
     """
     native = plgpu.Layout.TCGEN05_TMEM_NATIVE
     largest, total = carry
@@ -269,18 +269,21 @@ def store(refs, inner: Inner, t, carry, out, lse):
     lse[...] = jnp.where(some, largest * (inner.unit / LOG2E) + jnp.log(total), -jnp.inf)
     share = 1 / jnp.where(some, total, 1.0)
 
-    def place(c, size):
-        if not inner.shared:
-            return refs.k.at[t, :, pl.ds(c, size)]
-        return refs.q.at[t, c // inner.strip, :, pl.ds(c % inner.strip, size)]
+    def leave(place):
+        """place(c, size): shared memory [ROWS, size] for columns c .. c + size."""
+        for c in range(0, inner.value_dim, 64):
+            done = plgpu.async_load_tmem(sums_of(refs, inner, t, c, 64), layout=native)
+            done = jnp.where(lax.broadcast_in_dim(some, done.shape, (0,)), done, 0.0)
+            done = done * lax.broadcast_in_dim(share, done.shape, (0,))
+            place(c, 64)[...] = plgpu.layout_cast(done.astype(refs.q.dtype), native(8))
+        plgpu.commit_smem()
+        width = math.gcd(inner.value_dim, inner.strip)
+        for c in range(0, inner.value_dim, width):
+            plgpu.copy_smem_to_gmem(place(c, width).at[pl.ds(0, out.shape[0])], out.at[:, pl.ds(c, width)])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    for c in range(0, inner.value_dim, 64):
-        done = plgpu.async_load_tmem(sums_of(refs, inner, t, c, 64), layout=native)
-        done = jnp.where(lax.broadcast_in_dim(some, done.shape, (0,)), done, 0.0)
-        done = done * lax.broadcast_in_dim(share, done.shape, (0,))
-        place(c, 64)[...] = plgpu.layout_cast(done.astype(refs.q.dtype), native(8))
-    plgpu.commit_smem()
-    width = math.gcd(inner.value_dim, inner.strip)
-    for c in range(0, inner.value_dim, width):
-        plgpu.copy_smem_to_gmem(place(c, width).at[pl.ds(0, out.shape[0])], out.at[:, pl.ds(c, width)])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if inner.shared:
+        leave(lambda c, size: refs.q.at[t, c // inner.strip, :, pl.ds(c % inner.strip, size)])
+        return
+    for each, ref in zip(range(inner.tiles), (refs.k, refs.v), strict=False):
+        pl.when(t == each)(functools.partial(leave, lambda c, size, ref=ref: ref.at[0, :, pl.ds(c, size)]))

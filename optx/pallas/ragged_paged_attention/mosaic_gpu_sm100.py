@@ -36,7 +36,10 @@ PAGES = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 CODES = ("dense", "int8", "fp8", "int4")
 UNIT = 4  # steps that a unit's begin and end take as long as
-REGISTERS = {False: (64, 224, 0), True: (40, 176, 120)}  # of a thread that copies or multiplies, of the softmax, that widens
+REGISTERS = {
+    False: (96, 208, 0),
+    True: (64, 168, 112),
+}  # of a thread that copies or multiplies, of the softmax, that widens
 # Columns of the table of units.
 FACTS = 9
 ROW, STEPS, AHEAD, FIRST, WHOLE, LENGTH, HIDDEN, SUNK, LIVE = range(FACTS)
@@ -178,8 +181,8 @@ def tiles_for(head_dim: int, stored: Pages, blocks: int, steps: int, few: bool) 
     packed = stored.code != "dense"
     stage, code = 4 * BLOCK * head_dim, BLOCK * (head_dim * stored.bits // 4 + 16)
     left = SHARED - 2 * rows * ROWS * head_dim
-    stages = min(4, (left - 2 * packed * code) // stage)
-    stages = stages if stages < 2 else stages // 2 * 2  # a slot belongs to one tile for good
+    stages = max(1, min(4, (left - 2 * packed * code) // stage))
+    stages -= 0 if packed else stages % tiles  # a slot of 16-bit pages has one tile that cleans it
     raw = min(4, (left - stages * stage) // code) if packed else 0
     work = lambda parts: -(-blocks * parts // gemm.SMS) * (steps / parts + UNIT)  # noqa: E731
     parts = min(range(1, max(1, min(steps, 32)) + 1), key=work)
@@ -196,7 +199,9 @@ def paged_decode(q, k_pool, v_pool, *, q_positions, table, tiles: Tiles | None =
     ragged = Ragged.dense(batch, queries)
     ragged = dataclasses.replace(ragged, positions=q_positions.reshape(-1))
     newest = jnp.max(q_positions, axis=1)
-    found = _attend("paged_decode", q.reshape(-1, n, h), k_pool, v_pool, ragged, newest, table=table, tiles=tiles, **kwargs)
+    found = _attend(
+        "paged_decode", q.reshape(-1, n, h), k_pool, v_pool, ragged, newest, table=table, tiles=tiles, **kwargs
+    )
     return *(x.reshape(batch, queries, *x.shape[1:]) for x in found), None
 
 
@@ -274,7 +279,9 @@ def _refusal(q, k_pool, v_pool, logit_scale, value_dim, want_scores) -> str | No
     if k_pool.ndim != 4 or k_pool.shape != v_pool.shape:
         return f"pools are {k_pool.shape} and {v_pool.shape}; allowed: two of [pages, K, P, H]"
     stored = [pages_of(x.format if is_qtensor(x) else None) for x in (k_pool, v_pool)]
-    if None in stored or (reason := _shape_reason(q.shape[1], *k_pool.shape[1:2], q.shape[2], k_pool.shape[2], *stored)):
+    if None in stored or (
+        reason := _shape_reason(q.shape[1], *k_pool.shape[1:2], q.shape[2], k_pool.shape[2], *stored)
+    ):
         return f"pools of {k_pool.dtype}{k_pool.shape}: {reason if None not in stored else 'a format that it does not read'}"
     dtypes = [q.dtype] if is_qtensor(k_pool) else [q.dtype, k_pool.dtype, v_pool.dtype]
     if len(set(dtypes)) > 1 or q.dtype not in (DTYPES[:1] if is_qtensor(k_pool) else DTYPES):
@@ -443,12 +450,14 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
                 )
                 scale = load(0) if plan.k.scaled else None
                 zero = load(1) if plan.zeros else None
-                half = codes.shape[-1]  # of four bits: even numbers of a head become its first half, odd ones its second
-                some = plgpu.load(codes.at[at], layout=native(16), optimized=False)
+                half = codes.shape[
+                    -1
+                ]  # of four bits: even numbers of a head become its first half, odd ones its second
                 for c in range(0, half, 64):
-                    part = plgpu.layout_cast(some[:, c : c + 64], native)
-                    for column, code in ((c, part),) if plan.k.bits == 8 else ((c, part & 15), (half + c, part >> 4)):
-                        wide = gemm.widen(code, scale, zero)
+                    some = plgpu.load(codes.at[at, :, pl.ds(c, 64)], layout=native(16), optimized=False)
+                    part = plgpu.layout_cast(some, native)
+                    for column, code in opened(part, c, plan.k.bits, half):
+                        wide = widened(code, scale, zero)
                         wide = written(left, wide) if name == "v" else wide
                         to.at[slot, :, pl.ds(column, 64)][...] = plgpu.layout_cast(wide, native(8))
                 plgpu.commit_smem()
@@ -532,17 +541,37 @@ def packed_scratch(plan: Plan, k_pool, v_pool) -> dict:
     found = {}
     for name, pool in (("raw_k", k_pool), ("raw_v", v_pool)):
         width = pool.shape[-1]
-        transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width))
+        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64))
         found[name] = plgpu.SMEM((raw, BLOCK, width), pool.dtype, transforms=transforms)
         found[f"{name}_full"] = plgpu.Barrier(num_arrivals=BLOCK // plan.page + count, num_barriers=raw)
         found[f"{name}_empty"] = plgpu.Barrier(num_arrivals=1, num_barriers=raw)
         if count:
-            found[f"{name}_factors"] = plgpu.SMEM((raw, count, BLOCK), jnp.bfloat16)
+            found[f"{name}_factors"] = plgpu.SMEM((raw, count, BLOCK), jnp.float32)
     return found
 
 
+def opened(codes, column: int, bits: int, half: int):
+    """(first column, numbers) of codes [tokens, n] in bytes. Bytes without a sign convert slowly: the numbers come by the bits of
+    bfloat16, in which 128 + n, n below 128, is 0x4300 | n; zero points of four bits are raised by 128 alike."""
+    if codes.dtype != jnp.uint8:
+        return ((column, codes if codes.dtype == jnp.float8_e4m3fn else codes.astype(jnp.bfloat16)),)
+    wide = codes.astype(jnp.int16)
+    number = lambda code: lax.bitcast_convert_type(code, jnp.bfloat16)  # noqa: E731
+    if bits == 8:
+        return ((column, number((wide & 127) | 0x4300) - number(((wide >> 7) - 1) & 0x4300)),)
+    return ((column, number((wide & 15) | 0x4300)), (half + column, number((wide >> 4) | 0x4300)))
+
+
+def widened(numbers, scale, zero):
+    """numbers [tokens, n], float32 scale and zero [tokens] or None -> bfloat16 (numbers - zero) scale, rounded once."""
+    numbers = numbers.astype(jnp.float32)
+    spread = lambda x: lax.broadcast_in_dim(x, numbers.shape, (0,))  # noqa: E731
+    numbers = numbers if zero is None else numbers - spread(zero)
+    return (numbers if scale is None else numbers * spread(scale)).astype(jnp.bfloat16)
+
+
 def factors_of(plan: Plan, pool, table) -> list[jax.Array]:
-    """Scales, and zero points if there are some, of all listed tokens in order: bfloat16 [B, K, S] each, S whole blocks."""
+    """Scales, and zero points if there are some, of all listed tokens in order: float32 [B, K, S] each, S whole blocks."""
 
     def listed(part):
         part = part[..., 0]
@@ -550,10 +579,11 @@ def factors_of(plan: Plan, pool, table) -> list[jax.Array]:
             found = jnp.moveaxis(part[table[0]], 2, 1)
         else:
             found = jnp.stack([part[at, head] for head, at in enumerate(table)], axis=1)
-        found = found.reshape(*found.shape[:2], -1).astype(jnp.bfloat16)
+        found = found.reshape(*found.shape[:2], -1).astype(jnp.float32)
         return jnp.pad(found, ((0, 0), (0, 0), (0, -found.shape[2] % BLOCK)))
 
     zero = jnp.full_like(pool.scale, 8) if plan.zeros and pool.zero is None else pool.zero
+    zero = zero if zero is None else zero.astype(jnp.int32) + (128 if plan.k.bits == 4 else 0)
     return [listed(part) for part in (pool.scale, zero) if part is not None]
 
 
@@ -568,12 +598,18 @@ def _run(plan: Plan, q, k_pool, v_pool, ragged: Ragged, newest, positions, table
     by_row = lambda x: jnp.pad(  # noqa: E731
         jnp.repeat(jnp.where(units.real, x, 0), group, axis=-1), ((0, 0), (0, 0), (0, plan.rows - plan.per * group))
     )
-    mine = jnp.where(units.real[..., None, None], q[units.token], 0).reshape(*units.token.shape, plan.kv_heads, group, h)
+    mine = jnp.where(units.real[..., None, None], q[units.token], 0).reshape(
+        *units.token.shape, plan.kv_heads, group, h
+    )
     mine = jnp.moveaxis(mine, 2, 1).reshape(plan.units, plan.kv_heads, plan.per * group, h)
     mine = jnp.pad(mine, ((0, 0), (0, 0), (0, plan.rows - mine.shape[2]), (0, 0)))
     halves = plan.k.bits == 4
     mine = jnp.concatenate([mine[..., ::2], mine[..., 1::2]], axis=-1) if halves else mine
-    factors, pools, scratch = [], (k_pool, v_pool), inner.scratch(form, q.dtype, 1 if plan.packed else BLOCK // plan.page)
+    factors, pools, scratch = (
+        [],
+        (k_pool, v_pool),
+        inner.scratch(form, q.dtype, 1 if plan.packed else BLOCK // plan.page),
+    )
     if plan.packed:
         pairs = zip(*(factors_of(plan, pool, table) for pool in pools), strict=True)
         factors = [factor for pair in pairs for factor in pair]
