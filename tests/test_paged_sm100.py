@@ -134,10 +134,8 @@ def test_widened_pages_are_what_is_stored(stored):
     plan.zeros = kernel.Plan.zeros.fget(plan)
     factors = kernel.factors_of(plan, pages, jnp.arange(3)[None, None])
     codes = pages.data.reshape(192, -1)
-    parts = kernel.opened(codes, 0, plan.k.bits, codes.shape[-1])
-    wide = jnp.concatenate(
-        [kernel.widened(code, *(x[0, 0, :192] for x in factors), *[None] * (2 - len(factors))) for _, code in parts], 1
-    )
+    scale, zero = (*(x[0, 0, :192] for x in factors), None)[:2]
+    wide = jnp.concatenate(kernel.widened(codes, scale, zero, plan.k.bits), axis=1)
     wanted = dense(pages).reshape(192, 128)
     wanted = jnp.concatenate([wanted[:, ::2], wanted[:, 1::2]], axis=1) if plan.k.bits == 4 else wanted
     np.testing.assert_allclose(wide.astype(jnp.float32), wanted.astype(jnp.float32), rtol=2**-8)

@@ -429,10 +429,18 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
         for name in (f"{raw}k", f"{raw}v"):
             inner.drain(slots, steps, getattr(held, f"{name}_empty"))
 
-    def written(left, value):
-        """Values [BLOCK, n] of the first `left` tokens: what was never written may be anything."""
-        token = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=native)
-        return jnp.where(token < left, value, jnp.zeros((), value.dtype))
+    def clean(slot, left):
+        """Values of all but the first `left` tokens become 0: weights of 0 times what was never written may be NaN."""
+
+        @pl.when(left < BLOCK)
+        def _():
+            for c in range(0, plan.head_dim, 64):
+                values = held.v.at[slot, :, pl.ds(c, 64)]
+                some = plgpu.layout_cast(plgpu.load(values, layout=native(8), optimized=False), native)
+                token = plgpu.broadcasted_iota(jnp.int32, some.shape, 0, layout=native)
+                some = jnp.where(token < left, some, jnp.zeros((), some.dtype))
+                values[...] = plgpu.layout_cast(some, native(8))
+            plgpu.commit_smem()
 
     def widen():
         steps, _, block_of = reach()
@@ -450,17 +458,15 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
                 )
                 scale = load(0) if plan.k.scaled else None
                 zero = load(1) if plan.zeros else None
-                half = codes.shape[
-                    -1
-                ]  # of four bits: even numbers of a head become its first half, odd ones its second
-                for c in range(0, half, 64):
+                for c in range(0, codes.shape[-1], 64):
                     some = plgpu.load(codes.at[at, :, pl.ds(c, 64)], layout=native(16), optimized=False)
-                    part = plgpu.layout_cast(some, native)
-                    for column, code in opened(part, c, plan.k.bits, half):
-                        wide = widened(code, scale, zero)
-                        wide = written(left, wide) if name == "v" else wide
-                        to.at[slot, :, pl.ds(column, 64)][...] = plgpu.layout_cast(wide, native(8))
+                    some = plgpu.layout_cast(some, native)
+                    for half, value in enumerate(widened(some, scale, zero, plan.k.bits)):
+                        columns = pl.ds(half * codes.shape[-1] + c, 64)
+                        to.at[slot, :, columns][...] = plgpu.layout_cast(value, native(8))
                 plgpu.commit_smem()
+                if name == "v":
+                    clean(slot, left)
                 plgpu.barrier_arrive(getattr(held, f"raw_{name}_empty").at[at])
                 plgpu.barrier_arrive(getattr(held, f"{name}_full").at[slot])
 
@@ -487,26 +493,20 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
                 late = late | ((column < sunk - base) & (column >= hidden - base))
             return there & late
 
-        def clean(i):
-            """Values behind a row's last token become 0: weights of 0 times what was never written may be NaN."""
-            slot, left = lax.rem(form.step(i, t), tiles.stages), length - block_of(form.step(i, t)) * BLOCK
-            plgpu.barrier_wait(held.v_full.at[slot])
-
-            @pl.when(left < BLOCK)
-            def _():
-                for c in range(0, plan.head_dim, 64):
-                    values = held.v.at[slot, :, pl.ds(c, 64)]
-                    some = plgpu.layout_cast(plgpu.load(values, layout=native(8), optimized=False), native)
-                    values[...] = plgpu.layout_cast(written(left, some), native(8))
-                plgpu.commit_smem()
-
         def after(i):
-            if not plan.packed:
-                pl.when((t == 0) | (not form.shared))(lambda: clean(i))
+            step = form.step(i, t)
+            slot = lax.rem(step, tiles.stages)
+
+            @pl.when((t == 0) | (not form.shared))
+            def _():
+                plgpu.barrier_wait(held.v_full.at[slot])
+                clean(slot, length - block_of(step) * BLOCK)
 
         bare = form.steps(lax.max(lax.min(fact(WHOLE) - begin, steps), 0), t)
         runs = [(0, bare, False), (bare, form.steps(steps, t), True)]
-        carry = inner.softmax(held, form, t, (inner.full(LOWEST), inner.full(0.0)), runs, seen, after)
+        carry = inner.softmax(
+            held, form, t, (inner.full(LOWEST), inner.full(0.0)), runs, seen, *[] if plan.packed else [after]
+        )
         sums = part if form.shared else part * form.tiles + t
         kept = pl.ds(t * ROWS if form.shared else 0, min(plan.kept, ROWS))
         inner.store(held, form, t, carry, out.at[sums, unit, head, kept], lse.at[sums, unit, head, at])
@@ -550,24 +550,21 @@ def packed_scratch(plan: Plan, k_pool, v_pool) -> dict:
     return found
 
 
-def opened(codes, column: int, bits: int, half: int):
-    """(first column, numbers) of codes [tokens, n] in bytes. Bytes without a sign convert slowly: the numbers come by the bits of
-    bfloat16, in which 128 + n, n below 128, is 0x4300 | n; zero points of four bits are raised by 128 alike."""
-    if codes.dtype != jnp.uint8:
-        return ((column, codes if codes.dtype == jnp.float8_e4m3fn else codes.astype(jnp.bfloat16)),)
-    wide = codes.astype(jnp.int16)
-    number = lambda code: lax.bitcast_convert_type(code, jnp.bfloat16)  # noqa: E731
-    if bits == 8:
-        return ((column, number((wide & 127) | 0x4300) - number(((wide >> 7) - 1) & 0x4300)),)
-    return ((column, number((wide & 15) | 0x4300)), (half + column, number((wide >> 4) | 0x4300)))
+def widened(codes, scale, zero, bits: int):
+    """codes [tokens, n] in bytes, float32 scale and zero [tokens] or None -> bfloat16 (code - zero) scale [tokens, n], rounded
+    once; of four bits even numbers of a head, and odd ones. Integers become floats by their bits: 1.5 2^23 + n is 0x4b400000 + n."""
+    spread = lambda x: lax.broadcast_in_dim(x, codes.shape, (0,))  # noqa: E731
 
+    def value(number, base: float):
+        below = base if zero is None else spread(zero + base)
+        number = number if zero is None and not base else number - below
+        return (number if scale is None else number * spread(scale)).astype(jnp.bfloat16)
 
-def widened(numbers, scale, zero):
-    """numbers [tokens, n], float32 scale and zero [tokens] or None -> bfloat16 (numbers - zero) scale, rounded once."""
-    numbers = numbers.astype(jnp.float32)
-    spread = lambda x: lax.broadcast_in_dim(x, numbers.shape, (0,))  # noqa: E731
-    numbers = numbers if zero is None else numbers - spread(zero)
-    return (numbers if scale is None else numbers * spread(scale)).astype(jnp.bfloat16)
+    if codes.dtype == jnp.float8_e4m3fn:
+        return (value(codes.astype(jnp.float32), 0.0),)
+    wide = codes.astype(jnp.int32)
+    parts = (wide,) if bits == 8 else (wide & 15, wide >> 4)
+    return tuple(value(lax.bitcast_convert_type(part + 0x4B400000, jnp.float32), 1.5 * 2**23) for part in parts)
 
 
 def factors_of(plan: Plan, pool, table) -> list[jax.Array]:
@@ -583,7 +580,6 @@ def factors_of(plan: Plan, pool, table) -> list[jax.Array]:
         return jnp.pad(found, ((0, 0), (0, 0), (0, -found.shape[2] % BLOCK)))
 
     zero = jnp.full_like(pool.scale, 8) if plan.zeros and pool.zero is None else pool.zero
-    zero = zero if zero is None else zero.astype(jnp.int32) + (128 if plan.k.bits == 4 else 0)
     return [listed(part) for part in (pool.scale, zero) if part is not None]
 
 
