@@ -22,11 +22,11 @@ from jax.experimental import pallas as pl
 
 from optx.cache import Ragged
 from optx.errors import LoweringError
-from optx.pallas import gemm_sm100 as gemm
 from optx.pallas.attention import inner_sm100 as inner
 from optx.pallas.attention.inner_sm100 import BLOCK, COLUMNS, LOWEST, ROWS, SHARED
 from optx.pallas.attention.page_formats import Pages, pages_of, streams_of
 from optx.pallas.attention.reference import Mask
+from optx.pallas.gemm_sm100 import SMS
 from optx.pallas.late import plgpu
 from optx.pallas.paged_decode.mosaic_gpu_mma import merge
 from optx.tensor import is_qtensor
@@ -184,7 +184,7 @@ def tiles_for(head_dim: int, stored: Pages, blocks: int, steps: int, few: bool) 
     stages = max(1, min(4, (left - 2 * packed * code) // stage))
     stages -= 0 if packed else stages % tiles  # a slot of 16-bit pages has one tile that cleans it
     raw = min(4, (left - stages * stage) // code) if packed else 0
-    work = lambda parts: -(-blocks * parts // gemm.SMS) * (steps / parts + UNIT)  # noqa: E731
+    work = lambda parts: -(-blocks * parts // SMS) * (steps / parts + UNIT)  # noqa: E731
     parts = min(range(1, max(1, min(steps, 32)) + 1), key=work)
     return Tiles(tiles=tiles, stages=stages, raw=raw, shared=not few, parts=parts)
 
@@ -552,7 +552,8 @@ def packed_scratch(plan: Plan, k_pool, v_pool) -> dict:
 
 def widened(codes, scale, zero, bits: int):
     """codes [tokens, n] in bytes, float32 scale and zero [tokens] or None -> bfloat16 (code - zero) scale [tokens, n], rounded
-    once; of four bits even numbers of a head, and odd ones. Integers become floats by their bits: 1.5 2^23 + n is 0x4b400000 + n."""
+    once; of four bits even numbers of a head, and odd ones. Integers become floats by their bits: 1.5 2^23 + n is
+    0x4b400000 + n."""
     spread = lambda x: lax.broadcast_in_dim(x, codes.shape, (0,))  # noqa: E731
 
     def value(number, base: float):
