@@ -41,15 +41,12 @@ class Inner:
     value_dim: int
     scale: float
     softcap: float | None = None
+    wide: int = WIDE  # scores of a row that pass through registers at once
     # True: tiles are other rows and meet the same keys; False: the same rows, and steps are dealt to tiles in turn.
     shared: bool = True
     # True: P has columns of its own, as the interpreter lets no part of a union of refs live beside another part of it, and
     # strips are wider, as each costs it as much time as another.
     interpreted: bool = False
-
-    @property
-    def wide(self) -> int:
-        return 64 if self.interpreted else WIDE
 
     @property
     def strip(self) -> int:
@@ -206,7 +203,7 @@ def softmax(refs, inner: Inner, t, carry, runs, seen, after=lambda i: None):
     seen(i, c, size) -> bool[ROWS, size], of keys c .. c + size of the tile's step i; after(i): called before its weights are
     handed on.
     """
-    native, wide = plgpu.Layout.TCGEN05_TMEM_NATIVE, inner.wide
+    native, wide = plgpu.Layout.TCGEN05_TMEM_NATIVE, 64 if inner.interpreted else inner.wide
     spread = lambda x, size: lax.broadcast_in_dim(x, (ROWS, size), (0,))  # noqa: E731
 
     def step(i, carry, masked: bool):

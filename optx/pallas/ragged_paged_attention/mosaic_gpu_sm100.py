@@ -131,6 +131,7 @@ class Plan:
             value_dim=self.head_dim,
             scale=self.scale,
             softcap=self.softcap,
+            wide=8 if self.packed else inner.WIDE,  # a warpgroup more: fewer registers each
             shared=tiles.shared,
             interpreted=tiles.interpreted,
         )
