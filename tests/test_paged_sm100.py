@@ -19,6 +19,7 @@ from optx.formats import Affine, Float8, Int
 from optx.pallas.attention import inner_sm100
 from optx.pallas.attention.page_formats import Pages, pages_of
 from optx.pallas.attention.reference import Mask
+from optx.pallas.flash_attention import mosaic_gpu_sm100 as flash
 from optx.pallas.ragged_paged_attention import mosaic_gpu_sm100 as kernel
 from optx.tensor import dense, is_qtensor, quantize
 
@@ -154,6 +155,14 @@ def test_lowers(case):
     run = jax.jit(lambda args, dynamic: getattr(kernel, case.op)(*args, **dynamic, **static)[:2])
     lowered = jax.export.export(run, platforms=["cuda"], disabled_checks=checks)(args, dynamic)
     assert lowered.out_avals[0].shape == args[0].shape
+
+
+def test_registers_are_there():
+    """What warpgroups ask for beside each other is what they begin with together: else the last waits for ever."""
+    for copying, softmax, widening in kernel.REGISTERS.values():
+        groups = 4 if widening else 3
+        assert copying + 2 * softmax + widening <= groups * (65536 // (groups * 128) // 8 * 8)
+    assert 2 * flash.REGISTERS[0] + flash.REGISTERS[1] <= 3 * 168
 
 
 @pytest.mark.parametrize("few", [True, False])

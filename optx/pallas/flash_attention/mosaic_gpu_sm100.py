@@ -25,7 +25,10 @@ from optx.pallas.late import plgpu
 
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))  # (query and key width, value width)
 DTYPES = (jnp.bfloat16, jnp.float16)
-REGISTERS = (224, 64)  # of a thread of the softmax, and of the warps that copy and multiply
+REGISTERS = (
+    216,
+    72,
+)  # of a thread of the softmax, and of the warps that copy and multiply: 3 x 168 of three warpgroups
 NOT_REAL = -(2**31)  # the segment of keys that nobody sees
 
 

@@ -37,9 +37,9 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 CODES = ("dense", "int8", "fp8", "int4")
 UNIT = 4  # steps that a unit's begin and end take as long as
 REGISTERS = {
-    False: (96, 208, 0),
-    True: (64, 168, 112),
-}  # of a thread that copies or multiplies, of the softmax, that widens
+    False: (88, 208, 0),
+    True: (64, 160, 128),
+}  # by whether pages are packed: of a thread that copies or multiplies, of the softmax, that widens
 # Columns of the table of units.
 FACTS = 9
 ROW, STEPS, AHEAD, FIRST, WHOLE, LENGTH, HIDDEN, SUNK, LIVE = range(FACTS)
@@ -200,10 +200,12 @@ def paged_decode(q, k_pool, v_pool, *, q_positions, table, tiles: Tiles | None =
     ragged = Ragged.dense(batch, queries)
     ragged = dataclasses.replace(ragged, positions=q_positions.reshape(-1))
     newest = jnp.max(q_positions, axis=1)
-    found = _attend(
-        "paged_decode", q.reshape(-1, n, h), k_pool, v_pool, ragged, newest, table=table, tiles=tiles, **kwargs
-    )
-    return *(x.reshape(batch, queries, *x.shape[1:]) for x in found), None
+    flat = q.reshape(-1, n, h)
+    found = _attend("paged_decode", flat, k_pool, v_pool, ragged, newest, table=table, tiles=tiles, **kwargs)
+    out, lse = (x.reshape(batch, queries, *x.shape[1:]) for x in found)
+    real = (q_positions >= 0)[..., None]
+    nothing = -jnp.inf if (sinks := kwargs.get("sink_logits")) is None else sinks.astype(jnp.float32)
+    return jnp.where(real[..., None], out, 0), jnp.where(real, lse, nothing), None
 
 
 def ragged_paged_attention(q, k_pool, v_pool, *, ragged: Ragged, tiles: Tiles | None = None, **kwargs):
