@@ -15,10 +15,12 @@ import jax.numpy as jnp
 
 from optx import formats, target, tensor
 from optx.pallas import gemm_sm100 as gemm
+from optx.pallas.attention.page_formats import pages_of
 from optx.pallas.flash_attention import mosaic_gpu_sm100 as flash
 from optx.pallas.quant_matmul import mosaic_gpu_sm100 as wide
 from optx.pallas.quant_matmul import mosaic_gpu_sm100_fp4 as fp4
 from optx.pallas.quant_matmul import mosaic_gpu_sm100_w8a8 as eight
+from optx.pallas.ragged_paged_attention import mosaic_gpu_sm100 as paged
 from optx.report import table
 
 CLOCK = 1.965e9  # Hz, the boost clock of a B200 (optx.bench.aot.CHIPS)
@@ -27,6 +29,7 @@ READ = 0.9  # of the nominal bandwidth: what a read-only sum reached on an H100 
 FILL = 1.5e-6  # s: the first bytes of a thread block, and its last out; measured on an H100
 EXP2 = 16  # a clock and SM (CUDA programming guide, table of arithmetic throughput)
 WIDEN = 2.2  # instructions a number widened from 4 or 8 bits, counted in the SASS of int4 and int8
+WIDEN_PAGES = 5.0  # the same of pages, by a scale in float32 and into shared memory
 
 PUBLISHED = {
     "flash_attention": "1,605 TFLOP/s of bf16, 71% (FlashAttention-4, arXiv:2603.05451)",
@@ -109,6 +112,37 @@ def of_flash(length: int, heads: int, head_dim: int, value_dim: int, b200: targe
     return _estimate(name, seconds, size, flops, b200.peak.bf16, max(parts, key=parts.get), b200, "flash_attention")
 
 
+def of_pages(
+    stored: str | None, rows: int, queries: int, context: int, b200: target.Target, head_dim: int = 128
+) -> Estimate:
+    """`queries` new tokens of `rows` sequences over `context` cached ones, 32 heads over 8 (Qwen3-8B): one, `paged_decode`."""
+    heads, kv_heads = 32, 8
+    pages, group, few = pages_of(formats.parse(stored) if stored else None), heads // kv_heads, queries == 1
+    per = 1 if few else 2 * flash.ROWS // group  # tokens of a unit
+    units = -(-queries // per)
+    steps = [-(-(context + min(queries, (u + 1) * per)) // flash.BLOCK) for u in range(units)]
+    tiles = paged.tiles_for(head_dim, pages, rows * units * kv_heads, max(steps), few)
+    pairs = flash.ROWS * flash.BLOCK * (tiles.tiles if tiles.shared else 1)
+    token = 2 * (head_dim * pages.bits / 8 + 4 * (pages.code != "dense"))  # bytes, with a scale
+    met = flash.ROWS + flash.BLOCK + flash.BLOCK  # rows of operands from shared memory: Q and K, then V alone
+    parts = {
+        "memory": flash.BLOCK
+        * token
+        / units
+        / (b200.bandwidth * READ / gemm.SMS),  # units after the first read the L2 cache
+        "products": 4 * pairs * head_dim / (b200.peak.bf16 / gemm.SMS),
+        "operands": pairs / (flash.ROWS * flash.BLOCK) * 2 * met * head_dim / (OPERANDS * CLOCK),
+        "exponentials": pairs / (EXP2 * CLOCK),
+        "widening": WIDEN_PAGES * 2 * head_dim / CLOCK if pages.code != "dense" else 0.0,
+    }
+    blocks, mean = rows * units * kv_heads * tiles.parts, sum(steps) / len(steps) / tiles.parts
+    seconds = -(-blocks // gemm.SMS) * mean * max(parts.values()) + FILL
+    flops = 4 * rows * heads * head_dim * queries * (context + (queries + 1) / 2)
+    size = rows * kv_heads * (context + queries) * token
+    name = f"{'decode' if few else f'chunk of {queries}'} of {rows} over {context} in {stored or 'bf16'}"
+    return _estimate(name, seconds, size, flops, b200.peak.bf16, max(parts, key=parts.get), b200)
+
+
 def weight(stored: str | None, d: int, f: int):
     w = jax.ShapeDtypeStruct((d, f), jnp.bfloat16)
     return tensor.quantize(w, formats.parse(stored)) if stored else w
@@ -142,6 +176,8 @@ SHAPES: tuple[Callable, ...] = (
     lambda b: of_weight("nvfp4", 16, 4096, 24576, b, both=True),
     lambda b: of_weight("nvfp4", 4096, 4096, 24576, b, both=True),
     *((lambda b, h=h, v=v: of_flash(8192, 32, h, v, b)) for h, v in flash.HEAD_DIMS),
+    *((lambda b, s=s: of_pages(s, 32, 1, 8192, b)) for s in (None, "int8", "fp8_e4m3", "int4")),
+    *((lambda b, s=s: of_pages(s, 1, 2048, 8192, b)) for s in (None, "int8")),
 )
 
 
@@ -170,8 +206,8 @@ DECODE = ((4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096))
 
 
 def decode_shares(b200: target.Target, rows: int = 16) -> dict[str, float]:
-    """`Efficiency.memory` by `target.key`, of decode steps of Qwen3-8B at `rows` sequences: bytes / bandwidth / time, without
-    FILL, which `Decode.launch` holds."""
+    """`Efficiency.memory` by `target.key`, of decode steps of Qwen3-8B at `rows` sequences of 8192 tokens: bytes / bandwidth /
+    time, without FILL, which `Decode.launch` holds."""
 
     def share(stored: str | None) -> float:
         calls = [of_weight(stored, rows, d, f, b200) for d, f in DECODE]
@@ -186,7 +222,11 @@ def decode_shares(b200: target.Target, rows: int = 16) -> dict[str, float]:
         "mxfp4": "mxfp4",
         "nvfp4": "nvfp4",
     }
-    return {f"matmul/{name}": round(share(form), 2) for name, form in stored.items()}
+    shares = {f"matmul/{name}": share(form) for name, form in stored.items()}
+    for name in ("bfloat16", "fp8_e4m3", "int4", "int8"):
+        call = of_pages(stored[name] and name, rows, 1, 8192, b200)
+        shares[f"attention/{name}"] = call.bytes / b200.bandwidth / (call.seconds - FILL)
+    return {name: round(value, 2) for name, value in shares.items()}
 
 
 def main() -> int:

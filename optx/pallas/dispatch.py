@@ -109,6 +109,7 @@ LACKS = {
     "chosen": "lets all heads see the same blocks, and here each kv head chooses its own",
 }
 _PLAIN, _SUMS = tuple(LACKS), ("score_rule", "key_rope", "chosen")
+_LISTS = ("want_scores", *_SUMS)
 
 # Best first; the last row of an op is its reference and takes everything.
 ROWS: tuple[Row, ...] = (
@@ -163,6 +164,15 @@ ROWS: tuple[Row, ...] = (
         order="batch",
         lacks=_PLAIN,
     ),
+    Row(
+        op="ragged_paged_attention",
+        backend=_GPU,
+        arch="sm100",
+        module="ragged_paged_attention.mosaic_gpu_sm100",
+        order="batch",
+        ran=False,
+        lacks=_LISTS,
+    ),
     Row(op="ragged_paged_attention", backend=_TPU, module="ragged_paged_attention.mosaic_tpu", lacks=_PLAIN),
     Row(op="ragged_paged_attention", backend="xla", module="attention.reference"),
     Row(
@@ -185,6 +195,15 @@ ROWS: tuple[Row, ...] = (
         module="mla.mosaic_gpu_sm90",
         order="batch",
         lacks=_PLAIN,
+    ),
+    Row(
+        op="paged_decode",
+        backend=_GPU,
+        arch="sm100",
+        module="ragged_paged_attention.mosaic_gpu_sm100",
+        order="batch",
+        ran=False,
+        lacks=_LISTS,
     ),
     *(
         # On Hopper after its own rows, and only where a recipe asks: there it is run to be compared.

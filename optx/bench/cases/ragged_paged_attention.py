@@ -117,7 +117,9 @@ def in_float32(args):
     return tuple(wide(x) for x in args)
 
 
-def site(heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None, format=None):  # noqa: B008 - frozen
+def site(
+    heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None, format=None, logit_scale=False,  # noqa: B008 - frozen
+):  # fmt: skip
     window = None if mask.window is None else max(mask.window, 1)
     spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=window).replace(sinks=mask.sinks)
     spec = stored(spec, _formats(format) if format else None).replace(recent=mask.lag or 0, first=mask.skip)
@@ -128,6 +130,7 @@ def site(heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None,
         "cache": spec,
         "mask": mask,
         "softcap": softcap,
+        "logit_scale": logit_scale,
     }
 
 
@@ -151,7 +154,7 @@ def case(
         kwargs = {key: value(rng) if callable(value) and key == "sink_logits" else value for key, value in more.items()}
         return batch(rng, counts, context, **shape, page_size=page_size, dtype=dtype, **kwargs)
 
-    asked = {key: more[key] for key in ("mask", "softcap", "format") if key in more}
+    asked = {key: more[key] for key in ("mask", "softcap", "format", "logit_scale") if key in more}
     facts = {"site": site(**shape, dtype=dtype, **asked), "small": small, "tolerance": tolerance}
     return Case(op=OP, name=name, make=make, pick=real_tokens, **facts)
 

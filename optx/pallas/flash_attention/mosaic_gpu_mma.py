@@ -13,18 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from optx.pallas.attention.inner_sm100 import LOG2E, LOWEST
 from optx.pallas.attention.reference import Mask
-from optx.pallas.flash_attention.mosaic_gpu_sm100 import (
-    LOG2E,
-    LOWEST,
-    Call,
-    attend,
-    logits_of,
-    marks_of,
-    seen_of,
-    spans,
-    unit_of,
-)
+from optx.pallas.flash_attention.mosaic_gpu_sm100 import Call, attend, marks_of, seen_of, spans
 from optx.pallas.flash_attention.mosaic_gpu_sm100 import supports as _shared
 from optx.pallas.late import plgpu, utils
 
@@ -77,6 +68,17 @@ def flash_attention(
         "tiles": tiles or Tiles(tma=utils._infer_arch()[0] >= 9),
     }
     return attend(_run, "mma", HEAD_DIMS, static, q, k, v, sink_logits, valid, segments)
+
+
+def logits_of(call: Call, scores):
+    """Scores to what the softmax compares: in log2 once they are multiplied by `unit_of`."""
+    if call.softcap is not None:
+        return jnp.tanh(scores * (call.scale / call.softcap)) * call.softcap
+    return scores if call.scale > 0 else scores * call.scale
+
+
+def unit_of(call: Call) -> float:
+    return LOG2E * (call.scale if call.softcap is None and call.scale > 0 else 1)
 
 
 def _body(q, k, v, *refs, call: Call):

@@ -1,17 +1,13 @@
 """`flash_attention` for Blackwell: both products by tcgen05, scores, weights and sums in tensor memory.
 
-A thread block takes 128 query rows a tile, two tiles of one head where tensor memory holds them. One warp copies, one issues the
-products; a warpgroup a tile has the softmax, a row a thread, and puts its weights P over the scores S that they come from:
-
-    keys, values --> S = Q K^T --scored--> softmax (O rescaled) --weighed--> O += P V --summed--> next S
-
-Sums are rescaled only when a row's largest logit has grown by 2^GROWTH (FlashAttention-4, arXiv:2603.05451, section 3; its
-polynomial exp2 and its correction warpgroup are left out). The gradient is the reference's. Never run on hardware so far.
+A thread block takes 128 query rows a tile, two tiles of one head where tensor memory holds them (`inner_sm100`); one warp copies.
+The gradient is the reference's. Never run on hardware so far.
 """
 
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,20 +17,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from optx.errors import LoweringError
+from optx.pallas.attention import inner_sm100 as inner
 from optx.pallas.attention import reference
+from optx.pallas.attention.inner_sm100 import BLOCK, LOWEST, ROWS, SHARED
 from optx.pallas.attention.reference import Mask
 from optx.pallas.late import plgpu
 
-ROWS = 128  # query rows of a tile: lanes of tensor memory
-BLOCK = 128  # keys of a step
 HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))  # (query and key width, value width)
 DTYPES = (jnp.bfloat16, jnp.float16)
-SHARED = 226 << 10  # bytes of a thread block, barriers apart
-REGISTERS = (224, 64)  # of a thread of the softmax, and of the warps that copy and multiply
-LOWEST = float(jnp.finfo(jnp.float32).min)
-LOG2E = math.log2(math.e)
-WIDE = 32  # columns of tensor memory that pass through registers at once
-GROWTH = 8.0  # log2 of how large weights may become before sums are rescaled
+REGISTERS = (
+    216,
+    72,
+)  # of a thread of the softmax, and of the warps that copy and multiply: 3 x 168 of three warpgroups
 NOT_REAL = -(2**31)  # the segment of keys that nobody sees
 
 
@@ -44,9 +38,7 @@ class Tiles:
 
     tiles: int = 2  # of 128 query rows that a thread block has at once
     stages: int = 2  # steps whose keys and values are in flight
-    # True: sequences are padded to whole tiles and P has columns of its own: the interpreter neither clips copies nor lets a
-    # part of a union of refs live beside another part of it.
-    interpreted: bool = False
+    interpreted: bool = False  # True: sequences are padded to whole tiles, as the interpreter does not clip copies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +59,6 @@ def tiles_for(head_dim: int, value_dim: int) -> Tiles:
     tiles = 1 if value_dim > 128 else 2  # tensor memory holds S and O of each
     left = SHARED - tiles * ROWS * head_dim * 2
     return Tiles(tiles=tiles, stages=min(3, left // (2 * BLOCK * (head_dim + value_dim))))
-
-
-def strip_of(head_dim: int) -> int:
-    """Numbers of a query, and of a result, that are copied at once."""
-    return math.gcd(head_dim, 128)
 
 
 def supports(args: Mapping[str, Any], target: Any) -> str | None:
@@ -192,27 +179,27 @@ def seen_of(call: Call, start, step, shape, layout):
     return there if mask.causal else there & (key < call.length - base)
 
 
-def logits_of(call: Call, scores):
-    """Scores to what the softmax compares: in log2 once they are multiplied by `unit_of`."""
-    if call.softcap is not None:
-        return jnp.tanh(scores * (call.scale / call.softcap)) * call.softcap
-    return scores if call.scale > 0 else scores * call.scale
+def inner_of(call: Call, head_dim: int, value_dim: int) -> inner.Inner:
+    tiles = call.tiles
+    return inner.Inner(
+        tiles=tiles.tiles,
+        stages=tiles.stages,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        scale=call.scale,
+        softcap=call.softcap,
+        interpreted=tiles.interpreted,
+    )
 
 
-def unit_of(call: Call) -> float:
-    return LOG2E * (call.scale if call.softcap is None and call.scale > 0 else 1)
-
-
-def _body(q, k, v, *refs, call: Call):
-    count, stages = call.tiles.tiles, call.tiles.stages
-    refs = list(refs)
+def _body(q, k, v, /, *refs, call: Call, **held):
+    refs, held = list(refs), types.SimpleNamespace(**held)
     marks = (refs.pop(0), refs.pop(0)) if call.marked else None
     sink = refs.pop(0) if call.sinks else None
-    out, lse, q_smem, k_smem, v_smem = (refs.pop(0) for _ in range(5))
-    (scores, weights), sums = refs.pop(0), refs.pop(0)
-    loaded, k_full, v_full, k_empty, v_empty, scored, weighed, summed, ended = refs
+    out, lse = refs
+    form = inner_of(call, q.shape[-1], out.shape[-1])
     wg, batch, head = lax.axis_index("wg"), lax.axis_index("batch"), lax.axis_index("head")
-    rows = count * ROWS
+    rows = form.tiles * ROWS
     row = lax.axis_index("tile") * rows
 
     def reach():
@@ -220,150 +207,50 @@ def _body(q, k, v, *refs, call: Call):
         runs = spans(call, row, rows)
         return runs[0][0], runs[-1][1] - runs[0][0], runs
 
-    strip, value_dim = strip_of(q.shape[-1]), out.shape[-1]
-    strips = q.shape[-1] // strip
-    score_of = lambda t: scores.at[:, pl.ds(t * BLOCK, BLOCK)]  # noqa: E731
-    weight_of = lambda t, c, size: weights.at[:, pl.ds(t * 2 * BLOCK + c, size)]  # noqa: E731 - over the scores of t
-    sum_of = lambda t, c, size: sums.at[:, pl.ds(t * value_dim + c, size)]  # noqa: E731
-
-    def each_step(steps, visit):
-        lax.fori_loop(0, steps, lambda i, _: visit(i, lax.rem(i, stages)), None)
-
-    def drain(steps, barrier):
-        await_ = lambda i, _: plgpu.barrier_wait(barrier.at[lax.rem(i, stages)])  # noqa: E731
-        lax.fori_loop(lax.max(steps - stages, 0), steps, await_, None)
-
     def fetch():
         first, steps, _ = reach()
         kv_head = lax.div(head, call.group)
-        for t in range(count):
+        for t in range(form.tiles):
             at = pl.ds(row + t * ROWS, ROWS)
-            for c in range(strips):
-                numbers = q.at[batch, at, head, pl.ds(c * strip, strip)]
-                plgpu.copy_gmem_to_smem(numbers, q_smem.at[t, c], loaded.at[t])
+            for c in range(form.strips):
+                numbers = q.at[batch, at, head, pl.ds(c * form.strip, form.strip)]
+                plgpu.copy_gmem_to_smem(numbers, held.q.at[t, c], held.loaded.at[t])
 
-        def step(i, slot):
-            keys = pl.ds((first + i) * BLOCK, BLOCK)
-            pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_empty.at[slot]))
-            plgpu.copy_gmem_to_smem(k.at[batch, keys, kv_head], k_smem.at[slot], k_full.at[slot])
-            pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_empty.at[slot]))
-            plgpu.copy_gmem_to_smem(v.at[batch, keys, kv_head], v_smem.at[slot], v_full.at[slot])
+        def step(i, _):
+            slot, keys = lax.rem(i, form.stages), pl.ds((first + i) * BLOCK, BLOCK)
+            pl.when(i >= form.stages)(lambda: plgpu.barrier_wait(held.k_empty.at[slot]))
+            plgpu.copy_gmem_to_smem(k.at[batch, keys, kv_head], held.k.at[slot], held.k_full.at[slot])
+            pl.when(i >= form.stages)(lambda: plgpu.barrier_wait(held.v_empty.at[slot]))
+            plgpu.copy_gmem_to_smem(v.at[batch, keys, kv_head], held.v.at[slot], held.v_full.at[slot])
 
-        each_step(steps, step)
-        drain(steps, k_empty)
-        drain(steps, v_empty)
-
-    def multiply():
-        _, steps, _ = reach()
-
-        def score(i, t):
-            slot = lax.rem(i, stages)
-            for c in range(strips):
-                keys = k_smem.at[slot, :, pl.ds(c * strip, strip)].T
-                done = [scored.at[t]] if c == strips - 1 else []
-                plgpu.tcgen05_mma(score_of(t), q_smem.at[t, c], keys, *done, accumulate=c > 0)
-            if t == count - 1:
-                plgpu.tcgen05_commit_arrive(k_empty.at[slot])
-
-        for t in range(count):
-            plgpu.barrier_wait(loaded.at[t])
-
-        @pl.when(steps > 0)
-        def _():
-            plgpu.barrier_wait(k_full.at[0])
-            for t in range(count):
-                score(0, t)
-
-        def step(i, slot):
-            plgpu.barrier_wait(v_full.at[slot])
-            more = i + 1 < steps
-            pl.when(more)(lambda: plgpu.barrier_wait(k_full.at[lax.rem(i + 1, stages)]))
-            for t in range(count):
-                plgpu.barrier_wait(weighed.at[t])
-                left = weight_of(t, 0, BLOCK)
-                plgpu.tcgen05_mma(sum_of(t, 0, value_dim), left, v_smem.at[slot], summed.at[t], accumulate=i > 0)
-                if t == count - 1:
-                    plgpu.tcgen05_commit_arrive(v_empty.at[slot])
-                plgpu.barrier_wait(summed.at[t])  # S of the next step takes the place of this one's P
-                pl.when(more)(functools.partial(score, i + 1, t))
-
-        each_step(steps, step)
-        for t in range(count):
-            plgpu.tcgen05_commit_arrive(ended.at[t])
+        lax.fori_loop(0, steps, step, None)
+        inner.drain(form.stages, steps, held.k_empty)
+        inner.drain(form.stages, steps, held.v_empty)
 
     native = plgpu.Layout.TCGEN05_TMEM_NATIVE
-    by_row = native.reduce(1)
-
-    unit = unit_of(call)
 
     def softmax(t):
         first, _, runs = reach()
         start = row + t * ROWS
         at = pl.ds(start, ROWS)
 
-        def seen(step):
-            there = seen_of(call, start, step, (ROWS, BLOCK), native)
+        def seen(i, c, size):
+            slice_of = (first + i) * (BLOCK // size) + c // size  # a slice of a step is a step of fewer keys
+            there = seen_of(call, start, slice_of, (ROWS, size), native)
             if call.marked:
-                mine = plgpu.load(marks[0].at[batch, at], layout=by_row, optimized=False)
-                keys = marks[1].at[batch, pl.ds(step * BLOCK, BLOCK)]
+                mine = plgpu.load(marks[0].at[batch, at], layout=native.reduce(1), optimized=False)
+                keys = marks[1].at[batch, pl.ds(slice_of * size, size)]
                 theirs = plgpu.load(keys, layout=native.reduce(0), optimized=False)
-                spread = lambda x, axis: lax.broadcast_in_dim(x, (ROWS, BLOCK), (axis,))  # noqa: E731
+                spread = lambda x, axis: lax.broadcast_in_dim(x, (ROWS, size), (axis,))  # noqa: E731
                 there = there & (spread(mine, 0) == spread(theirs, 1))
             return there
 
-        def step(i, carry, masked: bool):
-            largest, total = carry
-            plgpu.barrier_wait(scored.at[t])
-            logits = logits_of(call, plgpu.async_load_tmem(score_of(t), layout=native))
-            plgpu.wait_load_tmem()
-            there = seen(first + i) if masked else None
-            logits = jnp.where(there, logits, LOWEST) if masked else logits
-            top = jnp.maximum(largest, jnp.max(logits, axis=1))
-            grown = jnp.max((top - largest) * unit) > GROWTH  # of any row: all are rescaled then
-            top = jnp.where(grown, top, largest)
-            shrink = jnp.exp2((largest - top) * unit)
-
-            @pl.when(grown & (i > 0))
-            def _():
-                for c in range(0, value_dim, WIDE):
-                    part = sum_of(t, c, WIDE)
-                    old = plgpu.async_load_tmem(part, layout=native)
-                    plgpu.wait_load_tmem()
-                    plgpu.async_store_tmem(part, old * lax.broadcast_in_dim(shrink, old.shape, (0,)))
-
-            base, total = top * unit, total * shrink
-            for c in range(0, BLOCK, WIDE):
-                part = logits[:, c : c + WIDE] * unit
-                part = jnp.exp2(part - lax.broadcast_in_dim(base, part.shape, (0,)))
-                part = jnp.where(there[:, c : c + WIDE], part, 0.0) if masked else part
-                total = total + jnp.sum(part, axis=1)
-                plgpu.async_store_tmem(weight_of(t, c, WIDE), part.astype(q_smem.dtype))
-            plgpu.commit_tmem()
-            plgpu.barrier_arrive(weighed.at[t])
-            return top, total
-
-        full = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), by_row)  # noqa: E731
-        carry = (full(LOWEST), full(0.0))
+        carry = (inner.full(LOWEST), inner.full(0.0))
         if call.sinks:
-            carry = (full(sink[head] * (LOG2E / unit)), full(1.0))
-        for begin, end, masked in runs:
-            loop = functools.partial(step, masked=masked)
-            carry = lax.fori_loop(begin - first, end - first, loop, carry)
-        largest, total = carry
-        plgpu.barrier_wait(ended.at[t])
-        some = total > 0
-        lse.at[batch, head, at][...] = jnp.where(some, largest * (unit / LOG2E) + jnp.log(total), -jnp.inf)
-        part = 1 / jnp.where(some, total, 1.0)
-        for c in range(0, value_dim, 64):  # through the place of Q, which is not read any more
-            done = plgpu.async_load_tmem(sum_of(t, c, 64), layout=native)
-            done = jnp.where(lax.broadcast_in_dim(some, done.shape, (0,)), done, 0.0)
-            done = done * lax.broadcast_in_dim(part, done.shape, (0,))
-            to = q_smem.at[t, c // strip, :, pl.ds(c % strip, 64)]
-            to[...] = plgpu.layout_cast(done.astype(q_smem.dtype), native(8))
-        plgpu.commit_smem()
-        for c in range(value_dim // strip):
-            plgpu.copy_smem_to_gmem(q_smem.at[t, c], out.at[batch, at, head, pl.ds(c * strip, strip)])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            carry = (inner.full(sink[head] * (inner.LOG2E / form.unit)), inner.full(1.0))
+        runs = [(begin - first, end - first, masked) for begin, end, masked in runs]
+        carry = inner.softmax(held, form, t, carry, runs, seen)
+        inner.store(held, form, t, carry, out.at[batch, at, head], lse.at[batch, head, at])
 
     @pl.when(wg == 0)
     def _():
@@ -372,7 +259,7 @@ def _body(q, k, v, *refs, call: Call):
         @plgpu.warp_map
         def _(warp):
             pl.when(warp == 0)(fetch)
-            pl.when(warp == 1)(multiply)
+            pl.when(warp == 1)(lambda: inner.multiply(held, form, reach()[1]))
 
     @pl.when(wg > 0)
     def _():
@@ -392,7 +279,7 @@ def marks_of(call: Call, valid, segments, rows: int):
 @functools.partial(jax.jit, static_argnums=0)
 def _run(call: Call, q, k, v, sink_logits, valid, segments):
     """The kernel's call, alike for all layers of a model: assembled once."""
-    count, stages = call.tiles.tiles, call.tiles.stages
+    count = call.tiles.tiles
     b, s, n, h = q.shape
     value_dim = v.shape[-1]
     row_tiles = pl.cdiv(s, count * ROWS)
@@ -402,25 +289,6 @@ def _run(call: Call, q, k, v, sink_logits, valid, segments):
     more = [*marks_of(call, valid, segments, whole)] if call.marked else []
     more += [sink_logits.astype(jnp.float32)] if call.sinks else []
 
-    def shared(*shape):
-        return plgpu.SMEM(shape, q.dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-    plain = lambda n: plgpu.Barrier(num_arrivals=1, num_barriers=n)  # noqa: E731
-    tensor = lambda n: plgpu.Barrier(num_arrivals=1, num_barriers=n, orders_tensor_core=True)  # noqa: E731
-    both = [plgpu.TMEM((ROWS, count * BLOCK), jnp.float32), plgpu.TMEM((ROWS, count * 2 * BLOCK), q.dtype, packed=True)]
-    scratch = [
-        shared(count, h // strip_of(h), ROWS, strip_of(h)),
-        shared(stages, BLOCK, h),
-        shared(stages, BLOCK, value_dim),
-        both if call.tiles.interpreted else plgpu.RefUnion(*both),
-        plgpu.TMEM((ROWS, count * value_dim), jnp.float32),
-        plgpu.Barrier(num_arrivals=h // strip_of(h), num_barriers=count),
-        plain(stages),
-        plain(stages),
-        tensor(stages),
-        tensor(stages),
-        *(tensor(count) for _ in range(4)),
-    ]
     kernel = plgpu.kernel(
         functools.partial(_body, call=call),
         out_type=(
@@ -431,7 +299,7 @@ def _run(call: Call, q, k, v, sink_logits, valid, segments):
         grid_names=("tile", "head", "batch"),
         num_threads=1 + count,
         thread_name="wg",
-        scratch_types=scratch,
+        scratch_types=inner.scratch(inner_of(call, h, value_dim), q.dtype),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="flash_attention_sm100",
     )

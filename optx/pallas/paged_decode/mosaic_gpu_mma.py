@@ -264,6 +264,15 @@ def _body(q, k_pool, v_pool, positions, table, lengths, q_positions, *refs, call
     lse.at[part, row, head, to][...] = jnp.where(some, largest / LOG2E + jnp.log(total), -jnp.inf)
 
 
+def merge(out, lse, sink_logits, dtype):
+    """Parts of one softmax: out [parts, ..., N, H] and lse float32[parts, ..., N], with a logit a head that has no value where
+    sink_logits [N] are given -> (out [..., N, H] in dtype, lse [..., N])."""
+    total = jax.nn.logsumexp(lse, axis=0)
+    total = total if sink_logits is None else jnp.logaddexp(total, sink_logits.astype(jnp.float32))
+    share = jnp.exp(lse - jnp.where(jnp.isfinite(total), total, 0))[..., None]
+    return jnp.sum(jnp.where(share > 0, share * out, 0), axis=0).astype(dtype), total
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _run(call: Call, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale):
     """The kernel's call, alike for all layers of a model: assembled once; and the merge of its parts."""
@@ -297,10 +306,4 @@ def _run(call: Call, q, k_pool, v_pool, positions, table, lengths, q_positions, 
     out, lse = kernel(by_head, k_pool, v_pool, positions, table, lengths, asked, *more)
     back = lambda x: jnp.moveaxis(x[:, :, :, :rows].reshape(*x.shape[:3], queries, group, *x.shape[4:]), 2, 3)  # noqa: E731
     out, lse = (back(x).reshape(tiles.parts, b, queries, n, *x.shape[4:]) for x in (out, lse))
-    sinks = (
-        jnp.full((b, queries, n), -jnp.inf) if sink_logits is None else jnp.broadcast_to(sink_logits, (b, queries, n))
-    )
-    total = jnp.logaddexp(jax.nn.logsumexp(lse, axis=0), sinks)
-    base = jnp.where(jnp.isfinite(total), total, 0)
-    share = jnp.exp(lse - base)[..., None]
-    return jnp.sum(jnp.where(share > 0, share * out, 0), axis=0).astype(q.dtype), total
+    return merge(out, lse, sink_logits, q.dtype)
