@@ -6,6 +6,7 @@ steps'. Equal inputs on one kind of device give equal bits, kills or not, as far
 all that the next step depends on.
 """
 
+import concurrent.futures
 import math
 import time
 from collections.abc import Mapping
@@ -130,8 +131,8 @@ class Run:
         return found | {"rate": rate}
 
     def _programs(self) -> list:
-        """A compiled step a phase: compilation is no part of the run's minutes."""
-        found, everything = [], self.still | self.moving
+        """A compiled step a phase, all compiled at once: compilation is no part of the run's minutes."""
+        everything, lowered = self.still | self.moving, []
         shape = (self.options.accumulate, self.options.batch // self.options.accumulate, self.options.context)
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.split)
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=self.whole)
@@ -141,10 +142,12 @@ class Run:
             frozen = jax.eval_shape(lambda x: cast(x, self.narrow[1], self.options.dtype), still)
             opt = jax.eval_shape(self.tune.init, moving)
             opt, frozen = (_specs(x, self.whole) for x in (opt, frozen))
-            jitted = jax.jit(self._stepped, donate_argnums=(0, 1, 2), out_shardings=self.whole)
-            args = (moving, opt, _specs(self.biases), frozen, _specs(self.teacher), tokens, rate)
-            found.append(jitted.lower(*args).compile())
-        return found
+            jitted = jax.jit(
+                self._stepped, donate_argnums=(0, 1, 2), out_shardings=self.whole, compiler_options=_compiler()
+            )
+            lowered.append(jitted.lower(moving, opt, _specs(self.biases), frozen, _specs(self.teacher), tokens, rate))
+        with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
+            return list(pool.map(lambda one: one.compile(), lowered))
 
     def _stepped(self, moving: Values, opt, biases: Values, frozen: Values, teacher: Values, tokens, rate):
         """tokens int32[parts, B, T] -> (moving, opt, biases, figures) after a step."""
@@ -187,7 +190,9 @@ class Run:
                 f"distill.held_out: got {len(held)}; allowed: multiples of the {self.options.devices} devices"
             )
         parts = jax.device_put(held.reshape(-1, size, held.shape[1]), self.split)
-        run = jax.jit(lambda teacher, student, tokens: self._losses(teacher, student, tokens)[0])
+        run = jax.jit(
+            lambda teacher, student, tokens: self._losses(teacher, student, tokens)[0], compiler_options=_compiler()
+        )
 
         def measure() -> dict[str, float]:
             student = self.still | self.moving | self.biases
@@ -230,6 +235,12 @@ class Run:
             kv_bytes=tuple(tree.cache_plan().bytes(1, tree.context) for tree in self.forms),
             folder=str(self.state.folder),
         )
+
+
+def _compiler() -> dict[str, Any] | None:
+    """Options of XLA. On GPUs it tries out ways to run every product, which takes minutes: more than a short run wins by it."""
+    gpu = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    return gpu if jax.default_backend() == "gpu" else None
 
 
 def _specs(values, sharding=None):
