@@ -52,12 +52,15 @@ def bound(shape: Shape, ceilings: Ceilings) -> tuple[float, str]:
 
 
 def measure(shape: Shape, ceilings: Ceilings, seed: int = 0, alone: bool = False) -> list[Line]:
-    """The rows that take the shape, the reference, and its peers; alone: the rows only, compared with nothing."""
+    """The rows that take the shape, the reference, and its peers; alone: the rows that lowering
+    chooses by itself, compared with nothing."""
     sets = [shape.make(np.random.default_rng([seed, i])) for i in range(shape.copies)]
     args, kwargs = sets[0]
     inputs = [(args, registry.split(kwargs)[0]) for args, kwargs in sets]
     least, binds = bound(shape, ceilings)
-    rows = [row for row in registry.kernels(shape, targets.detect()) if row.order != "own"]
+    rows = [
+        row for row in registry.kernels(shape, targets.detect()) if row.order != "own" and (row.verified or not alone)
+    ]
     candidates: dict[str, tuple[Callable, list]] = {
         row.name: (registry.jitted(row.run, kwargs), _arranged(row, inputs)) for row in rows
     }
