@@ -30,21 +30,28 @@ PROJECTIONS = (Linear, GroupedLinear)
 class Feed:
     """Windows of calibration text, as what enters the next block of `model`."""
 
-    def __init__(self, model: nnx.Module, windows: Sequence[np.ndarray]):
-        """model: the tree that is compiled, abstract will do; windows: int32[1, T] each, all of one length T."""
+    def __init__(self, model: nnx.Module, windows: Sequence[np.ndarray], lanes: int = 1):
+        """model: the tree that is compiled, abstract will do; windows: int32[1, T] each, all of one length T; lanes: forms of the
+        blocks that each have the text run through them, apart from each other."""
         self.plan = model.cache_plan()
         self.length = windows[0].shape[1]
         rows = max(1, CHUNK // self.length)
         joined = [np.concatenate(windows[i : i + rows]).reshape(-1) for i in range(0, len(windows), rows)]
-        self.chunks: list[jax.Array] = [jnp.asarray(tokens) for tokens in joined]
-        self.pools: list[dict[int, Any]] = [{} for _ in joined]  # of layers whose cache others read, by layer
+        self.lanes = lanes
+        self.chunks: list[jax.Array] = [jnp.asarray(tokens) for tokens in joined] * lanes  # a lane behind the other
+        self.pools: list[dict[int, Any]] = [{} for _ in self.chunks]  # of layers whose cache others read, by layer
         self.owners = {spec.follows for spec in self.plan.specs if spec is not None and spec.follows is not None}
 
     @property
     def tokens(self) -> int:
-        return sum(chunk.shape[0] for chunk in self.chunks)
+        return sum(self.chunks[i].shape[0] for i in self._of(0))
 
-    def collect(self, block: nnx.Module, prefix: str, sites: Iterable[str], needs: frozenset[str]):
+    def _of(self, lane: int) -> range:
+        """Indices of its chunks."""
+        count = len(self.chunks) // self.lanes
+        return range(lane * count, (lane + 1) * count)
+
+    def collect(self, block: nnx.Module, prefix: str, sites: Iterable[str], needs: frozenset[str], lane: int = 0):
         """{full path: Seen or SeenBlock} of the sites (paths in `block`, '' for itself), which stands at `prefix`.
 
         Raises: PassError for a site that the text does not reach, and for inputs that are no numbers.
@@ -57,7 +64,7 @@ class Feed:
         whole = tuple(site for site in sites if "inputs" in needs and site not in paths)
         run = _sweep(graph, treedef, _how(prefix), self.length, tuple(kinds.items()), whole, needs - {"inputs"})
         sums, calls = None, {site: [] for site in whole}
-        for i in range(len(self.chunks)):
+        for i in self._of(lane):
             found, called = run(leaves, *self._enter(i, prefix))
             sums = found if sums is None else _add(sums, found)
             for site, arguments in called.items():
@@ -67,15 +74,15 @@ class Feed:
             _check_finite(f"{prefix}/{path}".strip("/"), one)
         return {f"{prefix}/{site}".strip("/"): _of_site(prefix, site, under[site], seen, calls) for site in sites}
 
-    def advance(self, block: nnx.Module, prefix: str) -> None:
-        """Runs the block, as it is after all passes: its output enters the next one."""
+    def advance(self, block: nnx.Module, prefix: str, lane: int = 0) -> None:
+        """Runs the block, as it is after the passes of the lane: its output enters the next one."""
         how = _how(prefix)
         if how == "skip":
             return
         graph, treedef, leaves = _parts(block)
         layer = int(prefix.split("/")[1]) if how == "layer" else None
         run = _forward_of(graph, treedef, how, self.length)
-        for i in range(len(self.chunks)):
+        for i in self._of(lane):
             self.chunks[i], pool = run(leaves, *self._enter(i, prefix))
             if layer in self.owners:
                 self.pools[i][layer] = pool

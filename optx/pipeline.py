@@ -191,16 +191,25 @@ def run(
 class Statistics(Protocol):
     """Calibration text on its way through the blocks (calibrate.py)."""
 
-    def collect(self, block: nnx.Module, prefix: str, sites: Iterable[str], needs: frozenset[str]) -> Mapping:
+    def collect(
+        self, block: nnx.Module, prefix: str, sites: Iterable[str], needs: frozenset[str], lane: int = 0
+    ) -> Mapping:
         """What it shows of the inputs of the sites (paths in the block), by full path."""
 
-    def advance(self, block: nnx.Module, prefix: str) -> None:
-        """Runs the block, which has all its passes behind it."""
+    def advance(self, block: nnx.Module, prefix: str, lane: int = 0) -> None:
+        """Runs the block, which has all passes of the lane behind it."""
 
 
 def needs(rules: Rules) -> frozenset[str]:
     """What the rules read of their sites' inputs."""
     return frozenset().union(*(options.needs for _, options in rules))
+
+
+def turn(recipe: Recipe) -> int | None:
+    """Index of the step that turns the stream, where an earlier one reads calibration text: it must see the stream as it was."""
+    steps = [rules for _, rules in recipe.steps()]
+    at = next((i for i, rules in enumerate(steps) if any(o.turns_stream for _, o in rules)), None)
+    return at if at is not None and any(map(needs, steps[:at])) else None
 
 
 def apply_block(
@@ -211,9 +220,13 @@ def apply_block(
     records: Sequence[Record],
     feed: Statistics | None = None,
 ) -> nnx.Module:
-    """All passes on one concrete block that stands at `prefix` (`layers/3`), checked against the plan after each."""
-    for step, record, plan in zip(recipe.steps(), records, planned[1:], strict=True):
-        block, _ = apply_pass(block, prefix, step, plan, record, feed)
+    """All passes on one concrete block that stands at `prefix` (`layers/3`), checked against the plan after each. Those before a
+    `turn` read lane 1 of the text, which runs through blocks as they were then."""
+    turned = -1 if feed is None or (found := turn(recipe)) is None else found
+    for i, (step, record, plan) in enumerate(zip(recipe.steps(), records, planned[1:], strict=True)):
+        if i == turned:
+            feed.advance(block, prefix, lane=1)
+        block, _ = apply_pass(block, prefix, step, plan, record, feed, lane=int(i < turned))
     if feed is not None:
         feed.advance(block, prefix)
     return block
@@ -226,6 +239,7 @@ def apply_pass(
     plan: nnx.Module,
     record: Record,
     feed: Statistics | None = None,
+    lane: int = 0,
 ) -> tuple[nnx.Module, list[str]]:
     """One pass on one concrete block -> (the block after it, full paths of the sites that it rewrote).
 
@@ -236,7 +250,7 @@ def apply_pass(
     tally = Tally(hits={where: 0 for where, _ in rules})
     values = _values(block)
     sites = [path for path, _, options in matches(block, pass_, rules, prefix) if options.needs]
-    seen = feed.collect(block, prefix, sites, needs(rules)) if sites else None
+    seen = feed.collect(block, prefix, sites, needs(rules), lane) if sites else None
     after = rewrite(block, pass_, rules, prefix=prefix, layers=len(plan.layers), tally=tally, seen=seen)
     record.notes |= tally.notes
     _check_untouched(pass_, values, block)

@@ -83,7 +83,8 @@ def blocks(
         tree = _whole(planned, text, progress, measured)
         yield from ((prefix, ir.get(tree, prefix)) for prefix in source.segments())
         return
-    feed = _feed(planned, text, *(rules for _, rules in recipe.steps()))
+    lanes = 1 if pipeline.turn(recipe) is None else 2
+    feed = _feed(planned, text, *(rules for _, rules in recipe.steps()), lanes=lanes)
     kept = None if work is None else Work.at(work, recipe, source.origin, text or ())
     done = kept.done() if kept else 0
     if done:
@@ -119,9 +120,9 @@ def _check_text(recipe: Recipe, given: bool, measured: bool) -> None:
                 raise RecipeError(f"{where}: {pass_.name} reads its inputs ({what}) on calibration text; {how}")
 
 
-def _feed(planned: Planned, text: Windows | None, *rules: pipeline.Rules) -> Feed | None:
+def _feed(planned: Planned, text: Windows | None, *rules: pipeline.Rules, lanes: int = 1) -> Feed | None:
     """The text on its way through the blocks, where a rule reads it."""
-    return Feed(planned.trees[-1], text) if any(pipeline.needs(each) for each in rules) else None
+    return Feed(planned.trees[-1], text, lanes) if any(pipeline.needs(each) for each in rules) else None
 
 
 def windows(calibration: str | Path, source, cut: Calibration = MEASURED) -> Windows:

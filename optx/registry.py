@@ -51,6 +51,11 @@ class PassOptions:
         return frozenset()
 
     @property
+    def turns_stream(self) -> bool:
+        """Whether blocks behind the pass exchange other numbers than those before it, which stand for the same."""
+        return False
+
+    @property
     def unresolved(self) -> bool:
         """Whether something is left to be measured on the whole model before the pass can run on weights."""
         return False

@@ -14,7 +14,9 @@ from optx.calibrate import Feed
 from optx.errors import PassError, RecipeError
 from optx.nn.moe import Experts, MoE, Router
 from optx.passes.gptq import GPTQ
+from optx.passes.mla import Mla
 from optx.passes.quantize_weights import QuantizeWeights
+from optx.passes.rotate import Rotate
 from optx.recipe import Calibration, Recipe
 from optx.registry import Seen, SeenBlock
 from optx.watch import watch
@@ -136,6 +138,19 @@ def test_measured_or_not_the_weights_are_the_same():
     assert with_figures.plan.records[0].quality.kl > 0 and streamed.plan.records[0].quality is None
     tokens = np.arange(20)[None]
     np.testing.assert_array_equal(with_figures.logits(tokens), streamed.logits(tokens))
+
+
+def test_what_runs_before_a_rotation_sees_the_stream_before_it(tmp_path):
+    """`mla` is fitted to unrotated inputs in every block, also where blocks come one by one, and `gptq` to rotated ones."""
+    llama = source(families.concrete("llama", max_position_embeddings=64))
+    text = Calibration(windows=3, context=48)
+    mla, gptq = Mla(kv_cut=0.5, rope="pca"), GPTQ(format="int8", match="layers/.*/mlp/.*")
+    whole = Recipe(attention=[mla], fold=[Rotate()], weights=[gptq], calibration=text)
+    tokens = np.arange(20)[None]
+    converted = optx.compile(llama, Recipe(attention=[mla], calibration=text), "cpu", calibration=TEXT, measured=False)
+    rotated = optx.compile(llama, whole, "cpu", calibration=TEXT, measured=False, work=tmp_path / "work")
+    error = rotated.logits(tokens) - converted.logits(tokens)
+    assert np.linalg.norm(error) < 0.02 * np.linalg.norm(converted.logits(tokens))
 
 
 def test_without_text_the_rule_is_named():

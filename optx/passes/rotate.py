@@ -40,6 +40,10 @@ class Rotate(PassOptions):
     values: bool = True  # the values of each head (R2)
     matrices: str | None = None  # .npz of `optx rotate`: rotations that were learned; None: those of the seed
 
+    @property
+    def turns_stream(self):
+        return self.stream
+
     def rotation(self, d: int) -> Rotation:
         return Rotation(d=d, seed=self.seed, mixed=self.mixed and self.seed is not None)
 
