@@ -1,11 +1,11 @@
-"""How far a student is from its teacher, differentiable and in bounded memory.
+"""How far a student is from its teacher, differentiable, in bounded memory and quick to compile.
 
 Every block of layers is run again when its gradient is taken (Chen et al. 2016, arXiv:1604.06174), and logits exist for a
 thousand tokens at a time.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,44 +45,87 @@ def cast(values: Mapping[str, jax.Array], names: frozenset[str], dtype) -> dict[
     return {name: x.astype(dtype) if name in names else x for name, x in values.items()}
 
 
-class Again(nnx.Module):
-    """A block that keeps nothing for its gradient but what enters it, counts the tokens of its experts and hands on the losses
-    of its own."""
+@dataclasses.dataclass
+class Told:
+    """What blocks hand out beside their outputs, in their order."""
 
-    def __init__(self, block: nnx.Module, loads: list[jax.Array], own: list[jax.Array]):
-        self.block = block
-        self.loads, self.own = nnx.static(loads), nnx.static(own)
+    inputs: list[jax.Array] = dataclasses.field(default_factory=list)  # [T, D] of each block
+    loads: list[jax.Array] = dataclasses.field(
+        default_factory=list
+    )  # float32[E] tokens of each expert, by routing layer
+    own: list[jax.Array] = dataclasses.field(default_factory=list)  # losses of single layers
+
+
+class Again(nnx.Module):
+    """Blocks of one form in a row, compiled once: a scan over their numbers. For their gradients they keep what enters each, and
+    nothing else."""
+
+    def __init__(self, blocks: Sequence[nnx.Module], told: Told):
+        self.blocks, self.told = nnx.List(blocks), nnx.static(told)
 
     @property
     def mixer(self) -> nnx.Module | None:
-        return self.block.mixer
+        return self.blocks[0].mixer
 
     def unjoined(self, x, y, ragged, cache):
-        graph, state = nnx.split(self.block)
+        graph, states = _form(self.blocks[0])[0], [nnx.split(block)[1] for block in self.blocks]
 
         @jax.checkpoint
-        def run(state, x, y, pool):
+        def run(x, pool, state):
             view = None if cache is None else dataclasses.replace(cache, pool=pool)
             with recorded() as routings, auxiliary() as own:
-                out = nnx.merge(graph, state).unjoined(x, y, ragged, view)
-            return out, [load(routing) for routing in routings], own
+                out, more, pool = nnx.merge(graph, state).unjoined(x, None, ragged, view)
+            return out if more is None else out + more, pool, [load(routing) for routing in routings], own
 
-        out, loads, own = run(state, x, y, None if cache is None else cache.pool)
-        self.loads.extend(loads)
-        self.own.extend(own)
-        return out
+        def step(x, state):
+            out, _, loads, own = run(x, None, state)
+            return out, (x, loads, own)
+
+        x = x if y is None else x + y
+        if len(states) == 1:
+            out, pool, loads, own = run(x, None if cache is None else cache.pool, states[0])
+            self._tell([x], [loads], [own])
+            return out, None, pool
+        x = x.astype(jax.eval_shape(step, x, states[0])[0].dtype)  # of the stream, which the first block may widen
+        out, each = jax.lax.scan(step, x, jax.tree.map(lambda *one: jnp.stack(one), *states))
+        self._tell(*zip(*(jax.tree.map(lambda x: x[i], each) for i in range(len(states)))))  # noqa: B023
+        return out, None, {}
+
+    def _tell(self, inputs, loads, own) -> None:
+        self.told.inputs.extend(inputs)
+        self.told.loads.extend(x for block in loads for x in block)
+        self.told.own.extend(x for block in own for x in block)
 
 
-def forward(model: nnx.Module, tokens: jax.Array, tapped: bool):
-    """tokens int32[B, T] -> (hidden [B, T, D] before the head, float32[E] tokens of each expert by routing layer, inputs of all
-    layers but the first [B, T, D] where `tapped`, losses of single layers). The tree is changed: it must be the caller's own."""
-    loads: list[jax.Array] = []
-    own: list[jax.Array] = []
-    model.layers = nnx.List([Again(layer, loads, own) for layer in model.layers])
-    taps = tuple(range(1, len(model.layers))) if tapped else ()
-    hidden, _, states = model.backbone(tokens.reshape(-1), Ragged.dense(*tokens.shape), taps=taps)
+def _form(block: nnx.Module):
+    """What blocks of one form have in common."""
+    graph, state = nnx.split(block)
+    return graph, jax.tree.structure(state), [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+
+
+def _rows(model: nnx.Module) -> list[list[nnx.Module]]:
+    """The layers, those of one form in a row together; each for itself where one reads what another keeps."""
+    specs = [spec for spec in model.cache_plan().specs if spec is not None]
+    if any(spec.follows is not None for spec in specs):
+        return [[layer] for layer in model.layers]
+    rows: list[list[nnx.Module]] = []
+    for layer in model.layers:
+        if rows and _form(rows[-1][0]) == _form(layer):
+            rows[-1].append(layer)
+        else:
+            rows.append([layer])
+    return rows
+
+
+def forward(model: nnx.Module, tokens: jax.Array) -> tuple[jax.Array, Told]:
+    """tokens int32[B, T] -> (hidden [B, T, D] before the head, what layers told, inputs as [B, T, D]). The tree is changed: it
+    must be the caller's own."""
+    told = Told()
+    model.layers = nnx.List([Again(row, told) for row in _rows(model)])
+    hidden, _, _ = model.backbone(tokens.reshape(-1), Ragged.dense(*tokens.shape))
     shape = (*tokens.shape, -1)
-    return hidden.reshape(shape), loads, tuple(x.reshape(shape) for x in states), own
+    told.inputs = [x.reshape(shape) for x in told.inputs]
+    return hidden.reshape(shape), told
 
 
 def losses(
@@ -94,12 +137,13 @@ def losses(
     mean over layers and tokens of |h - h_teacher|^2 / |h_teacher|^2, 0 where not asked for; auxiliary: mean over the student's
     layers that have a loss of their own (nn/recorder.py), missing where none has.
     """
-    wanted, _, states, _ = jax.lax.stop_gradient(forward(teacher, tokens, hidden))
-    found, loads, mine, own = forward(student, tokens, hidden)
-    pairs = [*zip(mine, states, strict=True), (found, wanted)]
+    wanted, its = forward(teacher, tokens)
+    wanted, states = jax.lax.stop_gradient((wanted, its.inputs))
+    found, mine = forward(student, tokens)
+    pairs = [*zip(mine.inputs[1:], states[1:], strict=True), (found, wanted)]
     distance = sum(map(_distance, *zip(*pairs))) / len(pairs) if hidden else jnp.float32(0)
-    more = {"hidden": distance} | ({"auxiliary": sum(own) / len(own)} if own else {})
-    return _of_logits(teacher, student, wanted, found, tokens) | more, loads
+    more = {"hidden": distance} | ({"auxiliary": sum(mine.own) / len(mine.own)} if mine.own else {})
+    return _of_logits(teacher, student, wanted, found, tokens) | more, mine.loads
 
 
 def _distance(found: jax.Array, wanted: jax.Array) -> jax.Array:

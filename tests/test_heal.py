@@ -132,6 +132,17 @@ def test_gradients_pass_every_kind_of_cache():
     assert all(np.any(slope) and np.all(np.isfinite(slope)) for slope in slopes.values())
 
 
+def test_layers_of_one_form_are_compiled_once():
+    def products(layers):
+        model = families.concrete("llama", num_hidden_layers=layers)
+        tokens = jnp.asarray([families.prompt(16)])
+        return str(
+            jax.make_jaxpr(lambda tokens: losses(*(ir.shallow(model) for _ in range(2)), tokens, hidden=True))(tokens)
+        ).count("dot_general")
+
+    assert products(2) == products(5) > 0
+
+
 # What moves
 
 
