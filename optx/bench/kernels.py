@@ -41,6 +41,10 @@ class Line:
     error: float | None  # relative, against float32; None: not compared
     raised: str = ""
 
+    @property
+    def told(self) -> str:
+        return self.raised or f"{self.microseconds:.1f} us, {100 * self.of_ceiling:.0f}% of {self.bound}"
+
 
 def bound(shape: Shape, ceilings: Ceilings) -> tuple[float, str]:
     """(fewest seconds that the call can take, what binds it)."""
@@ -131,7 +135,10 @@ def run(ops: Sequence[str] = (), seed: int = 0, alone: bool = False) -> tuple[li
     ceilings = timing.ceilings()
     lines: list[Line] = []
     for shape in tqdm(shapes, unit="shape", file=sys.stderr, mininterval=5):
-        lines += measure(shape, ceilings, seed, alone)
+        found = measure(shape, ceilings, seed, alone)
+        for line in found:  # at once: a run that is stopped has shown what it knows
+            tqdm.write(f"{line.op} {line.shape} {line.implementation}: {line.told}", file=sys.stderr)
+        lines += found
     return lines, ceilings
 
 
