@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optx.ir import size_text
-from optx.pipeline import Healing
 from optx.report import table
 
 UNCOMPILED = "(uncompiled)"
@@ -40,10 +39,9 @@ class Result:
     passes: tuple[dict, ...] = ()  # as the report of a compile has them
 
     @property
-    def healing(self) -> Healing | None:
-        """What training has won back."""
-        found = next((p["healing"] for p in self.passes if p.get("healing")), None)
-        return None if found is None else Healing(**found)
+    def healing(self) -> dict | None:
+        """What training has won back, as `pipeline.Healing` has it."""
+        return next((p["healing"] for p in self.passes if p.get("healing")), None)
 
     def line(self) -> str:
         """What is told of it when it comes."""
@@ -137,8 +135,8 @@ class Outcome:
             "compile s: passes and lowering; a pass that variants share is run once and counted for each.",
             f"{FRONT}: no other variant is lower in both KL and {AXES[self.x][0]}.",
             *(
-                f"healed: {r.model}, {r.variant}: KL {h.kl[0]:.3g} to {h.kl[1]:.3g} on sequences that were not trained on, "
-                f"{h.steps:,} steps, {h.tokens:,} tokens, {h.seconds:,.0f} s"
+                f"healed: {r.model}, {r.variant}: KL {h['kl'][0]:.3g} to {h['kl'][1]:.3g} on sequences that were not trained on, "
+                f"{h['steps']:,} steps, {h['tokens']:,} tokens, {h['seconds']:,.0f} s"
                 for r in self.results
                 if (h := r.healing) is not None
             ),

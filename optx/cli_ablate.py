@@ -94,8 +94,8 @@ def _write(outcome: Outcome, data: str, out: Path) -> None:
     else:
         say(f"written to {out}: {', '.join(FILES)}")
     several = len({r.model for r in outcome.results}) > 1
-    healed = {f"{r.model}, {r.variant}" if several else r.variant: r.healing for r in outcome.results if r.healing}
-    if heal_plot.compare(healed, out / HEALING):
+    healed = [(f"{r.model}, {r.variant}" if several else r.variant, r.healing) for r in outcome.results if r.healing]
+    if heal_plot.compare({name: Path(found["folder"]) for name, found in healed}, out / HEALING):
         say(f"curves of healing: {out / HEALING}")
 
 

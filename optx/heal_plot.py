@@ -45,14 +45,14 @@ def draw(folder: Path, healing: Healing) -> Path:
     return folder / CURVES
 
 
-def compare(runs: Mapping[str, Healing], path: Path) -> bool:
+def compare(folders: Mapping[str, Path], path: Path) -> bool:
     """Writes a PNG: a panel a run by name, KL on held-out sequences over the seconds of training. False, and nothing written,
     where the log of none is left."""
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    logs = {name: Path(run.folder) / LOG for name, run in runs.items()}
+    logs = {name: folder / LOG for name, folder in folders.items()}
     held = {name: [r for r in rows(log) if r["kind"] == "held_out"] for name, log in logs.items() if log.exists()}
     if not held:
         return False

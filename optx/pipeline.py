@@ -226,7 +226,7 @@ def apply_block(
     for i, (step, record, plan) in enumerate(zip(recipe.steps(), records, planned[1:], strict=True)):
         if i == turned:
             feed.advance(block, prefix, lane=1)
-        block, _ = apply_pass(block, prefix, step, plan, record, feed, lane=int(i < turned))
+        block, _ = apply_pass(block, prefix, step, plan, record, feed, int(i < turned))
     if feed is not None:
         feed.advance(block, prefix)
     return block
