@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from optx import ir
+from optx import heal_ops, ir
 from optx.cache import Ragged
 from optx.nn.core import Embed, LayerNorm, Linear, RMSNorm
 from optx.nn.moe import GroupedLinear, MoE, load, recorded
@@ -137,13 +137,15 @@ def losses(
     mean over layers and tokens of |h - h_teacher|^2 / |h_teacher|^2, 0 where not asked for; auxiliary: mean over the student's
     layers that have a loss of their own (nn/recorder.py), missing where none has.
     """
-    wanted, its = forward(teacher, tokens)
-    wanted, states = jax.lax.stop_gradient((wanted, its.inputs))
-    found, mine = forward(student, tokens)
+    with heal_ops.fast():
+        wanted, its = forward(teacher, tokens)
+        wanted, states = jax.lax.stop_gradient((wanted, its.inputs))
+        found, mine = forward(student, tokens)
+        logits = _of_logits(teacher, student, wanted, found, tokens)
     pairs = [*zip(mine.inputs[1:], states[1:], strict=True), (found, wanted)]
     distance = sum(map(_distance, *zip(*pairs))) / len(pairs) if hidden else jnp.float32(0)
     more = {"hidden": distance} | ({"auxiliary": sum(mine.own) / len(mine.own)} if mine.own else {})
-    return _of_logits(teacher, student, wanted, found, tokens) | more, mine.loads
+    return logits | more, mine.loads
 
 
 def _distance(found: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -154,6 +156,11 @@ def _distance(found: jax.Array, wanted: jax.Array) -> jax.Array:
 
 
 def _of_logits(teacher, student, wanted, found, tokens) -> dict[str, jax.Array]:
+    for model in (teacher, student):
+        if model.output is None:  # a tied head as a product like others
+            head = Linear(1, 1)
+            head.weight = nnx.Param(model.embed.table.get_value().T)
+            model.output = nnx.data(head)
     batch, length = tokens.shape
     size = max(n for n in range(1, length + 1) if length % n == 0 and (n * batch <= ROWS or n == 1))
     following = jnp.roll(tokens, -1, axis=1)

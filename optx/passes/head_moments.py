@@ -21,6 +21,7 @@ from optx.nn.core import Linear, RMSNorm, Rope
 from optx.registry import SeenBlock, Site
 
 DAMP = 1e-6  # of a metric's mean eigenvalue, added to it: directions that nothing reads
+LEAST = 1e-12  # of the largest energy of queries in a layer, what counts as some
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,9 @@ def planes(moment: np.ndarray, asked: np.ndarray | None, first: np.ndarray, seco
     weight = np.ones(len(aa))
     if asked is not None:
         energy = np.einsum("khh->kh", asked)
-        weight = np.sqrt(np.maximum(energy[:, first] + energy[:, second], np.finfo(float).tiny)).reshape(-1)
+        # Of a pair that no query asks for any direction will do, but one that float32 holds.
+        least = max(LEAST * energy.max(), np.finfo(float).tiny)
+        weight = np.sqrt(np.maximum(energy[:, first] + energy[:, second], least)).reshape(-1)
     sizes, vectors = np.linalg.eigh(weight[:, None] * (aa + bb + 1j * (ba - ab)) * weight)
     top = vectors[:, ::-1][:, :count].conj()
     shape = (len(moment), len(first), count)

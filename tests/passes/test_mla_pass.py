@@ -316,3 +316,17 @@ def test_calibration_text_is_asked_for():
     with pytest.raises(OptxError, match="inputs"):
         recipe = Recipe(attention=[Mla(kv_cut=0.25, rope="2_norm", rope_dim=2)])
         optx.compile(families.concrete("llama"), recipe, target="cpu")
+
+
+@pytest.mark.parametrize("rope", ["pca", "2_norm"])
+def test_numbers_that_no_query_asks_for(rope):
+    """Gemma-3-270M has gains of 0 in its norms of queries: the error of such a key weighs nothing, and no map may be infinite."""
+    model = ir.shallow(ir.init_weights(shapes("gemma3"), seed=1))
+    for layer in model.layers:
+        gain = layer.mixer.q_norm.weight.get_value()
+        silent = [1, 1 + len(gain) // 2]  # a pair
+        layer.mixer = ir.replace(layer.mixer, q_norm=ir.replace(layer.mixer.q_norm, weight=gain.at[jnp.array(silent)].set(-1)))
+        assert (layer.mixer.q_norm.offset + layer.mixer.q_norm.weight.get_value())[1] == 0
+    tree = through(model, rope=rope, kv_cut=0.3)
+    assert len(converted(tree)) == len(model.layers)
+    assert all(bool(jnp.isfinite(x.get_value()).all()) for x in ir.params(tree).values())

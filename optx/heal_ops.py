@@ -1,0 +1,81 @@
+"""Ops of a training step as hardware wants them: products of 16-bit numbers in both directions, and on NVIDIA GPUs cuDNN's flash
+attention, which has a backward pass.
+
+What `jax.grad` makes of the reference ops multiplies float32 gradients, and keeps the weights of attention: two thirds of a step.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from optx.pallas import dispatch
+from optx.pallas.attention import reference as attention
+from optx.pallas.matmul import reference as matmul
+
+WIDEST = 128  # numbers of a head that cuDNN takes in both passes on every card since Ampere; fewer are padded
+
+
+def fast() -> Callable:
+    """A context for traces of full sequences: the ops run inside in the forms of this file where these take them."""
+    return dispatch.through(_run)
+
+
+def _run(function: Callable, *args, **kwargs):
+    if function is matmul.matmul and jnp.dtype(args[1].dtype).itemsize == 2:
+        return product(*args)
+    if function is attention.flash_attention and declines(*args, **kwargs) is None:
+        return _attention(*args, mask=kwargs["mask"], scale=kwargs.get("scale"))
+    return function(*args, **kwargs)
+
+
+@jax.custom_vjp
+def product(x, w):
+    """x [..., D] @ w [D, F] of 16 bits -> [..., F] in x's dtype. Operands and gradients are rounded to w's dtype, sums are float32;
+    an x of float32 that came from w's dtype loses nothing (Micikevicius et al. 2018, arXiv:1710.03740)."""
+    return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _forward(x, w):
+    kept = x.astype(w.dtype)
+    return product(x, w), (kept, w, jnp.zeros((), x.dtype))
+
+
+def _backward(kept, slope):
+    x, w, like = kept
+    slope = slope.astype(w.dtype)
+    of_x = jnp.matmul(slope, w.T, preferred_element_type=jnp.float32).astype(like.dtype)
+    flat = (part.reshape(-1, part.shape[-1]) for part in (x, slope))
+    of_w = jnp.einsum("td,tf->df", *flat, preferred_element_type=jnp.float32).astype(w.dtype)
+    return of_x, of_w
+
+
+product.defvjp(_forward, _backward)
+
+
+def declines(q, k, v, *, mask, scale=None, valid=None, backend: str | None = None, **more) -> str | None:
+    """Why cuDNN does not take a call of `flash_attention`; None: it does. valid is not asked: sequences are full."""
+    if (backend or jax.default_backend()) != "gpu":
+        return "no GPU"
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > WIDEST:
+        return f"head dims {q.shape[-1]} and {v.shape[-1]}"
+    if not mask.causal or mask.apart or mask.sinks or mask.block > 1:
+        return f"{mask}"
+    if asked := sorted(name for name, value in more.items() if value is not None):
+        return ", ".join(asked)
+    return None
+
+
+def _attention(q, k, v, *, mask, scale, implementation="cudnn"):
+    """As the reference; lse passes no gradient on, which nothing takes where one call sees all keys."""
+    window = None if mask.window is None or mask.window >= q.shape[1] else (mask.window - 1, 0)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    width = max(q.shape[-1], v.shape[-1])
+    parts = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width + -width % 8 - x.shape[-1]))) for x in (q, k, v))
+    run = functools.partial(jax.nn.dot_product_attention, implementation=implementation, is_causal=True)
+    out, lse = run(*parts, scale=scale, local_window_size=window, return_residual=True)
+    return out[..., : v.shape[-1]], jax.lax.stop_gradient(lse.astype(jnp.float32)), None
