@@ -18,6 +18,7 @@ FILES = {LOG: "healing.jsonl", CURVES: "healing.png"}  # of the run, and what th
 OPTIONS = (
     Flag(name="text", value="FILE", repeated=True, help="UTF-8 text, or a token shard (.npy), to train on"),
     Flag(name="sample", kind=int, least=0, value="N", help="sequences that the uncompiled model writes to train on"),
+    Flag(name="prime", kind=int, least=0, value="N", help="tokens of the text that each of those begins with (0)"),
     Flag(name="steps", kind=int, least=1, value="N", help="of training, at most (300)"),
     Flag(name="minutes", kind=float, least=0, value="X", help="of training, compilation not counted, at most (all steps)"),
     Flag(name="batch", kind=int, least=1, value="N", help="sequences a step (16)"),

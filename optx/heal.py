@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from optx import heal_data, heal_memory, ir, lora
+from optx import heal_data, heal_memory, heal_sample, ir, lora
 from optx.checkpoint.source import fill
 from optx.errors import HealError
 from optx.heal_loss import converted, values_of
@@ -51,6 +51,7 @@ def check_planned(planned) -> None:
         for _, options in rules:
             if isinstance(options, Distill):
                 check(planned.source.tree, before, options, heal_memory.available())
+                heal_sample.starts(planned.source, options)
                 written = np.zeros((options.sample, options.context), np.int32)  # what will be sampled counts as rows
                 heal_data.sequences(planned.source, options, written)
 
@@ -132,8 +133,9 @@ def _written(source, teacher: nnx.Module, options: Distill, progress: bool) -> n
     if not options.sample:
         return None
     told = [fingerprint(teacher), options.sample, options.context, options.seed]
+    told += [options.prime, heal_data.digests(options)] if options.prime else []
     shard = cache() / f"sample-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]}{heal_data.SHARD}"
-    return heal_data.sampled(teacher, heal_data.first_token(source), options, shard, progress)
+    return heal_sample.sampled(teacher, heal_sample.starts(source, options), options, shard, progress)
 
 
 def cache() -> Path:

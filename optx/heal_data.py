@@ -1,7 +1,6 @@
-"""What a model is healed on: text files, token shards and text that the uncompiled model writes, as sequences of one length."""
+"""What a model is healed on: text files, token shards and what heal_sample.py adds, as sequences of one length."""
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -10,17 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from flax import nnx
 
-from optx import evaluate, lower
-from optx import target as targets
-from optx.engine.engine import Engine, EngineOptions
-from optx.engine.request import Sampling
+from optx import evaluate
 from optx.errors import HealError, no_such_path
-from optx.lower import Program
 from optx.passes.distill import Distill
 
-ROWS = 256  # sequences that are sampled at once, as far as their pages fit
 SHARD = ".npy"
 
 
@@ -79,8 +72,7 @@ def sequences(source, options: Distill, sampled: np.ndarray | None = None) -> tu
     sampled: int32[n, length], what the model wrote. Raises HealError for text that does not fill a batch beside the held-out
     sequences, and for token ids that the model does not have.
     """
-    tokenizer, vocab, first = source.tokenizer, source.tree.embed.table.get_value().shape[0], first_token(source)
-    streams = [_tokens(path, path.stat().st_mtime_ns, tokenizer, vocab) for path in files(options)]
+    first, streams = first_token(source), texts(source, options)
     room = options.context - (first is not None)
     rows = [
         window
@@ -103,6 +95,12 @@ def sequences(source, options: Distill, sampled: np.ndarray | None = None) -> tu
 def first_token(source) -> int | None:
     """What every text of the model begins with; None: nothing."""
     return source.tokenizer.bos_id if source.tokenizer is not None and source.tokenizer.add_bos else None
+
+
+def texts(source, options: Distill) -> list[np.ndarray]:
+    """int[T] of each file."""
+    vocab = source.tree.embed.table.get_value().shape[0]
+    return [_tokens(path, path.stat().st_mtime_ns, source.tokenizer, vocab) for path in files(options)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -144,33 +142,3 @@ def batches(rows: np.ndarray, options: Distill) -> Batches:
     shuffled = grain.MapDataset.source(rows).seed(options.seed).shuffle().repeat()
     batched = shuffled.batch(options.batch, drop_remainder=True)
     return iter(batched.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-
-
-def sampled(model: nnx.Module, first: int | None, options: Distill, shard: Path, progress: bool = False) -> np.ndarray:
-    """int32[sample, context] that the model writes at temperature 1; kept in the file `shard`, from which a second call reads.
-
-    first: the token that each begins with; None: one drawn evenly from the vocabulary (Liu et al. 2023, arXiv:2305.17888).
-    """
-    if shard.is_file():
-        return np.load(shard)
-    program, rng = Program.of(lower.lower(model, targets.get("auto"))), np.random.default_rng(options.seed)
-    engine = Engine(program, EngineOptions(rows=min(ROWS, options.sample), context=options.context, prefix_cache=False))
-    starts = rng.integers(0, program.vocab, options.sample) if first is None else [first] * options.sample
-    how = Sampling(max_tokens=options.context - 1, temperature=1.0, ignore_eos=True)
-    seeds = range(options.seed, options.seed + options.sample)
-    requests = [
-        engine.add_request([int(start)], dataclasses.replace(how, seed=seed % 2**32))
-        for start, seed in zip(starts, seeds, strict=True)
-    ]
-    with bar("sample", options.sample, progress) as advance:
-        done = 0
-        while done < len(requests):
-            engine.step()
-            done, before = sum(request.finish is not None for request in requests), done
-            advance(done - before)
-    rows = np.asarray([request.prompt + request.output for request in requests], np.int32)
-    shard.parent.mkdir(parents=True, exist_ok=True)
-    with open(shard.with_suffix(".tmp"), "wb") as file:
-        np.save(file, rows)
-    shard.with_suffix(".tmp").replace(shard)
-    return rows

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 
 from optx.pallas import dispatch
 from optx.pallas.attention import reference as attention
+from optx.pallas.grouped_matmul import reference as grouped_matmul
 from optx.pallas.matmul import reference as matmul
 
 WIDEST = 128  # numbers of a head that cuDNN takes in both passes on every card since Ampere; fewer are padded
+EXPERTS = 16  # up to which all of them at once are quicker than one after the other
 
 
 def fast() -> Callable:
@@ -26,15 +28,21 @@ def fast() -> Callable:
 def _run(function: Callable, *args, **kwargs):
     if function is matmul.matmul and jnp.dtype(args[1].dtype).itemsize == 2:
         return product(*args)
+    if function is grouped_matmul.grouped_matmul and _few_experts(args[1]):
+        return grouped(*args)
     if function is attention.flash_attention and declines(*args, **kwargs) is None:
         return _attention(*args, mask=kwargs["mask"], scale=kwargs.get("scale"))
     return function(*args, **kwargs)
 
 
+def _few_experts(w) -> bool:
+    return jnp.dtype(w.dtype).itemsize == 2 and len(w) <= EXPERTS and jax.default_backend() != "cpu"
+
+
 @jax.custom_vjp
 def product(x, w):
-    """x [..., D] @ w [D, F] of 16 bits -> [..., F] in x's dtype. Operands and gradients are rounded to w's dtype, sums are float32;
-    an x of float32 that came from w's dtype loses nothing (Micikevicius et al. 2018, arXiv:1710.03740)."""
+    """x [..., D] @ w [D, F] of 16 bits -> [..., F] in x's dtype. Operands and gradients are rounded to w's dtype, sums are
+    float32; an x of float32 that came from w's dtype loses nothing (Micikevicius et al. 2018, arXiv:1710.03740)."""
     return jnp.matmul(x.astype(w.dtype), w, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
@@ -53,6 +61,19 @@ def _backward(kept, slope):
 
 
 product.defvjp(_forward, _backward)
+
+
+def grouped(x, w, group_sizes):
+    """As `grouped_matmul`: every row times every expert, those of its own kept, with no loop whose length data decides."""
+    ends = jnp.cumsum(group_sizes)
+    rows = jnp.arange(len(x))[:, None]
+
+    def add(out, each):
+        mine, start, end = each
+        return out + jnp.where((rows >= start) & (rows < end), product(x, mine), 0), None
+
+    out = jnp.zeros((len(x), w.shape[-1]), x.dtype)
+    return jax.lax.scan(add, out, (w, ends - group_sizes, ends))[0]
 
 
 def declines(q, k, v, *, mask, scale=None, valid=None, backend: str | None = None, **more) -> str | None:

@@ -4,7 +4,9 @@ The pipeline is `run` on shapes (a plan), then `apply_block` on each block of we
 `rewrite`. Passes know nothing of matching, verification, dumps or cost.
 """
 
+import contextlib
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+import threadpoolctl
 from flax import nnx
 
 from optx import ir, tensor, verify
@@ -22,6 +25,7 @@ from optx.recipe import Recipe
 from optx.registry import Noted, Pass, PassOptions, Site, Skipped
 from optx.tensor import is_qtensor
 
+THREADS = 8  # of BLAS in a pass: decompositions of a head's size are slower on more
 Rules = tuple[tuple[str, PassOptions], ...]  # (place in the recipe, options)
 
 
@@ -232,6 +236,11 @@ def apply_block(
     return block
 
 
+def _few_threads():
+    many = (os.cpu_count() or 1) > THREADS
+    return threadpoolctl.threadpool_limits(THREADS, "blas") if many else contextlib.nullcontext()
+
+
 def apply_pass(
     block: nnx.Module,
     prefix: str,
@@ -251,7 +260,8 @@ def apply_pass(
     values = _values(block)
     sites = [path for path, _, options in matches(block, pass_, rules, prefix) if options.needs]
     seen = feed.collect(block, prefix, sites, needs(rules), lane) if sites else None
-    after = rewrite(block, pass_, rules, prefix=prefix, layers=len(plan.layers), tally=tally, seen=seen)
+    with _few_threads():
+        after = rewrite(block, pass_, rules, prefix=prefix, layers=len(plan.layers), tally=tally, seen=seen)
     record.notes |= tally.notes
     _check_untouched(pass_, values, block)
     verify.check(block, after, f"{pass_.name} at {prefix}", verify.LOCAL)

@@ -9,6 +9,7 @@ from optx import heal_ops
 from optx.pallas import dispatch
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
+from optx.pallas.grouped_matmul.reference import grouped_matmul
 
 
 def drawn(*shapes, dtype="bfloat16"):
@@ -46,6 +47,33 @@ def test_products_of_float32_weights_stay_as_they_are():
     with heal_ops.fast():
         text = str(jax.make_jaxpr(lambda x, w: dispatch.call("matmul", (), x, w))(x, w))
     assert "custom_vjp" not in text
+
+
+def test_products_of_experts_and_their_gradients():
+    """Rows that no expert owns give 0 and pass nothing on."""
+    x, w, slope = drawn((11, 16), (4, 16, 8), (11, 8))
+    sizes = jnp.array([3, 0, 5, 2], jnp.int32)
+    found, pull = jax.vjp(lambda x, w: heal_ops.grouped(x, w, sizes), x, w)
+    wanted, exact = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), *(part.astype(jnp.float32) for part in (x, w)))
+    assert not found[10].any()
+    close(found, wanted, 8e-3)
+    for mine, its in zip(pull(slope), exact(slope.astype(jnp.float32)), strict=True):
+        close(mine, its, 8e-3)
+    assert not pull(slope)[1][1].any()
+
+
+def test_which_experts_run_at_once(monkeypatch):
+    x, w, sizes = *drawn((5, 16), (4, 16, 8)), jnp.array([1, 1, 1, 2], jnp.int32)
+
+    def text():
+        with heal_ops.fast():
+            return str(jax.make_jaxpr(lambda *args: dispatch.call("grouped_matmul", (), *args))(x, w, sizes))
+
+    assert " scan[" not in text()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert " scan[" in text()
+    monkeypatch.setattr(heal_ops, "EXPERTS", 3)
+    assert " scan[" not in text()
 
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(window=7), Mask(window=99)])

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import optx
-from optx import ablate, heal_data, heal_memory, ir
+from optx import ablate, heal_data, heal_memory, heal_sample, ir
 from optx.ablate_config import ModelRow, Study
 from optx.checkpoint.source import from_module
 from optx.errors import HealError, LegalityError, PassError, RecipeError
@@ -173,13 +173,47 @@ def test_batches_are_shuffled_and_go_on_from_a_state(tmp_path):
 
 def test_what_the_model_writes_is_kept(source, tmp_path, monkeypatch):
     options, model = healing.options(tmp_path, sample=6, context=12, seed=3), source.load()
-    rows = heal_data.sampled(model, families.BOS, options, tmp_path / "shard.npy")
+    starts = [[families.BOS]] * 6
+    rows = heal_sample.sampled(model, starts, options, tmp_path / "shard.npy")
     assert rows.shape == (6, 12) and (rows[:, 0] == families.BOS).all() and len(np.unique(rows[:, 1:], axis=0)) == 6
-    assert np.array_equal(rows, heal_data.sampled(model, families.BOS, options, tmp_path / "again.npy"))
-    monkeypatch.setattr(heal_data, "Engine", None)
-    assert np.array_equal(rows, heal_data.sampled(model, families.BOS, options, tmp_path / "shard.npy"))
+    assert np.array_equal(rows, heal_sample.sampled(model, starts, options, tmp_path / "again.npy"))
+    monkeypatch.setattr(heal_sample, "Engine", None)
+    assert np.array_equal(rows, heal_sample.sampled(model, starts, options, tmp_path / "shard.npy"))
     train, held = heal_data.sequences(source, dataclasses.replace(options, text=(), batch=2), rows)
     assert sorted(np.concatenate([train, held]).tolist()) == sorted(rows.tolist())
+
+
+@pytest.mark.parametrize("first", [None, families.BOS])
+def test_samples_go_on_from_the_text(source, tmp_path, monkeypatch, first):
+    monkeypatch.setattr(heal_data, "first_token", lambda source: first)
+    before = [] if first is None else [first]
+    plain = heal_sample.starts(source, healing.options(tmp_path, sample=8))
+    assert {len(start) for start in plain} == {1} and (first is None) == (len({start[0] for start in plain}) > 1)
+    options = healing.options(tmp_path, sample=8, context=12, seed=3, prime=5)
+    (stream,) = heal_data.texts(source, options)
+    starts = heal_sample.starts(source, options)
+    places = {tuple(stream[i : i + 5].tolist()) for i in range(len(stream) - 4)}
+    assert all(start[:-5] == before and tuple(start[-5:]) in places for start in starts)
+    assert len({tuple(start) for start in starts}) > 4
+    rows = heal_sample.sampled(source.load(), starts, options, tmp_path / "shard.npy")
+    assert rows.shape == (8, 12) and [row[: len(starts[0])] for row in rows.tolist()] == starts
+
+
+def test_text_that_is_shorter_than_what_samples_begin_with(source, tmp_path):
+    (tmp_path / "short.txt").write_text("the quick brown fox", encoding="utf-8")
+    options = healing.options(tmp_path, text=(str(tmp_path / "short.txt"),), sample=4, prime=21)
+    with pytest.raises(HealError, match=r"distill.prime: got 21 tokens; the longest text has \d+: give longer text"):
+        optx.compile(unread(source), Recipe(attention=(healing.WINDOW,), heal=(options,)))
+
+
+def test_samples_of_another_dtype(source):
+    model = source.load()
+    narrow = heal_sample.in_dtype(model, "bfloat16")
+    assert {str(x.get_value().dtype) for x in ir.params(narrow).values()} == {"bfloat16"}
+    assert {spec.dtype for spec in narrow.cache_plan().specs} == {"bfloat16"}
+    tokens = np.arange(2, 14)[None]
+    found, wanted = (np.asarray(tree(tokens), np.float32) for tree in (narrow, model))
+    assert 0 < np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
 def test_a_model_is_healed_on_what_it_writes(source, tmp_path, cache):
@@ -266,6 +300,11 @@ def test_shards_of_another_tokenizer(source, tmp_path):
         ({"batch": 6, "accumulate": 4}, "distill.batch: got 6; allowed: multiples of accumulate x devices = 4 x 1"),
         ({"converted": 1.5}, "distill.converted: got 1.5; allowed: 0 to 1"),
         ({"minutes": 0.0}, "distill.minutes: got 0.0; allowed: above 0"),
+        (
+            {"prime": 511, "sample": 4},
+            "distill.prime: got 511 with 1 texts, sample: 4, context: 512; it wants text, samples, and",
+        ),
+        ({"prime": 5}, "distill.prime: got 5 with 1 texts, sample: 0, context: 512; it wants text, samples, and"),
         ({"text": ()}, "distill.text: got none; list files"),
         ({"lr": float("nan")}, "distill.lr: got nan"),
     ],

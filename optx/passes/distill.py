@@ -12,6 +12,7 @@ RANGES = (  # (fields, least, most) that a value may have
     (("steps", "batch", "accumulate", "devices", "every", "held_out", "rank"), 1, 10**9),
     (("context",), 2, 10**9),
     (("sample", "seed"), 0, 2**32 - 1),
+    (("prime",), 0, 10**9),
     (("converted", "warmup"), 0, 1),
     (("hidden", "weight_decay", "balance"), 0, 1e9),
     (("lr", "clip"), 1e-12, 1e9),
@@ -22,6 +23,7 @@ RANGES = (  # (fields, least, most) that a value may have
 class Distill(PassOptions):
     text: tuple[str, ...] = ()  # files of UTF-8 text, and token shards (.npy of whole numbers)
     sample: int = 0  # sequences of `context` tokens that the uncompiled model writes, beside the text
+    prime: int = 0  # tokens of the text that each of them begins with, from anywhere in it
     steps: int = 300  # at most
     minutes: float | None = None  # of training, compilation not counted, at most; None: all steps
     batch: int = 16  # sequences a step
@@ -53,6 +55,11 @@ class Distill(PassOptions):
             raise PassError(
                 f"distill.batch: got {self.batch}; allowed: multiples of accumulate x devices = "
                 f"{self.accumulate} x {self.devices}"
+            )
+        if self.prime and not (self.text and self.sample and self.prime < self.context - 1):
+            raise PassError(
+                f"distill.prime: got {self.prime} with {len(self.text)} texts, sample: {self.sample}, context: {self.context}; "
+                "it wants text, samples, and less than a sequence"
             )
         if not self.text and not self.sample:
             raise PassError("distill.text: got none; list files of text or token shards there, or set sample: N")

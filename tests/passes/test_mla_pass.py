@@ -325,7 +325,9 @@ def test_numbers_that_no_query_asks_for(rope):
     for layer in model.layers:
         gain = layer.mixer.q_norm.weight.get_value()
         silent = [1, 1 + len(gain) // 2]  # a pair
-        layer.mixer = ir.replace(layer.mixer, q_norm=ir.replace(layer.mixer.q_norm, weight=gain.at[jnp.array(silent)].set(-1)))
+        layer.mixer = ir.replace(
+            layer.mixer, q_norm=ir.replace(layer.mixer.q_norm, weight=gain.at[jnp.array(silent)].set(-1))
+        )
         assert (layer.mixer.q_norm.offset + layer.mixer.q_norm.weight.get_value())[1] == 0
     tree = through(model, rope=rope, kv_cut=0.3)
     assert len(converted(tree)) == len(model.layers)
