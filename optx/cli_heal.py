@@ -25,6 +25,7 @@ OPTIONS = (
     Flag(name="accumulate", kind=int, least=1, value="N", help="parts of a batch that run one after the other (1)"),
     Flag(name="context", kind=int, least=2, value="N", help="tokens of a sequence (512)"),
     Flag(name="lr", kind=float, least=0, value="X", help="largest rate of AdamW (1e-4)"),
+    Flag(name="others", kind=float, least=0, value="X", help="share of that rate for what was not converted (0.1)"),
     Flag(name="hidden", kind=float, least=0, value="X", help="weight of hidden-state matching (1)"),
     Flag(name="converted", kind=float, least=0, value="X", help="share of the run in which converted parts move alone (0.25)"),
     Flag(name="train", allowed=("all", "converted", "lora"), help="what moves after that (all)"),

@@ -20,15 +20,14 @@ class Phase:
     moving: tuple[str, ...]
     start: float  # share of the run
     stop: float
+    gentle: frozenset[str] = frozenset()  # of `moving`, what moves at `others` of the rate
 
     def rate(self, progress: float, step: float, options: Distill) -> float:
-        """At a place of the run, of which one step is `step`: it rises over the warm-up, then falls to 0 as half a cosine
-        (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+        """At a place of the run, of which one step is `step`: it falls to 0 as half a cosine over the run (Loshchilov and Hutter
+        2017, arXiv:1608.03983), and rises from 0 at the start of each phase, whose moments know nothing yet."""
         length = self.stop - self.start
-        place, least = (progress - self.start) / length, step / length
-        rise = (place + least) / max(options.warmup, least)
-        fall = (place - options.warmup) / max(1 - options.warmup, least)
-        return options.lr * min(1.0, rise, 0.5 * (1 + math.cos(math.pi * min(max(fall, 0.0), 1.0))))
+        rise = ((progress - self.start) / length + step / length) / max(options.warmup, step / length)
+        return options.lr * min(1.0, rise) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
 def phases(teacher: nnx.Module, student: nnx.Module, options: Distill) -> list[Phase]:
@@ -48,6 +47,6 @@ def phases(teacher: nnx.Module, student: nnx.Module, options: Distill) -> list[P
     cut = 0.0 if set(then) == set(first) else options.converted
     found = (
         Phase(name="converted", moving=first, start=0.0, stop=cut),
-        Phase(name=options.train, moving=then, start=cut, stop=1.0),
+        Phase(name=options.train, moving=then, start=cut, stop=1.0, gentle=frozenset(then) - {*first, *adapters}),
     )
     return [phase for phase in found if phase.start < phase.stop]

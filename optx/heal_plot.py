@@ -51,6 +51,7 @@ def compare(folders: Mapping[str, Path], path: Path) -> bool:
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     logs = {name: folder / LOG for name, folder in folders.items()}
     held = {name: [r for r in rows(log) if r["kind"] == "held_out"] for name, log in logs.items() if log.exists()}
@@ -59,13 +60,16 @@ def compare(folders: Mapping[str, Path], path: Path) -> bool:
     across = min(4, len(held))
     down = math.ceil(len(held) / across)
     with style.context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.6 + 2.0 * down), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.6 + 2.2 * down), dpi=DPI, layout="constrained")
         panels = figure.subplots(down, across, squeeze=False, sharex=True)
         for axes, (name, lines) in zip(panels.flat, held.items()):
             kl = [line["kl"] for line in lines]
             axes.plot([line["seconds"] for line in lines], kl, "o-", color=KV, markersize=3.5, linewidth=1.2)
-            axes.set_title(f"{name}: {kl[0]:.3g} to {kl[-1]:.3g}", fontsize=9)
+            axes.set_title(f"{name}\n{kl[0]:.3g} to {kl[-1]:.3g}", fontsize=9)
             axes.set(yscale="log")
+            for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                which(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.tick_params(axis="y", which="both", labelsize=7)
             axes.grid(True, which="both", axis="y", color="#e3e7ec", linewidth=0.7)
             axes.set_axisbelow(True)
         for axes in list(panels.flat)[len(held) :]:

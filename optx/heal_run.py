@@ -7,6 +7,7 @@ all that the next step depends on.
 """
 
 import concurrent.futures
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from optx import heal_data, heal_plot, ir
 from optx.checkpoint.source import fill
 from optx.errors import HealError
 from optx.heal_loss import cast, losses, narrow, routers, values_of
-from optx.heal_phases import phases
+from optx.heal_phases import Phase, phases
 from optx.heal_state import State
 from optx.nn.moe import balanced_bias
 from optx.passes.distill import Distill
@@ -143,13 +144,18 @@ class Run:
             opt = jax.eval_shape(self.tune.init, moving)
             opt, frozen = (_specs(x, self.whole) for x in (opt, frozen))
             jitted = jax.jit(
-                self._stepped, donate_argnums=(0, 1, 2), out_shardings=self.whole, compiler_options=_compiler()
+                functools.partial(self._stepped, phase),
+                donate_argnums=(0, 1, 2),
+                out_shardings=self.whole,
+                compiler_options=_compiler(),
             )
             lowered.append(jitted.lower(moving, opt, _specs(self.biases), frozen, _specs(self.teacher), tokens, rate))
         with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
             return list(pool.map(lambda one: one.compile(), lowered))
 
-    def _stepped(self, moving: Values, opt, biases: Values, frozen: Values, teacher: Values, tokens, rate):
+    def _stepped(
+        self, phase: Phase, moving: Values, opt, biases: Values, frozen: Values, teacher: Values, tokens, rate
+    ):
         """tokens int32[parts, B, T] -> (moving, opt, biases, figures) after a step."""
 
         def loss(moving, tokens):
@@ -167,7 +173,8 @@ class Run:
         slope, found, loads = total
         slope, found = jax.tree.map(lambda x: x / len(tokens), (slope, found))
         change, opt = self.tune.update(slope, opt, moving)
-        moved = {name: x - rate * change[name] for name, x in moving.items()}
+        share = {name: self.options.others if name in phase.gentle else 1.0 for name in moving}
+        moved = {name: x - rate * share[name] * change[name] for name, x in moving.items()}
         biases = biases | {
             name: balanced_bias(biases[name], load, self.options.balance)
             for name, load in zip(self.routers, loads, strict=True)

@@ -15,7 +15,17 @@ FOLDERS = {"optx": "optx", "models": "optx.models", "configs": "optx.configs"}
 
 # Rooms (a module or a folder of optx) and the rooms that each may import besides itself. A new room needs a line.
 LEAVES = {"errors", "formats", "tensor", "pools", "cache", "near", "ragged", "selection"}
-HEAL = {"heal_data", "heal_loss", "heal_memory", "heal_phases", "heal_plot", "heal_run", "heal_state"}
+HEAL = {
+    "heal_data",
+    "heal_loss",
+    "heal_memory",
+    "heal_ops",
+    "heal_phases",
+    "heal_plot",
+    "heal_run",
+    "heal_sample",
+    "heal_state",
+}
 SEARCH = {"search_space", "search_cost", "search_meter", "search_solve"}
 ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     # What tensors and caches are.
@@ -48,9 +58,11 @@ ALLOWED: dict[str, set[str] | None] = {  # None: everything but the command line
     "calibrate": {"cache", "errors", "ir", "nn", "registry", "watch"},
     "resume": {"calibrate", "checkpoint", "errors", "ir", "pipeline", "recipe"},
     "lora": {"ir", "nn"},
-    "heal_loss": {"cache", "ir", "nn"},
+    "heal_ops": {"pallas"},
+    "heal_loss": {"cache", "ir", "nn"} | HEAL,
     "heal_phases": {"errors", "passes"} | HEAL,
-    "heal_data": {"engine", "errors", "evaluate", "lower", "passes", "target"},
+    "heal_data": {"errors", "evaluate", "passes"},
+    "heal_sample": {"cache", "checkpoint", "engine", "errors", "ir", "lower", "passes", "target"} | HEAL,
     "heal_state": {"errors", "pipeline", "strict"},
     "heal_plot": {"pipeline", "png_report"} | HEAL,
     "heal_memory": {"errors", "ir", "lora", "passes", "target"} | HEAL,

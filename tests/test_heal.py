@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,12 +19,13 @@ import pytest
 import tiny
 
 import optx
-from optx import cli, ir, lora
+from optx import cli, heal_data, ir, lora
 from optx.checkpoint.source import fill
 from optx.heal import heal
 from optx.heal_loss import cast, converted, losses, narrow, routers, values_of
 from optx.heal_phases import Phase, phases
-from optx.heal_state import LOG, rows
+from optx.heal_run import Run
+from optx.heal_state import LOG, State, rows
 from optx.passes.distill import Distill
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -165,10 +167,31 @@ def test_phases(source, student, tmp_path):
 def test_rate_rises_then_falls_to_nothing(tmp_path):
     options = healing.options(tmp_path, lr=1.0, warmup=0.1)
     phase = Phase(name="all", moving=(), start=0.2, stop=1.0)
-    rates = [phase.rate(0.2 + 0.8 * i / 100, 0.008, options) for i in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5) and 0 < rates[99] < 1e-3
-    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    places = [0.2 + 0.8 * i / 100 for i in range(100)]
+    rates = [phase.rate(place, 0.008, options) for place in places]
+    falls = [0.5 * (1 + math.cos(math.pi * place)) for place in places]
+    assert [rate / fall for rate, fall in zip(rates, falls, strict=True)] == pytest.approx(
+        [*(0.1 * (i + 1) for i in range(10)), *[1.0] * 90]
+    )
+    assert 0 < rates[99] < 1e-3 and all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_what_was_not_converted_moves_less(source, student, tmp_path):
+    first, second = phases(source.tree, student, healing.options(tmp_path))
+    assert not first.gentle and second.gentle == values_of(student).keys() - set(first.moving)
+    (lora,) = (
+        phase for phase in phases(source.tree, student, healing.options(tmp_path, train="lora")) if phase.name == "lora"
+    )
+    assert not lora.gentle
+    moved = {}
+    for others in (0.0, 0.5):
+        state = State(tmp_path / str(others))
+        run = Run(source.load(), student, healing.options(tmp_path, others=others, converted=0.0), state)
+        run.train(*heal_data.sequences(source, run.options))
+        moved[others] = {name: float(jnp.abs(run.value(name) - x).max()) for name, x in values_of(student).items()}
+    gentle = second.gentle
+    assert not any(moved[0.0][name] for name in gentle) and all(moved[0.5][name] for name in gentle)
+    assert all(moved[others][name] for others in moved for name in first.moving)
 
 
 def test_vectors_that_are_no_part_of_products_stay_wide():

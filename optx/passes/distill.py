@@ -13,7 +13,7 @@ RANGES = (  # (fields, least, most) that a value may have
     (("context",), 2, 10**9),
     (("sample", "seed"), 0, 2**32 - 1),
     (("prime",), 0, 10**9),
-    (("converted", "warmup"), 0, 1),
+    (("converted", "others", "warmup"), 0, 1),
     (("hidden", "weight_decay", "balance"), 0, 1e9),
     (("lr", "clip"), 1e-12, 1e9),
 )
@@ -29,7 +29,8 @@ class Distill(PassOptions):
     batch: int = 16  # sequences a step
     accumulate: int = 1  # parts of a batch that run one after the other
     context: int = 512  # tokens of a sequence
-    lr: float = 1e-4  # of AdamW, largest; falls to 0 as a cosine, in each phase
+    lr: float = 1e-4  # of AdamW, largest; falls to 0 as a cosine over the run
+    others: float = 0.1  # share of it for what was not converted, and has all to lose
     warmup: float = 0.05  # share of a phase in which the rate rises
     clip: float = 1.0  # norm of all gradients, largest
     weight_decay: float = 0.0  # of matrices
