@@ -16,8 +16,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import scipy.sparse
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
+from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from optx import target as targets
@@ -169,11 +171,25 @@ class Assembled:
     def looped(self) -> int:
         """Reads and writes of local memory inside loops: spilled registers that cost time again and again."""
         lines = self.sass.splitlines()
-        labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-        jumps = ((i, m[1]) for i, line in enumerate(lines) if (m := re.search(r"\bBRA\S* .*`?\(?(\.L_x_\d+)", line)))
-        loops = [(labels[to], i) for i, to in jumps if labels.get(to, i) < i]
-        local = [i for i, line in enumerate(lines) if re.search(r"\b(LDL|STL)\b", line)]
-        return sum(any(first <= i <= last for first, last in loops) for i in local)
+        part = _circles(lines)
+        again = np.bincount(part)[part] > 1 if lines else []
+        return sum(bool(re.search(r"\b(LDL|STL)\b", line) and more) for line, more in zip(lines, again, strict=True))
+
+
+def _circles(lines: list[str]) -> np.ndarray:
+    """int[lines of SASS], equal where control can go from one to the other and back: strongly connected parts of what follows
+    what. Code that stands behind a loop and jumps back into it, as waits for barriers do, is no loop around all before it."""
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
+    after = []
+    for i, line in enumerate(lines):
+        code = line.split("*/", 1)[-1].strip()
+        if (to := re.search(r"\b(?:BRA|CALL)\b.*?(\.L_x_\d+)", code)) and to[1] in labels:
+            after.append((i, labels[to[1]]))
+        if i + 1 < len(lines) and not re.match(r"(BRA\S*\s+`|EXIT|RET)", code):
+            after.append((i, i + 1))
+    first, then = np.array(after, int).reshape(-1, 2).T
+    graph = scipy.sparse.coo_array((np.ones(len(first)), (first, then)), shape=(len(lines), len(lines)))
+    return connected_components(graph, connection="strong")[1]
 
 
 def compile_for(chip: Chip, function, *args) -> list[Assembled]:

@@ -36,10 +36,11 @@ PAGES = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 CODES = ("dense", "int8", "fp8", "int4")
 UNIT = 4  # steps that a unit's begin and end take as long as
-REGISTERS = {
-    False: (88, 208, 0),
-    True: (64, 160, 128),
-}  # by whether pages are packed: of a thread that copies or multiplies, of the softmax, that widens
+REGISTERS = {  # of a thread that copies or multiplies, of the softmax, that widens
+    "dense": (88, 208, 0),
+    "rows": (64, 176, 96),  # packed pages, two tiles of other rows
+    "steps": (64, 160, 128),  # packed pages, two tiles of the same rows
+}
 # Columns of the table of units.
 FACTS = 9
 ROW, STEPS, AHEAD, FIRST, WHOLE, LENGTH, HIDDEN, SUNK, LIVE = range(FACTS)
@@ -400,10 +401,16 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
     def reach():
         """(how many of the unit's steps are this block's, which is the first, step -> block of slots): made by each role, as
         what all share is spilled."""
-        every, ahead, first = fact(STEPS), fact(AHEAD), fact(FIRST)
+        every = fact(STEPS)
+        ahead = fact(AHEAD) if windowed and plan.mask.sinks else 0
+        first = fact(FIRST) if windowed or plan.mask.skip else 0
         each = lax.div(every + tiles.parts - 1, tiles.parts)
         begin = lax.min(part * each, every)
-        block = lambda i: jnp.where(begin + i < ahead, begin + i, first + begin + i - ahead)  # noqa: E731
+
+        def block(i):
+            late = first + begin + i - ahead
+            return late if isinstance(ahead, int) else jnp.where(begin + i < ahead, begin + i, late)
+
         return lax.min(each, every - begin), begin, block
 
     def fetch():
@@ -449,8 +456,8 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
         steps, _, block_of = reach()
         length = fact(LENGTH)
 
-        def step(i, _):
-            at, slot, left = lax.rem(i, tiles.raw), lax.rem(i, tiles.stages), length - block_of(i) * BLOCK
+        def step(i, at):
+            slot, left = lax.rem(i, tiles.stages), length - block_of(i) * BLOCK
             for name in "kv":
                 codes, to = getattr(held, f"raw_{name}"), getattr(held, name)
                 plgpu.barrier_wait(getattr(held, f"raw_{name}_full").at[at])
@@ -472,8 +479,9 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
                     clean(slot, left)
                 plgpu.barrier_arrive(getattr(held, f"raw_{name}_empty").at[at])
                 plgpu.barrier_arrive(getattr(held, f"{name}_full").at[slot])
+            return lax.select(at == tiles.raw - 1, 0, at + 1)
 
-        lax.fori_loop(0, steps, step, None)
+        lax.fori_loop(0, steps, step, 0)
         for barrier in (held.k_empty, held.v_empty):
             inner.drain(tiles.stages, steps, barrier)
 
@@ -514,7 +522,7 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
         kept = pl.ds(t * ROWS if form.shared else 0, min(plan.kept, ROWS))
         inner.store(held, form, t, carry, out.at[sums, unit, head, kept], lse.at[sums, unit, head, at])
 
-    registers = REGISTERS[plan.packed]
+    registers = REGISTERS["dense" if not plan.packed else "rows" if form.shared else "steps"]
 
     @pl.when(wg == 0)
     def _():
