@@ -172,6 +172,7 @@ COMMAND_LINE = {
     "cli_flags",
     "cli_heal",
     "cli_plan",
+    "cli_ranks",
     "cli_report",
     "cli_retrieval",
     "cli_rotate",

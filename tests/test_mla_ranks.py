@@ -1,13 +1,16 @@
 """Ranks by layer: numbers go where text has most in them, the budget is kept, and the recipe that comes out plans on shapes."""
 
+import json
+
 import calibrated
 import families
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 import optx
-from optx import ir
+from optx import cli, ir
 from optx.errors import RecipeError
 from optx.mla_ranks import resolved
 from optx.passes.gqa import Gqa
@@ -61,3 +64,22 @@ def test_refusals():
         resolved(model, CUT, calibrated.windows(model), energy=1.5)
     with pytest.raises(RecipeError, match="recipe.structure"):
         resolved(model, Recipe(structure=[Gqa(kv_heads=1)], attention=CUT.attention), calibrated.windows(model))
+
+
+def test_the_command_line_writes_a_recipe_that_compiles(tmp_path, capsys):
+    recipe, text, out = (tmp_path / name for name in ("cut.yaml", "text.txt", "mine.yaml"))
+    recipe.write_text(Recipe(name="cut", attention=[Mla(kv_cut=0.5, rope="pca")]).to_yaml(), encoding="utf-8")
+    text.write_text(tiny.TEXT, encoding="utf-8")
+    model = tiny.checkpoint(tmp_path / "tiny")
+    args = [*map(str, ("ranks", model, "--recipe", recipe, "--calibration", text, "--out", out))]
+    assert cli.run([*args, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    found = Recipe.from_yaml(out)
+    assert told["ranks"] == {options.match: options.rank for options in found.attention}
+    assert told["kv_bytes"][1] <= told["kv_bytes"][0] / 2
+    compiled = optx.compile(optx.load(model), found, calibration=text)
+    assert compiled.program.plan.unit_bytes == told["kv_bytes"][1]
+    assert cli.run(args) == 2 and "mine.yaml is there already" in capsys.readouterr().err
+    assert cli.run([*args, "--overwrite"]) == 0 and "try:\noptx compile" in capsys.readouterr().out
+    recipe.write_text(Recipe(name="none").to_yaml(), encoding="utf-8")
+    assert cli.run([*args, "--overwrite"]) == 2 and "none has no pass 'mla'" in capsys.readouterr().err
