@@ -58,6 +58,7 @@ def verb(recipe: Flag, calibration: Flag, overwrite: Flag, dtype: Flag, json: Fl
             "optx ranks model.gguf --recipe mla_50 --calibration text.txt --out mine.yaml",
             "optx ranks model.gguf --recipe mla_50 --calibration text.txt --energy 0.99 --out mine.yaml",
         ),
-        notes="Needs memory for the dense model. The recipe that is written is planned by shapes alone, as any other.",
+        notes="Needs memory for the dense model. What a layer holds is not what the answer feels of it: compare with equal ranks "
+        "(optx eval). The recipe that is written is planned by shapes alone, as any other.",
         run=run,
     )
