@@ -281,7 +281,7 @@ def test_healing_evens_loads_and_moves_the_router(tmp_path):
     tokens = np.asarray(source.tokenizer.encode(healing.TEXT)[:512], np.int32).reshape(4, -1)
     found = {}
     for balance in (0.0, 0.05):
-        options = healing.options(tmp_path, balance=balance, steps=30, every=30, converted=0.0, lr=1e-3)
+        options = healing.options(tmp_path, balance=balance, steps=30, every=30, converted=0.0, lr=1e-3, others=1.0)
         out, won = heal(source, teacher, student, options, folder=tmp_path / str(balance))
         found[balance] = imbalance(out, tokens), won.kl, out
     before, kept, evened = imbalance(student, tokens), found[0.0][0], found[0.05][0]
