@@ -32,7 +32,7 @@ def _run(function: Callable, *args, **kwargs):
     if function is grouped_matmul.grouped_matmul and _few_experts(args[1]):
         return grouped(*args)
     if function is attention.flash_attention and declines(*args, **kwargs) is None:
-        return _attention(*args, mask=kwargs["mask"], scale=kwargs.get("scale"))
+        return _attention(*args, **{name: kwargs.get(name) for name in ("mask", "scale", "chosen", "block")})
     return function(*args, **kwargs)
 
 
@@ -85,19 +85,35 @@ def declines(q, k, v, *, mask, scale=None, valid=None, backend: str | None = Non
         return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}"
     if max(q.shape[-1], v.shape[-1]) > WIDEST:
         return f"head dims {q.shape[-1]} and {v.shape[-1]}"
-    if not mask.causal or mask.apart or mask.sinks or mask.block > 1:
+    if not mask.causal or mask.apart:
         return f"{mask}"
-    if asked := sorted(name for name, value in more.items() if value is not None):
+    if q.shape[1] % 2 and _drawn(mask, more.get("chosen")):
+        return f"an odd number of tokens, {q.shape[1]}, under {mask}"
+    if asked := sorted(name for name, value in more.items() if value is not None and name not in ("chosen", "block")):
         return ", ".join(asked)
     return None
 
 
-def _attention(q, k, v, *, mask, scale, implementation="cudnn"):
+def _drawn(mask, chosen) -> bool:
+    """Whether cuDNN wants the mask as numbers that it adds to logits: it knows causality and plain windows itself."""
+    return chosen is not None or mask.sinks > 0 or mask.block > 1
+
+
+def _attention(q, k, v, *, mask, scale, chosen=None, block=None, implementation="cudnn"):
     """As the reference; lse passes no gradient on, which nothing takes where one call sees all keys."""
-    window = None if mask.window is None or mask.window >= q.shape[1] else (mask.window - 1, 0)
+    length = q.shape[1]
+    window = None if mask.window is None or mask.window >= length else (mask.window - 1, 0)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     width = max(q.shape[-1], v.shape[-1])
     parts = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width + -width % 8 - x.shape[-1]))) for x in (q, k, v))
-    run = functools.partial(jax.nn.dot_product_attention, implementation=implementation, is_causal=True)
-    out, lse = run(*parts, scale=scale, local_window_size=window, return_residual=True)
+    how = {"is_causal": True, "local_window_size": window}
+    if _drawn(mask, chosen):
+        at = jnp.arange(length, dtype=jnp.int32)
+        seen = mask(at[:, None], at[None, :])[None, None]  # [B or 1, heads or 1, Q, S]
+        if chosen is not None:
+            by_head = jnp.repeat(chosen, q.shape[2] // k.shape[2], axis=1)
+            seen = seen & attention.chosen_slots(by_head, block, length)
+        how = {"mask": seen}
+    run = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    out, lse = run(*parts, scale=scale, return_residual=True, **how)
     return out[..., : v.shape[-1]], jax.lax.stop_gradient(lse.astype(jnp.float32)), None

@@ -79,24 +79,22 @@ class Run:
         Raises: HealError for a loss that is no number.
         """
         data, programs, measure = heal_data.batches(rows, self.options), self._programs(), self._measure(held)
-        first, last = self._resume(data) or measure(), None
+        first, last, ahead = self._resume(data) or measure(), None, None
         with heal_data.bar("heal", 1.0, progress) as advance:
             advance(self._progress())
             while (place := self._progress()) < 1:
                 began = time.perf_counter()
                 self._enter(next(i for i, phase in enumerate(self.phases) if place < phase.stop))
-                found = self._advance(programs[self.phase], next(data), place)
+                ahead, behind = self._advance(programs[self.phase], next(data), place), ahead
                 due, last = self.step % self.options.every == 0, None
-                self.elapsed += time.perf_counter() - began
-                self.state.log(
-                    kind="train", step=self.step, phase=self.phases[self.phase].name, **found, seconds=self.elapsed
-                )
+                self._tell(behind)  # while the device is at the next one
                 if due:
-                    began = time.perf_counter()
-                    last = measure()
+                    self._tell(ahead)
+                    last, ahead = measure(), None
                     self._save(data, first)
-                    self.elapsed += time.perf_counter() - began
-                advance(min(self._progress(), 1) - place, f"step {self.step:,}, KL {found['kl']:.4f}")
+                self.elapsed += time.perf_counter() - began
+                advance(min(self._progress(), 1) - place, f"step {self.step:,}")
+            self._tell(ahead)
         healing = self._healing(first, last or measure())
         heal_plot.draw(self.state.folder, healing)
         self.state.finish({"moving": self.moving, "biases": self.biases}, healing)
@@ -116,20 +114,28 @@ class Run:
         self.still, self.opt = whole, jax.device_put(self.tune.init(self.moving), self.whole)
         self.frozen = cast(self.still, self.narrow[1], self.options.dtype)
 
-    def _advance(self, program, batch: np.ndarray, place: float) -> dict[str, float]:
+    def _advance(self, program, batch: np.ndarray, place: float) -> dict[str, Any]:
+        """Starts a step -> what is to be told of it; its figures are on their way."""
         parts = batch.reshape(self.options.accumulate, -1, self.options.context)
         rate = self.phases[self.phase].rate(place, 1 / self.options.steps, self.options)
         tokens = jax.device_put(parts.astype(np.int32), self.split)
         args = (self.frozen, self.teacher, tokens, jax.device_put(jnp.float32(rate), self.whole))
         self.moving, self.opt, self.biases, found = program(self.moving, self.opt, self.biases, *args)
-        self.step, found = self.step + 1, {name: float(x) for name, x in found.items()}
+        self.step += 1
         self.tokens += batch.size
+        return {"step": self.step, "phase": self.phases[self.phase].name, "rate": rate} | found
+
+    def _tell(self, found: dict[str, Any] | None) -> None:
+        """Waits for a step's figures and logs them. Raises: HealError for a loss that is no number."""
+        if found is None:
+            return
+        found = {name: float(x) if isinstance(x, jax.Array) else x for name, x in found.items()}
         if not math.isfinite(found["loss"]):
             raise HealError(
-                f"distill: the loss is {found['loss']} at step {self.step}, gradients' norm {found['norm']}; lower lr (now "
+                f"distill: the loss is {found['loss']} at step {found['step']}, gradients' norm {found['norm']}; lower lr (now "
                 f"{self.options.lr:g}) or clip, or take dtype: float32"
             )
-        return found | {"rate": rate}
+        self.state.log(kind="train", **found, seconds=self.elapsed)
 
     def _programs(self) -> list:
         """A compiled step a phase, all compiled at once: compilation is no part of the run's minutes."""
@@ -185,7 +191,7 @@ class Run:
     def _losses(self, teacher: Values, student: Values, tokens):
         whole = cast(student, self.narrow[1], self.options.dtype)
         models = (fill(form, values.__getitem__) for form, values in zip(self.forms, (teacher, whole), strict=True))
-        return losses(*models, tokens, hidden=self.options.hidden > 0)
+        return losses(*models, tokens, hidden=self.options.hidden > 0, remat=self.options.remat)
 
     def _measure(self, held: np.ndarray):
         """-> a function that measures the held-out sequences and logs it."""

@@ -33,25 +33,28 @@ def sampled(
     program = Program.of(lower.lower(model, targets.get("auto")))
     engine = Engine(program, EngineOptions(rows=min(ROWS, len(starts)), context=options.context, prefix_cache=False))
     how = Sampling(temperature=1.0, ignore_eos=True)
-    requests = [
-        engine.add_request(
-            list(start),
-            dataclasses.replace(how, max_tokens=options.context - len(start), seed=(options.seed + i) % 2**32),
-        )
-        for i, start in enumerate(starts)
-    ]
+    rows = []
     with heal_data.bar("sample", len(starts), progress) as advance:
-        done = 0
-        while done < len(requests):
-            engine.step()
-            done, before = sum(request.finish is not None for request in requests), done
-            advance(done - before)
-    rows = np.asarray([request.prompt + request.output for request in requests], np.int32)
+        for first in range(0, len(starts), engine.options.rows):  # nothing waits: many steps a dispatch
+            now = [
+                engine.add_request(
+                    list(start),
+                    dataclasses.replace(how, max_tokens=options.context - len(start), seed=(options.seed + i) % 2**32),
+                )
+                for i, start in enumerate(starts[first : first + engine.options.rows], first)
+            ]
+            done = 0
+            while done < len(now):
+                engine.step()
+                done, before = sum(request.finish is not None for request in now), done
+                advance(done - before)
+            rows += [request.prompt + request.output for request in now]
+    table = np.asarray(rows, np.int32)
     shard.parent.mkdir(parents=True, exist_ok=True)
     with open(shard.with_suffix(".tmp"), "wb") as file:
-        np.save(file, rows)
+        np.save(file, table)
     shard.with_suffix(".tmp").replace(shard)
-    return rows
+    return table
 
 
 def starts(source, options: Distill) -> list[list[int]]:

@@ -76,18 +76,26 @@ def test_which_experts_run_at_once(monkeypatch):
     assert " scan[" not in text()
 
 
-@pytest.mark.parametrize("mask", [Mask(), Mask(window=7), Mask(window=99)])
+MASKS = [Mask(), Mask(window=7), Mask(window=99), Mask(window=7, sinks=3), Mask(window=7, sinks=1, block=4)]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dims", [(16, 16), (20, 12), (8, 24)])
-def test_attention_as_cudnn_is_asked_for_it(mask, dims):
-    """The same call to jax in XLA's implementation: masks, scales, padded heads, groups of heads."""
-    q, k, v, slope = drawn((2, 33, 6, dims[0]), (2, 33, 2, dims[0]), (2, 33, 2, dims[1]), (2, 33, 6, dims[1]))
-    assert heal_ops.declines(q, k, v, mask=mask, scale=0.3, backend="gpu") is None
+def test_attention_as_cudnn_is_asked_for_it(mask, dims, chosen):
+    """The same call to jax in XLA's implementation: masks, blocks that heads choose, scales, padded heads, groups of heads."""
+    q, k, v, slope = drawn((2, 34, 6, dims[0]), (2, 34, 2, dims[0]), (2, 34, 2, dims[1]), (2, 34, 6, dims[1]))
+    more = {}
+    if chosen:  # its own block, and some
+        own = jnp.arange(34)[:, None] // 8 == jnp.arange(5)
+        more = {"chosen": own | (jax.random.uniform(jax.random.key(0), (2, 2, 34, 5)) < 0.5), "block": 8}
+    assert heal_ops.declines(q, k, v, mask=mask, scale=0.3, backend="gpu", **more) is None
 
     def mine(q, k, v):
-        return heal_ops._attention(q, k, v, mask=mask, scale=0.3, implementation="xla")[:2]
+        return heal_ops._attention(q, k, v, mask=mask, scale=0.3, implementation="xla", **more)[:2]
 
     def its(q, k, v):
-        return reference.flash_attention(q, k, v, mask=mask, scale=0.3)[:2]
+        return reference.flash_attention(q, k, v, mask=mask, scale=0.3, **more)[:2]
 
     (found, lse), pull = jax.vjp(mine, q, k, v)
     (wanted, sums), exact = jax.vjp(its, q, k, v)
@@ -101,11 +109,10 @@ def test_attention_as_cudnn_is_asked_for_it(mask, dims):
     ("change", "said"),
     [
         ({"mask": Mask(causal=False)}, "causal=False"),
-        ({"mask": Mask(window=4, sinks=2)}, "sinks=2"),
+        ({"mask": Mask(window=4, skip=2)}, "skip=2"),
         ({"mask": Mask(lag=4)}, "lag=4"),
         ({"softcap": 30.0}, "softcap"),
         ({"sink_logits": jnp.zeros(4)}, "sink_logits"),
-        ({"chosen": jnp.ones((1, 2, 8, 2), bool), "block": 4}, "block, chosen"),
         ({"backend": "cpu"}, "no GPU"),
     ],
 )
