@@ -1,7 +1,7 @@
 """How far a student is from its teacher, differentiable, in bounded memory and quick to compile.
 
-Logits exist for a thousand tokens at a time, and blocks of layers are run again when their gradients are taken (Chen et al. 2016,
-arXiv:1604.06174) unless there is room for what they keep.
+Every block of layers is run again when its gradient is taken (Chen et al. 2016, arXiv:1604.06174), and logits exist for a
+thousand tokens at a time.
 """
 
 import dataclasses
@@ -57,11 +57,11 @@ class Told:
 
 
 class Again(nnx.Module):
-    """Blocks of one form in a row, compiled once: a scan over their numbers. With `remat` they keep what enters each for their
-    gradients, and nothing else."""
+    """Blocks of one form in a row, compiled once: a scan over their numbers. For their gradients they keep what enters each, and
+    nothing else."""
 
-    def __init__(self, blocks: Sequence[nnx.Module], told: Told, remat: bool):
-        self.blocks, self.told, self.remat = nnx.List(blocks), nnx.static(told), remat
+    def __init__(self, blocks: Sequence[nnx.Module], told: Told):
+        self.blocks, self.told = nnx.List(blocks), nnx.static(told)
 
     @property
     def mixer(self) -> nnx.Module | None:
@@ -70,13 +70,12 @@ class Again(nnx.Module):
     def unjoined(self, x, y, ragged, cache):
         graph, states = _form(self.blocks[0])[0], [nnx.split(block)[1] for block in self.blocks]
 
+        @jax.checkpoint
         def run(x, pool, state):
             view = None if cache is None else dataclasses.replace(cache, pool=pool)
             with recorded() as routings, auxiliary() as own:
                 out, more, pool = nnx.merge(graph, state).unjoined(x, None, ragged, view)
             return out if more is None else out + more, pool, [load(routing) for routing in routings], own
-
-        run = jax.checkpoint(run) if self.remat else run
 
         def step(x, state):
             out, _, loads, own = run(x, None, state)
@@ -118,11 +117,11 @@ def _rows(model: nnx.Module) -> list[list[nnx.Module]]:
     return rows
 
 
-def forward(model: nnx.Module, tokens: jax.Array, remat: bool = True) -> tuple[jax.Array, Told]:
+def forward(model: nnx.Module, tokens: jax.Array) -> tuple[jax.Array, Told]:
     """tokens int32[B, T] -> (hidden [B, T, D] before the head, what layers told, inputs as [B, T, D]). The tree is changed: it
     must be the caller's own."""
     told = Told()
-    model.layers = nnx.List([Again(row, told, remat) for row in _rows(model)])
+    model.layers = nnx.List([Again(row, told) for row in _rows(model)])
     hidden, _, _ = model.backbone(tokens.reshape(-1), Ragged.dense(*tokens.shape))
     shape = (*tokens.shape, -1)
     told.inputs = [x.reshape(shape) for x in told.inputs]
@@ -130,7 +129,7 @@ def forward(model: nnx.Module, tokens: jax.Array, remat: bool = True) -> tuple[j
 
 
 def losses(
-    teacher: nnx.Module, student: nnx.Module, tokens: jax.Array, *, hidden: bool, remat: bool = True
+    teacher: nnx.Module, student: nnx.Module, tokens: jax.Array, *, hidden: bool
 ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
     """tokens int32[B, T] -> (figures, tokens of each expert by routing layer). Both trees are changed.
 
@@ -141,7 +140,7 @@ def losses(
     with heal_ops.fast():
         wanted, its = forward(teacher, tokens)
         wanted, states = jax.lax.stop_gradient((wanted, its.inputs))
-        found, mine = forward(student, tokens, remat)
+        found, mine = forward(student, tokens)
         logits = _of_logits(teacher, student, wanted, found, tokens)
     pairs = [*zip(mine.inputs[1:], states[1:], strict=True), (found, wanted)]
     distance = sum(map(_distance, *zip(*pairs))) / len(pairs) if hidden else jnp.float32(0)

@@ -18,8 +18,7 @@ from optx.target import Target
 def needed(teacher: nnx.Module, student: nnx.Module, options: Distill) -> dict[str, float]:
     """{what: bytes}, from abstract trees. What moves has a float32 weight, a gradient (another while parts of a batch are
     added up) and two moments; products are made of a copy in `options.dtype`; of activations, what enters each block, one
-    block's own (without `remat` those of all: about three times what their matrices give), and of a thousand tokens both models'
-    logits, log-probabilities and gradients."""
+    block's own, and of a thousand tokens both models' logits, log-probabilities and gradients."""
     size = jnp.dtype(options.dtype).itemsize
     counts = {name: math.prod(value.shape) for name, value in values_of(student).items()}
     moving = sum(counts.values())
@@ -34,15 +33,11 @@ def needed(teacher: nnx.Module, student: nnx.Module, options: Distill) -> dict[s
         value.shape[-1] for value in values_of(student).values() if len(value.shape) > 1 and value.shape[-1] != vocab
     )
     states = len(student.layers) * (3 if options.hidden else 1)
-    own = 8 * widest
-    if not options.remat:
-        shapes = (value.shape for name, value in values_of(student).items() if name.startswith("layers/"))
-        own = 3 * sum(math.prod(shape[:-2]) * shape[-1] for shape in shapes if len(shape) > 1)
     return {
         "teacher": size * ir.weight_count(teacher),
         "student": (4 + size) * sum(counts.values()),
         "optimizer": (12 + 4 * (options.accumulate > 1)) * moving,
-        "activations": size * tokens * (states * width + own),
+        "activations": size * tokens * (states * width + 8 * widest),
         "logits": 6 * 4 * min(tokens, ROWS) * vocab,
     }
 

@@ -191,7 +191,7 @@ class Run:
     def _losses(self, teacher: Values, student: Values, tokens):
         whole = cast(student, self.narrow[1], self.options.dtype)
         models = (fill(form, values.__getitem__) for form, values in zip(self.forms, (teacher, whole), strict=True))
-        return losses(*models, tokens, hidden=self.options.hidden > 0, remat=self.options.remat)
+        return losses(*models, tokens, hidden=self.options.hidden > 0)
 
     def _measure(self, held: np.ndarray):
         """-> a function that measures the held-out sequences and logs it."""

@@ -134,25 +134,6 @@ def test_gradients_pass_every_kind_of_cache():
     assert all(np.any(slope) and np.all(np.isfinite(slope)) for slope in slopes.values())
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_gradients_with_and_without_remat(name):
-    """Layers of one form, and layers that route."""
-    model = optx.load(str(GOLDENS / name), dtype="float32").load()
-    form, values, tokens = ir.abstract(model), values_of(model), jnp.asarray([families.prompt(16)])
-
-    def loss(moved, remat):
-        pair = (fill(form, x.__getitem__) for x in (values, moved))
-        found, _ = losses(*pair, tokens, hidden=True, remat=remat)
-        return found["kl"] + found["hidden"]
-
-    moved = {n: 1.1 * x for n, x in values.items()}
-    programs = [jax.jit(jax.grad(loss), static_argnums=1).lower(moved, remat) for remat in (True, False)]
-    assert "optimization_barrier" in programs[0].as_text()
-    kept, again = (program.compile()(moved) for program in programs)
-    for name, slope in kept.items():
-        np.testing.assert_allclose(again[name], slope, rtol=1e-4, atol=1e-6 * float(jnp.abs(slope).max()) + 1e-9)
-
-
 def test_layers_of_one_form_are_compiled_once():
     def products(layers):
         model = families.concrete("llama", num_hidden_layers=layers)

@@ -28,7 +28,6 @@ class Distill(PassOptions):
     minutes: float | None = None  # of training, compilation not counted, at most; None: all steps
     batch: int = 16  # sequences a step
     accumulate: int = 1  # parts of a batch that run one after the other
-    remat: bool = True  # blocks are run again for their gradients; false: they keep all that these want, quicker
     context: int = 512  # tokens of a sequence
     lr: float = 1e-4  # of AdamW, largest; falls to 0 as a cosine over the run
     others: float = 0.1  # share of it for what was not converted, and has all to lose
