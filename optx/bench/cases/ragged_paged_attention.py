@@ -222,6 +222,10 @@ CASES = (
     case("group_of_3", *MIXED, heads=6, kv_heads=2, head_dim=64, page_size=64),
     case("group_of_16", *MIXED, heads=32, kv_heads=2, head_dim=128, page_size=64),
     case("head_dim_256", *MIXED, heads=16, kv_heads=4, head_dim=256, page_size=128),
+    *(
+        case(f"head_dim_256_{name}", *MIXED, heads=4, kv_heads=1, head_dim=256, page_size=size, mask=mask)
+        for name, size, mask in (("page64", 64, Mask()), ("page16", 16, Mask()), ("window", 64, SLIDING))
+    ),
     case("lists_by_head", *MIXED, heads=16, kv_heads=4, head_dim=128, page_size=32, lists=4, sink_logits=_sinks16),
     case("decodes", [1] * 20, list(range(0, 1000, 50)), **LLAMA, page_size=64),
     case("long", [300, 1, 2], [3000, 4000, 100], **LLAMA, page_size=64),

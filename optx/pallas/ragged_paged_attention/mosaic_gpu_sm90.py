@@ -249,7 +249,7 @@ def tiles(head_dim: int, format: str = "dense") -> Tiles:
         return {
             64: Tiles(stages=4),
             128: Tiles(),
-            256: Tiles(block_kv=64),
+            256: Tiles(block_kv=64, columns=16),
         }[head_dim]
     columns = 16 if head_dim > 64 else 32
     stages, raw = {64: (4, 4), 128: (3, 3), 256: (1, 2)}[head_dim]
