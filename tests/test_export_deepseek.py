@@ -1,5 +1,9 @@
 """Converted models as deepseek_v3 checkpoints: the same logits from files, and reasons where the form does not fit."""
 
+import os
+import subprocess
+from pathlib import Path
+
 import families
 import numpy as np
 import pytest
@@ -8,6 +12,9 @@ import optx
 from optx.errors import CheckpointError
 from optx.passes.mla import Mla
 from optx.recipe import Recipe
+
+PYTHON = os.environ.get("OPTX_GOLD_PYTHON")
+LOGITS = Path(__file__).parent / "golden" / "transformers_logits.py"
 
 
 def compiled(tmp_path, family="llama", pass_=None, **changes):
@@ -25,6 +32,20 @@ def test_the_files_give_the_same_logits(tmp_path, changes):
     tokens = [families.prompt(20)]
     want, got = (np.asarray(each.logits(tokens)) for each in (model, optx.compile(again, None, target="cpu")))
     assert families.relative(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": False, "tie_word_embeddings": True}], ids=str)
+def test_transformers_gives_the_same_logits(tmp_path, changes):
+    if PYTHON is None:
+        pytest.skip("OPTX_GOLD_PYTHON names no Python with torch and transformers")
+    model, tokens = compiled(tmp_path, **changes), [families.prompt(20)]
+    folder = optx.export(model, tmp_path / "out", format="deepseek")
+    np.save(tmp_path / "tokens.npy", tokens)
+    command = [PYTHON, LOGITS, folder, tmp_path / "tokens.npy", tmp_path / "logits.npy"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr[-2000:]}"
+    assert "DeepseekV3ForCausalLM every parameter found" in ran.stdout
+    assert families.relative(np.load(tmp_path / "logits.npy"), np.asarray(model.logits(tokens))) < 1e-4
 
 
 @pytest.mark.parametrize(
