@@ -28,6 +28,7 @@ SHARED = 226 << 10  # bytes of a thread block, barriers apart
 LOWEST = float(jnp.finfo(jnp.float32).min)
 LOG2E = math.log2(math.e)
 WIDE = 16  # columns of tensor memory that pass through registers at once: with 32 the softmax spills
+WORD = 32  # keys of a step that a row's word tells of
 GROWTH = 8.0  # log2 of how large weights may become before sums are rescaled
 
 
@@ -44,6 +45,8 @@ class Inner:
     wide: int = WIDE  # scores of a row that pass through registers at once
     # True: tiles are other rows and meet the same keys; False: the same rows, and steps are dealt to tiles in turn.
     shared: bool = True
+    # True: what `seen` tells is asked once a step and kept as bits of words, as it reads memory.
+    noted: bool = False
     # True: P has columns of its own, as the interpreter lets no part of a union of refs live beside another part of it, and
     # strips are wider, as each costs it as much time as another.
     interpreted: bool = False
@@ -196,6 +199,23 @@ def multiply(refs, inner: Inner, steps, live=None):
         plgpu.tcgen05_commit_arrive(refs.ended.at[t])
 
 
+def noted(seen, i):
+    """`seen` of step i, asked at once: a word a row tells of WORD keys."""
+
+    def bits(size: int, first: int = 0):
+        column = plgpu.broadcasted_iota(jnp.int32, (ROWS, size), 1, layout=plgpu.Layout.TCGEN05_TMEM_NATIVE)
+        return jnp.int32(1) << (column + first)
+
+    told = lambda c: jnp.sum(jnp.where(seen(i, c, WORD), bits(WORD), 0), axis=1, dtype=jnp.int32)  # noqa: E731
+    words = [told(c) for c in range(0, BLOCK, WORD)]
+
+    def there(c, size):
+        word = lax.broadcast_in_dim(words[c // WORD], (ROWS, size), (0,))
+        return (word & bits(size, c % WORD)) != 0
+
+    return there
+
+
 def softmax(refs, inner: Inner, t, carry, runs, seen, after=lambda i: None):
     """Of tile t, by its warpgroup -> (largest logit, sum of weights) float32[ROWS].
 
@@ -203,7 +223,9 @@ def softmax(refs, inner: Inner, t, carry, runs, seen, after=lambda i: None):
     seen(i, c, size) -> bool[ROWS, size], of keys c .. c + size of the tile's step i; after(i): called before its weights are
     handed on.
     """
-    native, wide = plgpu.Layout.TCGEN05_TMEM_NATIVE, 64 if inner.interpreted else inner.wide
+    native, wide = plgpu.Layout.TCGEN05_TMEM_NATIVE, inner.wide
+    if inner.interpreted:
+        wide = WORD if inner.noted else 64
     spread = lambda x, size: lax.broadcast_in_dim(x, (ROWS, size), (0,))  # noqa: E731
 
     def step(i, carry, masked: bool):
@@ -215,9 +237,11 @@ def softmax(refs, inner: Inner, t, carry, runs, seen, after=lambda i: None):
             plgpu.wait_load_tmem()
             return found if inner.sign > 0 else -found
 
+        there = noted(seen, i) if masked and inner.noted else functools.partial(seen, i)
+
         highest = None
         for c in range(0, BLOCK, wide):
-            part = jnp.where(seen(i, c, wide), scores(c), LOWEST) if masked else scores(c)
+            part = jnp.where(there(c, wide), scores(c), LOWEST) if masked else scores(c)
             part = jnp.max(part, axis=1)
             highest = part if highest is None else jnp.maximum(highest, part)
         top = jnp.maximum(largest, inner.logits(highest))
@@ -236,7 +260,7 @@ def softmax(refs, inner: Inner, t, carry, runs, seen, after=lambda i: None):
         base, total = top * inner.unit, total * shrink
         for c in range(0, BLOCK, wide):
             part = jnp.exp2(inner.logits(scores(c)) * inner.unit - spread(base, wide))
-            part = jnp.where(seen(i, c, wide), part, 0.0) if masked else part
+            part = jnp.where(there(c, wide), part, 0.0) if masked else part
             total = total + jnp.sum(part, axis=1)
             plgpu.async_store_tmem(weights_of(refs, t, c, wide), part.astype(refs.q.dtype))
         after(i)

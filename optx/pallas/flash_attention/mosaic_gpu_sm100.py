@@ -188,6 +188,7 @@ def inner_of(call: Call, head_dim: int, value_dim: int) -> inner.Inner:
         value_dim=value_dim,
         scale=call.scale,
         softcap=call.softcap,
+        noted=call.marked,
         interpreted=tiles.interpreted,
     )
 

@@ -424,11 +424,11 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
 
         def step(i, _):
             slot, block = lax.rem(i, slots), block_of(i)
+            found = [table[listed, row, lax.min(block * pages + j, last)] for j in range(pages)]
             for pool, name, mine in ((k_pool, f"{raw}k", factors[::2]), (v_pool, f"{raw}v", factors[1::2])):
                 full, empty = getattr(held, f"{name}_full").at[slot], getattr(held, f"{name}_empty").at[slot]
                 pl.when(i >= slots)(functools.partial(plgpu.barrier_wait, empty))
-                for j in range(pages):
-                    page = table[listed, row, lax.min(block * pages + j, last)]
+                for j, page in enumerate(found):
                     tokens = getattr(held, name).at[slot, pl.ds(j * plan.page, plan.page)]
                     plgpu.copy_gmem_to_smem(pool.at[page, head], tokens, full)
                 for n, factor in enumerate(mine):
