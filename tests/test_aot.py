@@ -35,6 +35,7 @@ def test_local_memory_inside_loops():
 
 
 def test_matrix_instructions():
-    text = "UTCHMMA gdesc[UR12], gdesc[UR10]\nHGMMA.64x128x16.F32.BF16 R24, gdesc[UR4]\nHMMA.16816.F32.BF16 R4, R8\nFFMA R1, R2"
-    assert assembled(text).matrix == "HGMMA, HMMA, UTCHMMA"
+    text = "UTCHMMA gdesc[UR12], gdesc[UR10]\nUTCQMMA.2CTA gdesc[UR8]\nUTCQMMA.2CTA gdesc[UR6]\n"
+    text += "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4]\nHMMA.16816.F32.BF16 R4, R8\nFFMA R1, R2"
+    assert assembled(text).matrix == "1 HGMMA, 1 HMMA, 1 UTCHMMA, 2 UTCQMMA.2CTA"
     assert assembled("").matrix == "-"

@@ -17,9 +17,14 @@ def test_nothing_exceeds_the_device():
 
 def test_what_binds():
     binds = {call.name: call.binds for call in estimate.estimates()}
-    assert binds["int4_g128 16x4096x24576"] == "memory" and binds["int4_g128 4096x4096x24576"] == "products"
+    assert binds["int4_g128 16x4096x24576"] == "memory" and binds["int4_g128 4096x4096x24576"] == "shared memory"
+    assert binds["bf16 4096x4096x24576"] == "products", "a pair of blocks fills shared memory with half the rows each"
+    assert binds["bf16 4096x4096x24576, no pairs"] == "shared memory"
     assert binds["flash_attention causal 8192 x 32 x 64"] == "exponentials"
-    assert binds["decode of 32 over 8192 in bf16"] == "memory" and binds["decode of 32 over 8192 in int4"] == "widening"
+    assert (
+        binds["decode of 32 over 8192 in bf16"] == "memory"
+        and binds["decode of 32 over 8192 in int4"] == "shared memory"
+    )
     assert binds["chunk of 2048 of 1 over 8192 in bf16"] == "products"
 
 

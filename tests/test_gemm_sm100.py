@@ -74,6 +74,73 @@ def test_tiles_that_leave_in_one_piece():
     assert relative_error(found, x.astype(jnp.float32) @ w.astype(jnp.float32)) < 5e-3
 
 
+def paired(x, w, plan) -> jax.Array:
+    """What `product` of pairs does, in plain JAX over the kernel's items and places, as the interpreter has no MMA of two blocks:
+    w is [F, D], a block copies its half of both operands (`plgpu.CopyPartition`), one product makes half of the outputs in each.
+    """
+    tiles = plan.tiles
+    out = np.full((tiles.split, plan.bands * tiles.rows, plan.outputs), np.nan, np.float32)
+    x = np.pad(np.asarray(x, np.float32), ((0, plan.bands * tiles.rows - plan.rows), (0, 0)))
+
+    def copied(a, first, size, numbers):
+        """[block of the pair, size, numbers]"""
+        return np.stack([a[first + rank * size : first + (rank + 1) * size, numbers] for rank in (0, 1)])
+
+    for item in range(plan.items):
+        column, band, part = (int(i) for i in gemm.place(item, plan))
+        total = np.zeros((2, gemm.OUTPUTS, tiles.rows), np.float32)
+        for k in range(plan.steps):
+            numbers = slice(at := gemm.start(part, k, plan), at + tiles.depth)
+            rows = np.concatenate(copied(x, band * tiles.rows, plan.held, numbers))
+            total += copied(w, column * plan.span, gemm.OUTPUTS, numbers) @ rows.T
+        for rank in (0, 1):
+            outputs = column * plan.span + rank * gemm.OUTPUTS
+            place = out[part, band * tiles.rows : (band + 1) * tiles.rows, outputs : outputs + gemm.OUTPUTS]
+            assert np.isnan(place).all(), "an item is made once"
+            place[...] = total[rank].T
+    return jnp.asarray(out.sum(0)[: plan.rows])
+
+
+@pytest.mark.parametrize(("rows", "split"), [(300, 1), (600, 2), (256 * 18 + 1, 1)], ids=["two", "parts", "many bands"])
+def test_pairs_emulated(rows, split):
+    x, w = inputs(None, rows, 128, 768)
+    tiles = gemm.Tiles(rows=gemm.PAIRED, depth=64, stages=2, split=split, pair=True)
+    plan = gemm.plan_dense(rows, w, tiles)
+    found = paired(x, np.asarray(w, np.float32).T, plan)
+    assert (plan.columns, plan.bands, plan.held) == (3, -(-rows // 256), 128)
+    assert relative_error(found, x.astype(jnp.float32) @ w.astype(jnp.float32)) < 1e-5
+
+
+@pytest.mark.parametrize("stored", [None, "fp8_e4m3", "int8"])
+def test_pairs_lower(stored):
+    """The whole call but for the assembler: which half of an operand a block copies, barriers of both, tensor memory."""
+    x, w = inputs(stored, rows=1030, d=256, f=512)
+    checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    run = jax.jit(dense.matmul if stored is None else lambda x, w: eight.quant_matmul(x, w, formats.parse(stored)))
+    lowered = jax.export.export(run, platforms=["cuda"], disabled_checks=checks)(x, w)
+    assert lowered.out_avals[0].shape == (1030, 512) and "mosaic_gpu_v2" in lowered.mlir_module()
+
+
+def test_who_works_in_pairs():
+    """Many rows and outputs in whole pairs of tiles do; and there are no parts whose sum costs more than they save."""
+    plan = lambda rows, f: gemm.plan_dense(rows, abstract(None, 4096, f)).tiles  # noqa: E731
+    assert plan(4096, 8192).pair and plan(4096, 8192).grid == gemm.SMS // 2 and plan(5000, 4096).split == 1
+    assert not plan(128, 8192).pair and not plan(4096, 8192 + 128).pair
+    assert eight.plan_for(4096, abstract("fp8_e4m3")).tiles.pair
+    assert not wide.plan_for(4096, jax.eval_shape(wide.relayout, abstract("int4_g128"))).tiles.pair
+
+
+@pytest.mark.parametrize("rows", [16, 16 * 16, 16 * 17, 16 * 50])
+@pytest.mark.parametrize("split", [1, 2])
+def test_places_are_all_items(rows, split):
+    """Each tile once; those of the same weights are neighbours, and what is met between two of them stays in the cache."""
+    tiles = gemm.Tiles(rows=16, depth=64, stages=2, split=split)
+    plan = gemm.Plan(tiles=tiles, depth=128, outputs=640, rows=rows, kind="dense")
+    places = [tuple(int(i) for i in gemm.place(item, plan)) for item in range(plan.items)]
+    assert sorted(places) == sorted(np.ndindex(5, plan.bands, split))
+    assert all(len({band for _, band, _ in places[i : i + 40]}) <= 2 * gemm.BANDS for i in range(len(places)))
+
+
 @pytest.mark.parametrize("stored", FORMATS)
 def test_widened(stored):
     x, w = inputs(stored)

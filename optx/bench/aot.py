@@ -6,6 +6,7 @@ Nothing is executed: that a kernel compiles says nothing of its speed or of its 
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import os
@@ -164,8 +165,9 @@ class Assembled:
 
     @property
     def matrix(self) -> str:
-        """Matrix instructions in the SASS: UTC*MMA are tcgen05, *GMMA wgmma, HMMA and the like of a warp."""
-        return ", ".join(sorted(set(re.findall(r"\b(UTC[A-Z]*MMA|[HQI]GMMA|[HQIO]MMA)\b", self.sass)))) or "-"
+        """Matrix instructions in the SASS and how many: UTC*MMA are tcgen05 (2CTA: of two blocks), *GMMA wgmma, else a warp's."""
+        found = collections.Counter(re.findall(r"\b(UTC[A-Z]*MMA(?:\.2CTA)?|[HQI]GMMA|[HQIO]MMA)\b", self.sass))
+        return ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "-"
 
     @property
     def looped(self) -> int:
@@ -227,7 +229,8 @@ def _read(folder: Path) -> list[Assembled]:
     for log in sorted(folder.glob("*.ptxas")):
         sass, resources = log.with_suffix(".sass_ctrl"), log.with_suffix(".resources.txt")
         asked = resources.read_text() if resources.exists() else ""
-        smem, tmem = (re.search(rf"{name}=(\d+)", asked) for name in ("smem_scratch_bytes", "tmem_scratch_cols"))
+        smem = re.search(r"smem_scratch_bytes=(\d+)", asked)
+        tmem = re.findall(r"tmem_(?:collective_)?scratch_cols=(\d+)", asked)  # one of them is 0
         for entry in re.split(r"(?=Compiling entry function)", log.read_text())[1:]:
             name = re.search(r"Compiling entry function '([^']+)'", entry)[1]
             used = re.search(r"Used (\d+) registers", entry)
@@ -240,7 +243,7 @@ def _read(folder: Path) -> list[Assembled]:
                     spill_bytes=stores + loads,
                     stack_bytes=stack,
                     smem_bytes=int(smem[1]) if smem else 0,
-                    tmem_columns=int(tmem[1]) if tmem else 0,
+                    tmem_columns=sum(map(int, tmem)),
                     sass=sass.read_text() if sass.exists() else "",
                 )
             )

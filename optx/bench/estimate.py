@@ -1,8 +1,9 @@
 """What the Blackwell kernels reach at most, from their tile loops alone: `python -m optx.bench.estimate`, and `optx.bench.aot`.
 
 Of one step of an item four times are compared, and the longest is taken: its bytes from memory, its products at the peak of the
-tensor cores, operands of the products out of shared memory, instructions that widen codes or make weights of logits. Nothing
-here was measured on the card: launches, waits, the clock under load and conflicts are left out.
+tensor cores, bytes into shared memory and out of it (copies write, products and instructions read), instructions that widen
+codes or make weights of logits. Nothing here was measured on the card: launches, waits, the clock under load and conflicts are
+left out.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from optx.pallas.ragged_paged_attention import mosaic_gpu_sm100 as paged
 from optx.report import table
 
 CLOCK = 1.965e9  # Hz, the boost clock of a B200 (optx.bench.aot.CHIPS)
-OPERANDS = 128  # bytes a clock that shared memory gives an SM
+SHARED = 128  # bytes a clock that shared memory takes or gives an SM
 READ = 0.9  # of the nominal bandwidth: what a read-only sum reached on an H100 (3.01 of 3.35 TB/s)
 FILL = 1.5e-6  # s: the first bytes of a thread block, and its last out; measured on an H100
 EXP2 = 16  # a clock and SM (CUDA programming guide, table of arithmetic throughput)
@@ -33,7 +34,7 @@ WIDEN_PAGES = 5.0  # the same of pages, by a scale in float32 and into shared me
 
 PUBLISHED = {
     "flash_attention": "1,605 TFLOP/s of bf16, 71% (FlashAttention-4, arXiv:2603.05451)",
-    "matmul": "69% of 2,250 TFLOP/s (jax docs/pallas/gpu/blackwell_matmul.md)",
+    "matmul": "69% of 2,250 TFLOP/s by pairs of blocks, cuBLAS 63% (jax docs/pallas/gpu/blackwell_matmul.md)",
     "packed": "about 6 TB/s, int4 by fp8, grouped (tokamax, commit ba1d63a)",
 }
 
@@ -70,13 +71,12 @@ def of_product(name: str, plan: gemm.Plan, x_dtype, w_dtype, scale_dtype, unit: 
     tiles, peak = plan.tiles, getattr(b200.peak, unit)
     scales = plan.groups * gemm.OUTPUTS * (jnp.dtype(scale_dtype).itemsize + 2 * plan.zero)
     once = gemm.OUTPUTS * gemm.row_bytes(w_dtype, tiles.depth) + scales
-    weight = once * plan.columns * plan.steps * tiles.split  # the tiles of x come from the L2 cache
-    left = 0 if plan.kind == "packed" else gemm.OUTPUTS * gemm.row_bytes(w_dtype, tiles.depth)
-    right = tiles.rows * gemm.row_bytes(x_dtype, tiles.depth)
+    weight = once * (1 + tiles.pair) * plan.columns * plan.steps * tiles.split  # the tiles of x come from the L2 cache
+    held = plan.held * gemm.row_bytes(x_dtype, tiles.depth)
     parts = {
-        "memory": once / plan.bands / (b200.bandwidth * READ / gemm.SMS),
+        "memory": once / min(plan.bands, gemm.BANDS) / (b200.bandwidth * READ / gemm.SMS),
         "products": 2 * gemm.OUTPUTS * tiles.rows * tiles.depth / (peak / gemm.SMS),
-        "operands": (left + right) / (OPERANDS * CLOCK),
+        "shared memory": 2 * (once + held) / (SHARED * CLOCK),  # each is written by a copy and read once
         "widening": WIDEN * tiles.depth / CLOCK if plan.kind == "packed" else 0.0,
     }
     turns = -(-plan.items // tiles.grid)
@@ -84,7 +84,7 @@ def of_product(name: str, plan: gemm.Plan, x_dtype, w_dtype, scale_dtype, unit: 
     parts["memory"] *= max(busy, 0.25)  # and no SM can take more than some four shares
     seconds = turns * plan.steps * max(parts.values()) + FILL
     flops = 2 * plan.depth * plan.outputs * plan.rows
-    kind = "matmul" if plan.rows > 64 else "packed" if plan.kind == "packed" else ""
+    kind = "matmul" if plan.kind == "dense" and plan.rows > 64 else "packed" if plan.kind == "packed" else ""
     return _estimate(name, seconds, weight, flops, peak, max(parts, key=parts.get), b200, kind)
 
 
@@ -96,11 +96,12 @@ def of_flash(length: int, heads: int, head_dim: int, value_dim: int, b200: targe
     steps = sum(int(flash.spans(call, row, rows)[-1][1]) for row in range(0, length, rows)) * heads
     pairs = rows * flash.BLOCK
     products = 2 * pairs * (head_dim + value_dim) / per_sm
-    # Q and K from shared memory by instructions of 16 numbers; of the second product V alone: P lies in tensor memory.
-    operands = tiles.tiles * (2 * (flash.ROWS + flash.BLOCK) * head_dim + 2 * flash.BLOCK * value_dim)
+    # Each tile reads Q and K from shared memory, of the second product V alone: P lies in tensor memory. Copies write K and V.
+    shared = tiles.tiles * (2 * (flash.ROWS + flash.BLOCK) * head_dim + 2 * flash.BLOCK * value_dim)
+    shared += 2 * flash.BLOCK * (head_dim + value_dim)
     parts = {
         "products": products,
-        "operands": operands / (OPERANDS * CLOCK),
+        "shared memory": shared / (SHARED * CLOCK),
         "exponentials": pairs / (EXP2 * CLOCK),
     }
     # A tile's softmax waits for its own products: they overlap with those of the other tile, if there is one.
@@ -125,13 +126,15 @@ def of_pages(
     pairs = flash.ROWS * flash.BLOCK * (tiles.tiles if tiles.shared else 1)
     token = 2 * (head_dim * pages.bits / 8 + 4 * (pages.code != "dense"))  # bytes, with a scale
     met = flash.ROWS + flash.BLOCK + flash.BLOCK  # rows of operands from shared memory: Q and K, then V alone
+    wide = 4 * flash.BLOCK * head_dim  # bytes of 16-bit keys and values, written once; codes are written and read
+    codes = 2 * flash.BLOCK * token if pages.code != "dense" else 0
     parts = {
         "memory": flash.BLOCK
         * token
         / units
         / (b200.bandwidth * READ / gemm.SMS),  # units after the first read the L2 cache
         "products": 4 * pairs * head_dim / (b200.peak.bf16 / gemm.SMS),
-        "operands": pairs / (flash.ROWS * flash.BLOCK) * 2 * met * head_dim / (OPERANDS * CLOCK),
+        "shared memory": (pairs / flash.BLOCK / flash.ROWS * 2 * met * head_dim + wide + codes) / (SHARED * CLOCK),
         "exponentials": pairs / (EXP2 * CLOCK),
         "widening": WIDEN_PAGES * 2 * head_dim / CLOCK if pages.code != "dense" else 0.0,
     }
@@ -148,12 +151,17 @@ def weight(stored: str | None, d: int, f: int):
     return tensor.quantize(w, formats.parse(stored)) if stored else w
 
 
-def of_weight(stored: str | None, rows: int, d: int, f: int, b200: target.Target, both: bool = False) -> Estimate:
-    """x [rows, d] by a weight in `stored`; both: x rounded to the same."""
+def of_weight(
+    stored: str | None, rows: int, d: int, f: int, b200: target.Target, both: bool = False, alone: bool = False
+) -> Estimate:
+    """x [rows, d] by a weight in `stored`; both: x rounded to the same; alone: of bf16 with no pairs of thread blocks."""
     w, name = weight(stored, d, f), f"{stored or 'bf16'}{' by itself' if both else ''} {rows}x{d}x{f}"
     bf16 = jnp.bfloat16
     if stored is None:
         plan = gemm.plan_dense(rows, w)
+        if alone:
+            tiles = dataclasses.replace(plan.tiles, pair=False, grid=gemm.SMS)
+            plan, name = dataclasses.replace(plan, tiles=tiles), f"{name}, no pairs"
         return of_product(name, plan, bf16, bf16, bf16, "bf16", b200)
     if not both:
         laid = jax.eval_shape(wide.relayout, w)
@@ -171,6 +179,8 @@ SHAPES: tuple[Callable, ...] = (
         for s in (None, "int4_g128", "int8", "fp8_e4m3", "mxfp4", "nvfp4")
     ),
     lambda b: of_weight("int4_g128", 16, 4096, 4096, b),
+    lambda b: of_weight(None, 4096, 4096, 24576, b),
+    lambda b: of_weight(None, 4096, 4096, 24576, b, alone=True),
     lambda b: of_weight("int4_g128", 4096, 4096, 24576, b),
     lambda b: of_weight("fp8_e4m3", 4096, 4096, 24576, b, both=True),
     lambda b: of_weight("nvfp4", 16, 4096, 24576, b, both=True),

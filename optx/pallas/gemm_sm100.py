@@ -7,7 +7,9 @@ their own and lie in tensor memory. One warp copies, one issues the products, on
     copy --full--> (widen --widened-->) MMA --done--> store; back: MMA --empty--> copy, --spent--> widen; store --taken--> MMA
 
 Thread blocks are persistent: block b takes items b, b + grid, ... (`place`). A contracted axis may be shared out over `split`
-items, whose float32 sums XLA adds. Never run on hardware so far. Sources: PTX ISA 9.1, section 9.7.17 (tcgen05).
+items, whose float32 sums XLA adds. Of many rows two blocks make one item: each holds 128 of its 256 outputs and half of its rows,
+and one MMA of the first block reads both halves (cta_group::2), so that shared memory is filled and read for half the rows.
+Never run on hardware so far. Sources: PTX ISA 9.1, section 9.7.17 (tcgen05).
 """
 
 import dataclasses
@@ -26,17 +28,21 @@ COLUMNS = 512  # of tensor memory: 128 lanes of 32 bits each
 OUTPUTS = 128  # rows of the MMA
 CHUNK = 16  # rows of x that leave together
 WIDENED = 4  # widened steps in tensor memory
+PAIRED = 256  # columns of an MMA of two blocks, 128 rows of x in each
+RANK = "rank"  # of a block in its pair
+BANDS = 16  # tiles of rows that meet all weights before the next ones do: they stay in the L2 cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Sizes of a work item: 128 outputs by `rows` rows of x."""
+    """Sizes of a work item: 128 outputs by `rows` rows of x; of a pair 256 outputs."""
 
     rows: int  # columns of the MMA: a multiple of 16, at most 256
     depth: int  # contracted numbers of a step
     stages: int  # steps on their way or being multiplied
     split: int = 1  # items that share out the contracted axis of a tile
     grid: int = SMS  # persistent thread blocks
+    pair: bool = False  # two thread blocks make an item; grid counts pairs
     clip: bool = True  # False: rows are padded to whole tiles, as the interpreter does not clip copies
 
 
@@ -62,8 +68,18 @@ class Plan:
         return self.depth // (self.tiles.depth * self.tiles.split)
 
     @property
+    def span(self) -> int:
+        """Outputs of an item."""
+        return OUTPUTS * (1 + self.tiles.pair)
+
+    @property
     def columns(self) -> int:
-        return self.outputs // OUTPUTS
+        return self.outputs // self.span
+
+    @property
+    def held(self) -> int:
+        """Rows of an item's x in the shared memory of a block."""
+        return self.tiles.rows // (1 + self.tiles.pair)
 
     @property
     def bands(self) -> int:
@@ -93,10 +109,15 @@ class Plan:
 
 
 def place(item, plan: Plan, bands=None):
-    """Work item -> (tile of outputs, tile of rows, part of the contracted axis). Those of the same weights are neighbours."""
+    """Work item -> (tile of outputs, tile of rows, part of the contracted axis). Those of the same weights are neighbours, of at
+    most BANDS tiles of rows; bands: tiles of rows, if some are left out."""
     part, tile = lax.rem(item, plan.tiles.split), lax.div(item, plan.tiles.split)
-    bands = plan.bands if bands is None else bands  # tiles of rows, if some are left out
-    return lax.div(tile, bands), lax.rem(tile, bands), part
+    if bands is not None or plan.bands <= BANDS:
+        bands = plan.bands if bands is None else bands
+        return lax.div(tile, bands), lax.rem(tile, bands), part
+    first = lax.div(tile, BANDS * plan.columns) * BANDS
+    tile, here = tile - first * plan.columns, lax.min(plan.bands - first, BANDS)
+    return lax.div(tile, here), first + lax.rem(tile, here), part
 
 
 def start(part, k, plan: Plan):
@@ -135,8 +156,10 @@ def _body(x, w, *refs, plan: Plan):
     s_tmem, xs_tmem = take(blocks), take(blocks)
 
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
-    bands = experts[0] if plan.grouped else plan.bands
-    items = plan.columns * tiles.split * bands
+    rank = lax.axis_index(RANK) if tiles.pair else 0
+    first = pl.when(rank == 0) if tiles.pair else lambda run: run()  # the block that issues the products of both
+    bands = experts[0] if plan.grouped else None
+    items = plan.columns * tiles.split * (plan.bands if bands is None else bands)
     mine = lax.div(lax.max(items - block, 0) + tiles.grid - 1, tiles.grid)
     steps, total = plan.steps, mine * plan.steps
 
@@ -152,29 +175,38 @@ def _body(x, w, *refs, plan: Plan):
         lax.fori_loop(jnp.maximum(count - size, 0), count, last, None)
 
     def fetch(i, column, band, part):
-        outputs, rows = pl.ds(column * OUTPUTS, OUTPUTS), pl.ds(band * tiles.rows, tiles.rows)
+        outputs, rows = pl.ds(column * plan.span, plan.span), pl.ds(band * tiles.rows, tiles.rows)
+
+        def copy(src, dst, slot, axis=0):
+            """axis: along which each of a pair takes its half."""
+            half = {"collective_axes": RANK, "leader_tracked": plgpu.CopyPartition.PARTITIONED(axis)}
+            plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot], **half if tiles.pair else {})
 
         def step(k, n):
             slot = lax.rem(n, tiles.stages)
             pl.when(n >= tiles.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
             at = start(part, k, plan)
             numbers = pl.ds(at, tiles.depth)
-            copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
-            copy(x.at[rows, numbers], x_smem)
+            copy(x.at[rows, numbers], x_smem, slot)
             weights = w.at[experts[1 + band]] if plan.grouped else w
-            copy(weights.at[numbers, outputs] if plan.kind == "dense" else weights.at[outputs, numbers], w_smem)
+            if plan.kind == "dense":
+                copy(weights.at[numbers, outputs], w_smem, slot, axis=1)
+            else:
+                copy(weights.at[outputs, numbers], w_smem, slot)
             if blocks:
                 fours = pl.ds(lax.div(at, 4 * plan.group), plan.groups // 4)
                 wide = -(-tiles.rows // 128)
-                copy(scale.at[pl.ds(column, 1), fours], s_smem)
-                copy(x_scale.at[pl.ds(lax.div(band * tiles.rows, 128), wide), fours], xs_smem)
+                copy(scale.at[pl.ds(column, 1), fours], s_smem, slot)
+                copy(x_scale.at[pl.ds(lax.div(band * tiles.rows, 128), wide), fours], xs_smem, slot)
             elif plan.group:
                 groups = pl.ds(lax.div(at, plan.group), plan.groups)
-                copy(scale.at[groups, outputs], s_smem)
+                copy(scale.at[groups, outputs], s_smem, slot)
                 if plan.zero:
-                    copy(zero.at[groups, outputs], z_smem)
+                    copy(zero.at[groups, outputs], z_smem, slot)
 
         each_step(i, step)
+
+    together = {"collective_axis": RANK} if tiles.pair else {}
 
     def multiply(i, column, band, part):
         half = lax.rem(i, 2)
@@ -194,19 +226,21 @@ def _body(x, w, *refs, plan: Plan):
                 plgpu.async_copy_scales_to_tmem(s_smem.at[slot], s_tmem)
                 plgpu.async_copy_scales_to_tmem(xs_smem.at[slot], xs_tmem)
                 scales = {"a_scale": s_tmem, "b_scale": xs_tmem}
-            plgpu.tcgen05_mma(sums, left, x_smem.at[slot].T, empty.at[slot], accumulate=k > 0, **scales)
+            plgpu.tcgen05_mma(sums, left, x_smem.at[slot].T, empty.at[slot], accumulate=k > 0, **scales, **together)
             if packed:
                 plgpu.tcgen05_commit_arrive(spent.at[tile])
 
-        each_step(i, step)
-        plgpu.tcgen05_commit_arrive(done.at[half])
+        @first
+        def _():
+            each_step(i, step)
+            plgpu.tcgen05_commit_arrive(done.at[half], **together)
 
     by_row = plgpu.Layout.TCGEN05_TMEM_NATIVE.reduce(1)
 
     def store(i, column, band, part):
         half = lax.rem(i, 2)
         plgpu.barrier_wait(done.at[half])
-        outputs, chunk = pl.ds(column * OUTPUTS, OUTPUTS), min(tiles.rows, CHUNK)
+        outputs, chunk = pl.ds(column * plan.span + rank * OUTPUTS, OUTPUTS), min(tiles.rows, CHUNK)
         factor = plgpu.load(outer.at[outputs], layout=by_row, optimized=False) if plan.factors else None
         for c in range(tiles.rows // chunk):
             sums = acc.at[:, pl.ds(half * tiles.rows + c * chunk, chunk)]
@@ -294,7 +328,7 @@ def stage_bytes(plan: Plan, x_dtype, w_dtype, scale_dtype=jnp.uint8) -> int:
     scales = plan.groups * OUTPUTS * jnp.dtype(scale_dtype).itemsize
     scales += plan.groups * OUTPUTS * 2 * plan.zero
     scales += plan.groups * 128 * -(-tiles.rows // 128) * (plan.kind == "blocks")
-    return tiles.rows * row_bytes(x_dtype, tiles.depth) + OUTPUTS * row_bytes(w_dtype, tiles.depth) + scales
+    return plan.held * row_bytes(x_dtype, tiles.depth) + OUTPUTS * row_bytes(w_dtype, tiles.depth) + scales
 
 
 def out_bytes(tiles: Tiles, itemsize: int) -> int:
@@ -304,15 +338,19 @@ def out_bytes(tiles: Tiles, itemsize: int) -> int:
 def tiles_for(plan: Plan, depth: int, x_dtype, w_dtype, scale_dtype=jnp.uint8, most: int = 128) -> Tiles:
     """Sizes by rule, so that the busiest SM has the least to do. depth: numbers of a step; most: columns of the MMA."""
     rows = next((n for n in (16, 32, 64, 128) if plan.rows <= n), most)
+    pair = rows == PAIRED and plan.kind in ("dense", "plain") and not plan.grouped and plan.outputs % (2 * OUTPUTS) == 0
+    grid = SMS // (1 + pair)
 
     def sized(split: int) -> Plan:
-        tiles = Tiles(rows=rows, depth=depth, stages=1, split=split)
+        tiles = Tiles(rows=rows, depth=depth, stages=1, split=split, pair=pair, grid=grid)
         return dataclasses.replace(plan, tiles=tiles)
 
     def work(split: int) -> float:
         sized_ = sized(split)
-        turns = -(-sized_.items // SMS)
-        return turns * (sized_.steps + 4) + (8 if split > 1 else 0)  # 4: a tile taken out; 8: the sum over parts
+        turns = -(-sized_.items // grid)
+        summed = plan.rows * plan.outputs * (8 * split + 2)  # bytes: parts are written and read, their sum is written
+        # 4: a tile taken out; 8: the launch of the sum over parts; 2 MB pass in the time of a step.
+        return turns * (sized_.steps + 4) + (8 + summed / 2e6 if split > 1 else 0)
 
     whole = plan.depth // depth
     choices = [split for split in (1, 2, 4, 8) if whole % split == 0 and (split == 1 or whole // split >= 4)]
@@ -350,12 +388,15 @@ def product(x, w, *more, plan: Plan, dtype) -> jax.Array:
     tensor = lambda n, **kw: plgpu.Barrier(num_arrivals=1, num_barriers=n, orders_tensor_core=True, **kw)  # noqa: E731
     copies = 2 + (plan.group > 0) + plan.zero + blocks
     scratch = [
-        plgpu.SMEM((stages, tiles.rows, tiles.depth), x.dtype, transforms=_operand(x.dtype, tiles.depth)),
+        plgpu.SMEM((stages, plan.held, tiles.depth), x.dtype, transforms=_operand(x.dtype, tiles.depth)),
         plgpu.SMEM(w_box, w.dtype, transforms=_operand(w.dtype, 64 if plan.kind == "dense" else tiles.depth)),
         plgpu.SMEM((2, chunk, OUTPUTS), partial),
-        plgpu.TMEM((OUTPUTS, 2 * tiles.rows), jnp.int32 if integers else jnp.float32),
+        plgpu.TMEM((OUTPUTS, 2 * tiles.rows), jnp.int32 if integers else jnp.float32, collective=tiles.pair),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        *(tensor(n) for n in (stages, 2, 2)),
+        *(tensor(n) for n in (stages, 2)),
+        plgpu.ClusterBarrier(collective_axes=(RANK,), num_barriers=2, orders_tensor_core=True)
+        if tiles.pair
+        else tensor(2),
     ]
     if blocks:
         wide = -(-tiles.rows // 128)
@@ -377,6 +418,7 @@ def product(x, w, *more, plan: Plan, dtype) -> jax.Array:
         out_type=jax.ShapeDtypeStruct((tiles.split, held, plan.outputs), partial),
         grid=(tiles.grid,),
         grid_names=("block",),
+        **{"cluster": (2,), "cluster_names": (RANK,)} if tiles.pair else {},
         num_threads=2 + plan.wideners,
         thread_name="wg",
         scratch_types=tuple(scratch),

@@ -1,6 +1,7 @@
-"""matmul on Blackwell for the few rows of a decode step: `optx.pallas.gemm_sm100`; more rows are left to XLA's library.
+"""matmul on Blackwell for the few rows of a decode step and the many of a prompt: `optx.pallas.gemm_sm100`.
 
-Never run on hardware so far. The bounds of ROWS, BYTES and OUTPUTS are those measured on Hopper.
+Rows in between are left to XLA's library. Never run on hardware so far: the bounds of ROWS, BYTES and OUTPUTS are those measured
+on Hopper, PROMPT is where pairs of thread blocks fill the chip with outputs of 4,096.
 """
 
 import math
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from optx.pallas import gemm_sm100 as gemm
 from optx.pallas.matmul import xla_gpu
 
-ROWS = range(1, 65)
+ROWS, PROMPT = range(1, 65), 1024
 BYTES, OUTPUTS = 16 << 20, 4096  # of the smallest weight: smaller ones do not fill the chip
 DEPTH = 64
 
@@ -30,8 +31,8 @@ def supports(args, target) -> str | None:
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """bfloat16 x [..., D] @ w [D, F] -> [..., F]; 1 to 64 rows here, others by XLA."""
+    """bfloat16 x [..., D] @ w [D, F] -> [..., F]; 1 to 64 rows and 1,024 or more here, others by XLA."""
     rows = math.prod(x.shape[:-1])
-    if rows not in ROWS:
+    if rows not in ROWS and rows < PROMPT:
         return xla_gpu.matmul(x, w)
     return gemm.dense(x.reshape(rows, -1), w).reshape(*x.shape[:-1], -1)
