@@ -15,7 +15,7 @@ from optx.bench.cases import paged_decode as decodes
 from optx.bench.cases import ragged_paged_attention as chunks
 from optx.bench.cases import registry
 from optx.errors import LoweringError
-from optx.formats import Affine, Float8, Int
+from optx.formats import Affine, Float8, Float8Static, Int
 from optx.pallas.attention import inner_sm100
 from optx.pallas.attention.page_formats import Pages, pages_of
 from optx.pallas.attention.reference import Mask
@@ -47,6 +47,8 @@ INTERPRETED = [
         ),
         1,
     ),
+    (decodes.case("factors", [150, 30], **TINY, logit_scale=True, softcap=20.0, format=Int(width=8)), 1),
+    (decodes.case("static", [70], **TINY, logit_scale=True, format=Float8Static()), 1),
     (chunks.case("chunks", [70, 0, 5], [30, 0, 150], **TINY, padding=3), 2),
 ]
 
@@ -188,18 +190,24 @@ def test_tiles_fit(head_dim, code, few):
         assert code != "dense" or tiles.stages % tiles.tiles == 0, "one tile cleans a slot"
 
 
+SHAPE = {"heads": 8, "kv_heads": 2, "head_dim": 128, "page_size": 64}
+
+
 def test_supports_says_why():
     def ask(**more):
-        shape = {"heads": 8, "kv_heads": 2, "head_dim": 128, "page_size": 64} | more
-        return kernel.supports(decodes.site(**shape), B200)
+        return kernel.supports(decodes.site(**SHAPE | more), B200)
 
     assert ask() is None and ask(format=Int(width=4)) is None and ask(format=Float8()) is None
     assert "head_dim 80" in ask(head_dim=80) and "page size 256" in ask(page_size=256)
     assert "int2" in ask(format=Int(width=2)) and "scales not a token's alone" in ask(format=Affine(width=4))
     assert "int8 of 256 numbers" in ask(head_dim=256, format=Int(width=8))
-    assert "no factor" in ask(logit_scale=True)
+    assert ask(logit_scale=True, format=Int(width=8)) is None and "no factor" in ask(logit_scale=True)
+    site = decodes.site(**SHAPE, format=Int(width=8)) | {"logit_scales": 6}
+    assert "6 scales of logits a token over 2" in kernel.supports(site, B200)
     args, kwargs = INTERPRETED[0][0].make(np.random.default_rng(0))
     with pytest.raises(LoweringError, match="no scores"):
         kernel.paged_decode(*args, **kwargs, want_scores=True)
+    with pytest.raises(LoweringError, match="over dense pages"):
+        kernel.paged_decode(*args, **kwargs, logit_scale=jnp.ones(args[1].shape[:3]))
     with pytest.raises(LoweringError, match="all bfloat16"):
         kernel.paged_decode(args[0].astype(jnp.float32), *args[1:], **kwargs)

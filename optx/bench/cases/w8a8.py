@@ -60,6 +60,8 @@ CASES = (
     case("long_rows", 300, 28672, 520, INT8, INT8, small=False),
     case("many_rows_fp8", 1030, 4096, 264, FP8, FP8, small=False),
     case("many_rows_int8", 1900, 2304, 264, INT8, INT8, small=False),
+    case("prompt_fp8", 1030, 1024, 768, FP8, FP8, small=False),
+    case("prompt_int8", 1030, 1024, 768, INT8, INT8, small=False),
     case("many_rows_blocks", 2050, 2304, 3100, FP8_BLOCKS, FP8_BLOCKS, small=False),
 )
 

@@ -7,7 +7,10 @@ share keys and values (chunks of prompts), or one tile, whose steps two warpgrou
 (FlashAttention-2, arXiv:2307.08691, section 3.1).
 
 Masks reach the kernel as borders in slots: positions ascend along a row's listing, so what a query sees of it are the slots
-lo .. hi - 1, and with a window those of the first tokens. Never run on hardware so far.
+lo .. hi - 1, and with a window those of the first tokens. A factor of logits a token goes into the scales of packed keys. Declined
+are factors over dense pages (16 registers of 128 factors at a time spill beside the softmax) and scales by channel over groups
+of tokens (KIVI, arXiv:2402.02750): a thread widens a token, and each of its numbers would take two factors of its own from
+shared memory, whose traffic binds already. Never run on hardware so far.
 """
 
 import dataclasses
@@ -35,6 +38,9 @@ HEAD_DIMS = (64, 128, 256)
 PAGES = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 CODES = ("dense", "int8", "fp8", "int4")
+FACTORS = (
+    "multiplies logits by no factor a token over dense pages, where one spills; packed keys take it into their scales"
+)
 UNIT = 4  # steps that a unit's begin and end take as long as
 REGISTERS = {  # of a thread that copies or multiplies, of the softmax, that widens
     "dense": (88, 208, 0),
@@ -155,8 +161,10 @@ def supports(args, target) -> str | None:
         return "values must be as wide as keys"
     if args.get("key_bias"):
         return "adds no bias to keys"
-    if args.get("logit_scale"):
-        return "multiplies logits by no factor a token"
+    if (args.get("logit_scale") or args.get("logit_scales")) and not cache.packed:
+        return FACTORS
+    if args.get("logit_scales", 0) not in (0, kv_heads):
+        return f"{args['logit_scales']} scales of logits a token over {kv_heads} kv heads; allowed: as many"
     return "returns no scores" if args.get("want_scores") else None
 
 
@@ -213,7 +221,8 @@ def ragged_paged_attention(q, k_pool, v_pool, *, ragged: Ragged, tiles: Tiles | 
     """Attention of T ragged tokens over their rows' cached pages, causal inside a chunk: `reference.ragged_paged_attention`.
 
     q [T, N, H]; pools [pages + 1, K, P, H] in q's dtype, or QTensor with one scale a token and head (q in bfloat16); positions
-    int32[pages + 1, P]; table int32[G, B, pages]; lengths int32[G, B]; sink_logits [N]. A row's tokens are its newest slots.
+    int32[pages + 1, P]; table int32[G, B, pages]; lengths int32[G, B]; sink_logits [N]; logit_scale [pages + 1, K, P]. A row's
+    tokens are its newest slots.
     -> (out [T, N, H], lse float32[T, N], None); what padding tokens get is unspecified.
     Raises: LoweringError naming the argument for what it does not take.
     """
@@ -247,6 +256,8 @@ def _attend(
     tokens, heads, head_dim = q.shape
     kv_heads, page = k_pool.shape[1:3]
     k, v = (pages_of(x.format if is_qtensor(x) else None) for x in (k_pool, v_pool))
+    if logit_scale is not None:  # packed keys take the factor into their scales
+        k, v = (dataclasses.replace(pages, scaled=True) for pages in (k, v))
     longest = ragged.longest if ragged.rectangular else None
     group = heads // kv_heads
     few = longest is not None and longest * group <= ROWS
@@ -271,17 +282,21 @@ def _attend(
         v=v,
         tiles=tiles,
     )
-    return _run(plan, q, k_pool, v_pool, ragged, newest, positions, table, lengths, sink_logits)
+    return _run(plan, q, k_pool, v_pool, ragged, newest, positions, table, lengths, sink_logits, logit_scale)
 
 
 def _refusal(q, k_pool, v_pool, logit_scale, value_dim, want_scores) -> str | None:
-    if v_pool is None or value_dim not in (None, q.shape[-1]) or want_scores or logit_scale is not None:
+    if v_pool is None or value_dim not in (None, q.shape[-1]) or want_scores:
         return (
-            f"v_pool {v_pool is not None}, value_dim {value_dim}, want_scores {want_scores}, logit_scale "
-            f"{logit_scale is not None}; allowed: a pool of values as wide as keys, no scores, no factors of logits"
+            f"v_pool {v_pool is not None}, value_dim {value_dim}, want_scores {want_scores}; allowed: a pool of values as wide "
+            "as keys, no scores"
         )
     if k_pool.ndim != 4 or k_pool.shape != v_pool.shape:
         return f"pools are {k_pool.shape} and {v_pool.shape}; allowed: two of [pages, K, P, H]"
+    if logit_scale is not None and not is_qtensor(k_pool):
+        return FACTORS
+    if logit_scale is not None and logit_scale.shape != k_pool.shape[:3]:
+        return f"logit_scale is {list(logit_scale.shape)}; allowed: [pages, K, P], {list(k_pool.shape[:3])}"
     stored = [pages_of(x.format if is_qtensor(x) else None) for x in (k_pool, v_pool)]
     if None in stored or (
         reason := _shape_reason(q.shape[1], *k_pool.shape[1:2], q.shape[2], k_pool.shape[2], *stored)
@@ -424,11 +439,14 @@ def _body(q, k_pool, v_pool, table, facts, lo, hi, /, *refs, plan: Plan, **held)
 
         def step(i, _):
             slot, block = lax.rem(i, slots), block_of(i)
-            found = [table[listed, row, lax.min(block * pages + j, last)] for j in range(pages)]
+            number = lambda j: table[listed, row, lax.min(block * pages + j, last)]  # noqa: E731
+            # Read together, they wait for memory once; where tiles have rows of their own the assembler spills then.
+            found = [] if plan.packed and form.shared else [number(j) for j in range(pages)]
             for pool, name, mine in ((k_pool, f"{raw}k", factors[::2]), (v_pool, f"{raw}v", factors[1::2])):
                 full, empty = getattr(held, f"{name}_full").at[slot], getattr(held, f"{name}_empty").at[slot]
                 pl.when(i >= slots)(functools.partial(plgpu.barrier_wait, empty))
-                for j, page in enumerate(found):
+                for j in range(pages):
+                    page = found[j] if found else number(j)
                     tokens = getattr(held, name).at[slot, pl.ds(j * plan.page, plan.page)]
                     plgpu.copy_gmem_to_smem(pool.at[page, head], tokens, full)
                 for n, factor in enumerate(mine):
@@ -579,8 +597,9 @@ def widened(codes, scale, zero, bits: int):
     return tuple(value(lax.bitcast_convert_type(part + 0x4B400000, jnp.float32), 1.5 * 2**23) for part in parts)
 
 
-def factors_of(plan: Plan, pool, table) -> list[jax.Array]:
-    """Scales, and zero points if there are some, of all listed tokens in order: float32 [B, K, S] each, S whole blocks."""
+def factors_of(plan: Plan, pool, table, more=None) -> list[jax.Array]:
+    """Scales, and zero points if there are some, of all listed tokens in order: float32 [B, K, S] each, S whole blocks; more
+    [pages, K, P]: multiplies scales."""
 
     def listed(part):
         part = part[..., 0]
@@ -592,11 +611,13 @@ def factors_of(plan: Plan, pool, table) -> list[jax.Array]:
         return jnp.pad(found, ((0, 0), (0, 0), (0, -found.shape[2] % BLOCK)))
 
     zero = jnp.full_like(pool.scale, 8) if plan.zeros and pool.zero is None else pool.zero
-    return [listed(part) for part in (pool.scale, zero) if part is not None]
+    scale = jnp.ones((*pool.shape[:-1], 1)) if pool.scale is None and plan.k.scaled else pool.scale
+    scale = scale if more is None else scale.astype(jnp.float32) * more[..., None]
+    return [listed(part) for part in (scale, zero) if part is not None]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(plan: Plan, q, k_pool, v_pool, ragged: Ragged, newest, positions, table, lengths, sink_logits):
+def _run(plan: Plan, q, k_pool, v_pool, ragged: Ragged, newest, positions, table, lengths, sink_logits, logit_scale):
     """The kernel's call, alike for all layers of a model: assembled once; and the merge of its parts."""
     tiles, form, group, h = plan.tiles, plan.inner, plan.group, plan.head_dim
     units = units_of(plan, ragged)
@@ -613,13 +634,10 @@ def _run(plan: Plan, q, k_pool, v_pool, ragged: Ragged, newest, positions, table
     mine = jnp.pad(mine, ((0, 0), (0, 0), (0, plan.rows - mine.shape[2]), (0, 0)))
     halves = plan.k.bits == 4
     mine = jnp.concatenate([mine[..., ::2], mine[..., 1::2]], axis=-1) if halves else mine
-    factors, pools, scratch = (
-        [],
-        (k_pool, v_pool),
-        inner.scratch(form, q.dtype, 1 if plan.packed else BLOCK // plan.page),
-    )
+    factors, pools = [], (k_pool, v_pool)
+    scratch = inner.scratch(form, q.dtype, 1 if plan.packed else BLOCK // plan.page)
     if plan.packed:
-        pairs = zip(*(factors_of(plan, pool, table) for pool in pools), strict=True)
+        pairs = zip(factors_of(plan, k_pool, table, logit_scale), factors_of(plan, v_pool, table), strict=True)
         factors = [factor for pair in pairs for factor in pair]
         pools = (k_pool.data, v_pool.data)
         scratch |= packed_scratch(plan, *pools)
