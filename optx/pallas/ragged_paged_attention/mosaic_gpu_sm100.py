@@ -7,10 +7,10 @@ share keys and values (chunks of prompts), or one tile, whose steps two warpgrou
 (FlashAttention-2, arXiv:2307.08691, section 3.1).
 
 Masks reach the kernel as borders in slots: positions ascend along a row's listing, so what a query sees of it are the slots
-lo .. hi - 1, and with a window those of the first tokens. A factor of logits a token goes into the scales of packed keys. Declined
-are factors over dense pages (16 registers of 128 factors at a time spill beside the softmax) and scales by channel over groups
-of tokens (KIVI, arXiv:2402.02750): a thread widens a token, and each of its numbers would take two factors of its own from
-shared memory, whose traffic binds already. Never run on hardware so far.
+lo .. hi - 1, and with a window those of the first tokens. A factor of logits a token goes into the scales of packed keys.
+Declined are factors over dense pages, which spill beside the softmax, and scales by channel over groups of tokens (KIVI,
+arXiv:2402.02750): a thread widens a token, and each of its numbers would take two factors of its own from shared memory, whose
+traffic binds already (`optx.bench.estimate`). Never run on hardware so far.
 """
 
 import dataclasses
@@ -38,9 +38,7 @@ HEAD_DIMS = (64, 128, 256)
 PAGES = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 CODES = ("dense", "int8", "fp8", "int4")
-FACTORS = (
-    "multiplies logits by no factor a token over dense pages, where one spills; packed keys take it into their scales"
-)
+FACTORS = "multiplies logits by no factor a token over dense pages, where registers spill; packed keys take it into their scales"
 UNIT = 4  # steps that a unit's begin and end take as long as
 REGISTERS = {  # of a thread that copies or multiplies, of the softmax, that widens
     "dense": (88, 208, 0),
