@@ -372,8 +372,9 @@ def _padded(counts, starts, total: int):
 def _row_after_row(counts, starts, total: int):
     """The same for rows that lie one after the other without gaps."""
     ends = jnp.cumsum(counts)
-    row = jnp.searchsorted(ends, jnp.arange(total, dtype=jnp.int32), side="right").astype(jnp.int32)
-    row = jnp.minimum(row, counts.shape[0] - 1)
+    at = jnp.arange(total, dtype=jnp.int32)
+    row = jnp.searchsorted(ends, at, side="right", method="compare_all")  # a search would be a loop of kernels
+    row = jnp.minimum(row.astype(jnp.int32), counts.shape[0] - 1)
     return _ragged(counts, starts, row, ends - counts, total, total, rectangular=False)
 
 

@@ -89,10 +89,10 @@ def attend_cached(
     asked = jnp.where(single, ragged.positions[first], -1)
     *few, of_few = decode(lambda x: x[first][:, None], asked[:, None], lengths=jnp.where(single, view.lengths, 0))
     *many, of_many = chunks(ragged.without(single))
-    row = jnp.minimum(ragged.rows, ragged.batch - 1)
+    to = jnp.where(single, first, q.shape[0])
 
     def joined(few, many):
-        return jnp.where(jnp.expand_dims(single[row], tuple(range(1, many.ndim))), few[row, 0], many)
+        return many.at[to].set(few[:, 0], mode="drop")  # in place, where a choice by token would copy what chunks got
 
     return *jax.tree.map(joined, few, many), None if of_few is None else of_few + of_many
 
