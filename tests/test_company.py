@@ -50,6 +50,7 @@ VARIANTS = {
     "preempted": {"pages": 16},
     "overlapped": {"overlap": True, "ticks": 3},
     "chunks": {"chunks": (3, 5), "ticks": 4},
+    "long chunks": {"chunks": (3, 5), "long": 16, "mixed": True},
     "preempted and overlapped": {"pages": 16, "overlap": True},
     "batch_invariant": {"batch_invariant": True, "pages": 20},
     "all at once": {"pages": 18, "overlap": True, "ticks": 3, "mixed": True, "chunks": (5, 12)},

@@ -15,7 +15,7 @@ from optx.engine.queue import BUMPS, LOOK, PATIENCE, WaitingQueue
 from optx.engine.request import Request, Sampling
 from optx.engine.scheduler import Scheduler
 
-P, BUDGET, CONTEXT = 4, 8, 40
+P, BUDGET, LONG, CONTEXT = 4, 8, 14, 40
 VOCAB = 3  # few tokens, so that prompts begin alike
 END = 0  # the stop id
 
@@ -35,16 +35,18 @@ class Device:
     Dispatches run when they are planned and are handed out later (`late`: after the next was planned), as with overlap.
     """
 
-    def __init__(self, *, rows=3, pages=14, windows=(None, 7), cache=True, ticks=1, mixed=False, late=False, stops=()):
+    def __init__(
+        self, *, rows=3, pages=14, windows=(None, 7), cache=True, ticks=1, mixed=False, late=False, stops=(), long=None
+    ):
         self.tables = []
         for window in windows:
-            width = PageTable.width_for(spec(window), CONTEXT, max(BUDGET, ticks), P)
+            width = PageTable.width_for(spec(window), CONTEXT, max(long or BUDGET, ticks), P)
             self.tables.append(PageTable(spec(window), PagePool(pages), rows=rows, width=width, page_size=P))
         self.prefix = PrefixCache(self.tables) if cache else None
         for group, table in enumerate(self.tables if cache else ()):
             table.make_room = functools.partial(self.prefix.make_room, group)
         self.scheduler = Scheduler(
-            tables=self.tables, prefix=self.prefix, rows=rows, budget=BUDGET, ticks=ticks, mixed=mixed
+            tables=self.tables, prefix=self.prefix, rows=rows, budget=BUDGET, ticks=ticks, mixed=mixed, long=long
         )
         self.slots = [{} for _ in windows]  # flat slot -> (position, token)
         self.newest, self.late, self.flight, self.count, self.stops = {}, late, None, 0, stops
@@ -187,9 +189,11 @@ def alone(request) -> list[int]:
     st.sampled_from([1, 3]),
     st.sampled_from([(None,), (None, 7), (5, None)]),
     st.integers(10, 30),
+    st.sampled_from([None, LONG]),
 )
-def test_everyone_is_served_as_if_alone(data, cache, mixed, late, ticks, windows, pages):
-    device = Device(pages=pages, windows=windows, cache=cache, ticks=ticks, mixed=mixed, late=late, stops={END})
+def test_everyone_is_served_as_if_alone(data, cache, mixed, late, ticks, windows, pages, long):
+    how = {"cache": cache, "ticks": ticks, "mixed": mixed, "late": late, "stops": {END}, "long": long}
+    device = Device(pages=pages, windows=windows, **how)
     for _ in range(data.draw(st.integers(3, 30))):
         match data.draw(st.sampled_from(["add", "add", "group", "step", "step", "step", "abort", "clear"])):
             case "add":
@@ -328,6 +332,24 @@ def test_the_budget_bounds_a_tick():
     device.run = lambda plan: (sizes.append([len(part.tokens) for part in plan.parts]), run(plan))[1]
     device.drain()
     assert sizes[:3] == [[1, 7], [1, 7], [1, 6, 1]] and max(map(sum, sizes)) == BUDGET
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_long_tick_is_full_and_stops_no_decode(mixed):
+    device = Device(pages=60, windows=(None,), mixed=mixed, long=LONG)
+    sizes, run = [], device.run
+    device.run = lambda plan: (sizes.append(sum(len(part.tokens) for part in plan.parts)), run(plan))[1]
+    device.add([1] * 26, 1)
+    device.drain()
+    assert sizes == [LONG, BUDGET, 26 - LONG - BUDGET], "the 12 tokens that are left fill none"
+    device.add([1] * 20 + [2] * 6, 1)
+    device.drain()
+    assert sizes[3:] == [6], "5 pages of 4 tokens are cached"
+    device.add([2, 1], 12)
+    device.step()
+    device.add([2] * 30, 1)
+    device.drain()
+    assert max(sizes[4:]) <= BUDGET, "while a row decodes"
 
 
 def test_prompts_and_decodes_take_turns():

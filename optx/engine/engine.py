@@ -16,10 +16,11 @@ from optx.engine.drafting import with_drafter
 from optx.engine.memory import page_bytes, pages_by_group
 from optx.engine.options import TICKS, EngineOptions
 from optx.engine.pages import PageTable
+from optx.engine.plan import Part, Plan
 from optx.engine.prefix import PrefixCache, refusal
 from optx.engine.request import Logprobs, Request, Sampling, token_ids
 from optx.engine.sampling import WAYS, Chosen, Way
-from optx.engine.scheduler import Part, Plan, Scheduler
+from optx.engine.scheduler import Scheduler
 from optx.engine.speculator import Speculator
 from optx.engine.step import Program, Stepper
 from optx.engine.ticks import TickBuilder
@@ -88,13 +89,13 @@ class Engine:
         for group, table in enumerate(self._tables if self.prefix else ()):
             table.make_room = functools.partial(self.prefix.make_room, group)
         self.scheduler = Scheduler(
-            tables=self._tables, prefix=self.prefix, rows=options.rows, budget=options.chunks[-1], ticks=self._ticks,
-            mixed=self._mixed, alone=alone, encode=encode,
+            tables=self._tables, prefix=self.prefix, rows=options.rows, budget=options.chunks[-1], long=options.long,
+            ticks=self._ticks, mixed=self._mixed, alone=alone, encode=encode,
         )  # fmt: skip
         self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
         self._landed = 0.0
         self._page_bytes = [page_bytes(program.plan, group, options.page_size) for group in range(len(self._tables))]
-        self._builder = TickBuilder(self._tables, options.rows, options.chunks, self._ticks)
+        self._builder = TickBuilder(self._tables, options.rows, options.sizes, self._ticks)
         room = functools.partial(Layout, page_size=options.page_size, slots=options.rows)
         layouts = [room(pages=table.pool.pages) for table in self._tables] or [room(pages=1)]
         self._stepper = Stepper(program, layouts, options.rows, options.debug)
@@ -114,7 +115,7 @@ class Engine:
     def _page_tables(self, program: Program) -> list[PageTable]:
         size, rows, specs = self.options.page_size, self.options.rows, program.plan.groups
         drafts = self.options.speculate.tokens if self.options.speculate else 0
-        longest = max(self.options.chunks[-1], self._ticks, 1 + drafts)
+        longest = max(self.options.sizes[-1], self._ticks, 1 + drafts)
         widths = [PageTable.width_for(spec, self.context, longest, size) for spec in specs]
         pages = pages_by_group(program.plan, widths, self.options)
         return [
@@ -266,9 +267,9 @@ class Engine:
     def warm_up(self, *samplings: Sampling, progress: bool = False) -> None:
         """Compiles every program that requests with such samplings need (default: greedy ones), so that none waits for one.
 
-        Decode ticks in every way of sampling; a tick for each of `chunks` in the most capable way, which serves the prompts
-        of all. From then on a request takes the cheapest of these ways that
-        can serve it. Several programs compile at once.
+        Decode ticks in every way of sampling; a tick for each of `chunks` and `long` in the most capable way, which serves the
+        prompts of all. From then on a request takes the cheapest of these ways that can serve it. Several programs compile at
+        once.
         """
         assert self.idle, "warm up before the first request"
         ways = sorted({how.way for how in samplings or (Sampling(),)}, key=WAYS.index)
@@ -277,7 +278,7 @@ class Engine:
         ticks = [(blank(way), way) for way in ways]
         if self.speculator is not None:
             ticks += [(blank(way, width=self.speculator.width), way) for way in ways]
-        for chunk, less in zip(self.options.chunks, (1, *self.options.chunks), strict=False):
+        for chunk, less in zip(self.options.sizes, (1, *self.options.sizes), strict=False):
             if longest > less:  # else no tick has so many prompt tokens
                 ticks.append((blank(ways[-1], chunk=chunk, mixed=self._mixed), ways[-1]))
         compiled = self._stepper.compile(ticks)

@@ -24,6 +24,8 @@ class EngineOptions:
     page_size: int = 64  # tokens a cache page
     # Tokens of a tick, padded up to one of these, ascending; the last: its budget. None: up to 512 on a CPU, 2048 elsewhere.
     chunks: tuple[int, ...] | None = None
+    # Prompt tokens of a tick in which nothing decodes and that they fill, more than the budget; None: never.
+    long: int | None = None
     pages: int | None = None  # pages a token group; None: as `memory` says
     # For all caches: bytes, or up to 1 a fraction of free device memory; None: 0.8 of it, and where the device does not tell
     # (a CPU) enough for all rows at full context, which is the most that is taken anyway.
@@ -40,7 +42,7 @@ class EngineOptions:
     debug: bool = False  # check page tables on the device in every tick; slower
 
     def __post_init__(self):
-        for name in ("rows", "context", "page_size", "pages", "ticks", "max_waiting"):
+        for name in ("rows", "context", "page_size", "pages", "ticks", "max_waiting", "long"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"engine.{name}: got {value}; allowed: at least 1")
@@ -51,15 +53,26 @@ class EngineOptions:
         chunks = tuple(default_chunks() if self.chunks is None else self.chunks)
         if not chunks or chunks[0] < 1 or sorted(set(chunks)) != list(chunks):
             raise RequestError(f"engine.chunks: got {list(chunks)}; allowed: ascending sizes of at least 1")
+        if self.long is not None and self.long <= chunks[-1]:
+            raise RequestError(
+                f"engine.long: got {self.long}; allowed: more than the {chunks[-1]} tokens of other ticks"
+            )
         if self.mixed and self.rows >= chunks[-1]:
             raise RequestError(
                 f"engine.mixed: {self.rows} rows leave no room for prompts in ticks of {chunks[-1]} tokens; allowed: fewer rows"
             )
         if self.batch_invariant:
-            against = {"mixed": self.mixed, "speculate": self.speculate, "ticks": (self.ticks or 1) > 1}
+            against = {
+                "mixed": self.mixed, "speculate": self.speculate, "ticks": (self.ticks or 1) > 1, "long": self.long,
+            }  # fmt: skip
             if wrong := [name for name, value in against.items() if value]:
                 raise RequestError(
                     f"engine.batch_invariant: {wrong[0]} makes answers depend on the batch; leave it out"
                 )
             chunks = chunks[-1:]
         object.__setattr__(self, "chunks", chunks)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens that ticks with prompts are compiled for, ascending."""
+        return self.chunks if self.long is None else (*self.chunks, self.long)

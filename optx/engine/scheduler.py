@@ -8,56 +8,18 @@ A plan may be made while an earlier one is under way: its tokens are then `pendi
 the order of their plans, so a page may go to its next owner at once: what an earlier dispatch writes is written before.
 """
 
-import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from optx.engine.compaction import Compaction, Compactor
+from optx.engine.compaction import Compactor
 from optx.engine.pages import PageTable
+from optx.engine.plan import Copy, Part, Plan
 from optx.engine.prefix import PrefixCache
 from optx.engine.queue import WaitingQueue
 from optx.engine.request import Request
 from optx.engine.speculator import Speculator
-
-
-class Part(NamedTuple):  # of which a tick makes as many as it has rows: a third of a frozen dataclass's time
-    """One row of a dispatch. rounds: tokens that it draws, 0 for a chunk before a prompt's last."""
-
-    request: Request
-    row: int
-    start: int  # position of its first token
-    tokens: list[int]  # [-1]: its newest, which the device holds; then drafts, -1 where the device makes them
-    rounds: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Copy:
-    """Row `target` goes on as `source` would. slots: by group (from, to), tokens of the page that is not shared."""
-
-    source: int
-    target: int
-    slots: tuple[tuple[np.ndarray, np.ndarray], ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One dispatch. Compactions and copies come first."""
-
-    parts: tuple[Part, ...]  # by row
-    writes: tuple[np.ndarray, ...]  # by group: flat slots of the tokens, part after part; of one token each in rounds
-    copies: tuple[Copy, ...]
-    compactions: tuple[Compaction, ...]
-    ticks: int  # of one token a row each; 1 with prompt tokens
-    chunk: bool  # there are prompt tokens
-    mixed: bool  # they lie among the other rows' tokens; else they are those of one row
-    width: int = 1  # of decodes: tokens a row, its newest and drafts to verify
-
-    @property
-    def alone(self) -> bool:
-        """One row's prompt tokens are all there is."""
-        return self.chunk and not self.mixed
 
 
 class Scheduler:
@@ -72,14 +34,16 @@ class Scheduler:
         budget: int,
         ticks: int,
         mixed: bool,
+        long: int | None = None,
         alone: bool = False,
         encode: Callable[[str], list[int]] | None = None,
     ):
         """budget: tokens a tick. ticks: decode ticks a dispatch while nothing waits. mixed: prompts and decodes in one tick;
-        else a prompt's chunk alone, and after a budget of prompt tokens a decode tick. alone: a request has pages for its whole
+        else a prompt's chunk alone, and after a budget of prompt tokens a decode tick. long: the budget while nothing decodes and
+        prompts fill it. alone: a request has pages for its whole
         answer when it gets a row, and computes its prompt itself. encode: text to token ids."""
         self.tables, self.prefix = list(tables), prefix
-        self.budget, self.ticks, self.mixed, self.alone = budget, ticks, mixed, alone
+        self.budget, self.long, self.ticks, self.mixed, self.alone = budget, long, ticks, mixed, alone
         self.speculator: Speculator | None = None
         self.rows: list[Request | None] = [None] * rows
         self.waiting = WaitingQueue()
@@ -239,8 +203,9 @@ class Scheduler:
         if not reading or (not self.mixed and decoding and self._read >= self.budget):
             return dict.fromkeys(decoding, 1), False
         wanted = dict.fromkeys(decoding, 1) if self.mixed else {}
-        room = self.budget - len(wanted)
-        for request in reading if self.mixed else reading[:1]:
+        reading = reading if self.mixed else reading[:1]
+        room = self.long if not decoding and self._fill_long(reading) else self.budget - len(wanted)
+        for request in reading:
             if room > 0:
                 self._adopt(request)
                 left = self._goal(request) - request.computed if not request.replay else room
@@ -252,6 +217,15 @@ class Scheduler:
         assert self.mixed <= (room > 0), "decodes leave no room for prompts"
         self._fork()  # all that there was to read came from the cache
         return self._choose()
+
+    def _fill_long(self, reading: list[Request]) -> bool:
+        """Whether there are prompt tokens for a `long` tick, without what the prefix cache has by now."""
+        if self.long is None or self.compactor:
+            return False
+        page = self.prefix.page_size if self.prefix is not None else 0
+        done = (request.computed or self._hit(request) * page for request in reading)
+        left = itertools.accumulate(self._goal(r) - have for r, have in zip(reading, done, strict=True))
+        return any(tokens >= self.long for tokens in left)
 
     def _goal(self, request: Request) -> int:
         """Tokens to compute in chunks: the last one of a prompt to fork is computed by each of its rows."""

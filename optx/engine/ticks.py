@@ -4,9 +4,9 @@ import numpy as np
 
 from optx.engine.head_pages import HeadTables
 from optx.engine.pages import PageTable
+from optx.engine.plan import Plan
 from optx.engine.request import STOPS, Request
 from optx.engine.sampling import BIASES, KNOBS, Way
-from optx.engine.scheduler import Plan
 from optx.engine.step import Tick
 
 

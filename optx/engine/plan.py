@@ -1,0 +1,47 @@
+"""What the scheduler hands on: one dispatch, row by row."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from optx.engine.compaction import Compaction
+from optx.engine.request import Request
+
+
+class Part(NamedTuple):  # of which a tick makes as many as it has rows: a third of a frozen dataclass's time
+    """One row of a dispatch. rounds: tokens that it draws, 0 for a chunk before a prompt's last."""
+
+    request: Request
+    row: int
+    start: int  # position of its first token
+    tokens: list[int]  # [-1]: its newest, which the device holds; then drafts, -1 where the device makes them
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copy:
+    """Row `target` goes on as `source` would. slots: by group (from, to), tokens of the page that is not shared."""
+
+    source: int
+    target: int
+    slots: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One dispatch. Compactions and copies come first."""
+
+    parts: tuple[Part, ...]  # by row
+    writes: tuple[np.ndarray, ...]  # by group: flat slots of the tokens, part after part; of one token each in rounds
+    copies: tuple[Copy, ...]
+    compactions: tuple[Compaction, ...]
+    ticks: int  # of one token a row each; 1 with prompt tokens
+    chunk: bool  # there are prompt tokens
+    mixed: bool  # they lie among the other rows' tokens; else they are those of one row
+    width: int = 1  # of decodes: tokens a row, its newest and drafts to verify
+
+    @property
+    def alone(self) -> bool:
+        """One row's prompt tokens are all there is."""
+        return self.chunk and not self.mixed
