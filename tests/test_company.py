@@ -189,11 +189,12 @@ def test_times_and_stats():
     assert again.output == request.output and stats.waiting == stats.running == stats.preemptions == 0
 
 
-def test_every_way_that_was_warmed_compiles_nothing():
-    engine = Engine(program("llama"), dataclasses.replace(OPTIONS, mixed=True, ticks=3))
+@pytest.mark.parametrize("long", [None, 16])
+def test_every_way_that_was_warmed_compiles_nothing(long):
+    engine = Engine(program("llama"), dataclasses.replace(OPTIONS, mixed=True, ticks=3, long=long))
     engine.warm_up(HOW[0], HOW[3])
     compiled = engine.compiles
-    assert compiled == 1 + 2 + 1, "a chunk; decodes, greedy and full; the copy of a fork"
+    assert compiled == (1 if long is None else 2) + 2 + 1, "chunks; decodes, greedy and full; the copy of a fork"
     assert engine.stats().steps == 0
     requests = [engine.add_request(prompt, how) for prompt, how in zip(PROMPTS, HOW, strict=True)]
     group = engine.add_group(PROMPTS[0], [HOW[0], HOW[0]])
@@ -261,6 +262,18 @@ def test_a_budget_is_no_more_than_what_rows_can_use():
 def test_budgets_that_are_refused(memory, told):
     with pytest.raises(RequestError, match=told):
         Engine(program("llama"), dataclasses.replace(OPTIONS, memory=memory))
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"long": 8}, "engine.long: got 8; allowed: more than the 8 tokens of other ticks"),
+        ({"long": 16, "batch_invariant": True}, "engine.batch_invariant: long makes answers depend on the batch"),
+    ],
+)
+def test_long_ticks_that_are_refused(more, told):
+    with pytest.raises(RequestError, match=told):
+        EngineOptions(chunks=(8,), **more)
 
 
 def test_mixed_ticks_need_room_for_prompts():
