@@ -227,6 +227,14 @@ def test_figures_are_those_of_the_model(first, model):
     assert base.cells[0].logprob != kv8.cells[0].logprob, "int8 keys change a little"
 
 
+def test_pages_of_a_prompt_that_is_cut_are_those_after_the_cut(model, tmp_path):
+    """300 tokens are 5 pages, a quarter of them and the answer 2."""
+    cut = {"cache": [{"pass": "evict_kv", "policy": "snapkv", "ratio": 0.25, "recent": 8}]}
+    base, snap = retrieval.run(str(model), [recipe("snap", cut)], grid(depths=(0.5,)), tmp_path)
+    assert (base.cells[0].pages, snap.cells[0].pages) == (5, 2)
+    assert snap.cells[0].bytes < base.cells[0].bytes / 2
+
+
 def test_a_second_run_takes_what_is_kept_and_computes_what_is_not(first, model, monkeypatch):
     out, rows, _ = first
     measured = []

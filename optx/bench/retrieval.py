@@ -175,7 +175,8 @@ def measure(
     engine: Engine, maker: Maker, prompts: Sequence[Prompt], ways: tuple[Sampling, Sampling], length: int, depth: float
 ) -> Cell:
     """Answers of one cell's prompts, several at once. Each prompt is computed once for two answers: the model's own, greedy, and
-    the right one, forced on it for its log-probability. Pages are those that a prompt's row holds at its first token."""
+    the right one, forced on it for its log-probability. Pages are the fewest that a prompt's row holds once it answers:
+    policies of eviction cut it after its first token."""
     began, pairs = time.perf_counter(), []
     for prompt in prompts:
         forced = dataclasses.replace(ways[1], grammar=Forced(prompt.answer))
@@ -183,8 +184,10 @@ def measure(
     held: dict[int, tuple[int, float]] = {}
     while not engine.idle:
         for request, _ in engine.step():
-            if request.id not in held and request.row >= 0:
-                held[request.id] = engine.held(request)
+            if request.finish is None:
+                pages, size = engine.held(request)
+                fewest, least = held.get(request.id, (pages, size))
+                held[request.id] = min(pages, fewest), min(size, least)
     seconds = time.perf_counter() - began
     answers = [_text(maker, engine, free) for free, _ in pairs]
     counts = [held.get(forced.id) or held[free.id] for free, forced in pairs]

@@ -22,7 +22,7 @@ class Cell:
     answers: tuple[str, ...]
     score: float  # share of prompts whose answer begins with the right number, digit for digit
     logprob: float  # mean log-probability a digit of the right number, nats
-    pages: float  # cache pages that a prompt holds at its end, of all groups; mean of the prompts
+    pages: float  # cache pages that a prompt holds while it answers, of all groups; mean of the prompts
     bytes: float  # of those pages, in all layers
     tokens: int  # of prompts and answers
     seconds: float  # for all prompts, several at once
@@ -92,8 +92,9 @@ class Outcome:
             "score: greedy answers that are right digit for digit; log-prob a digit: of the right number, forced, in nats.",
             f"retained: the mean score by the uncompiled model's, over the {able} of {len(base)} cells where that is at least "
             f"{ABLE:.0%}.",
-            "pages, bytes: what a prompt's row holds in the engine's pools at its first token; a token: by the prompt's "
-            "length. tokens/s: of prompts and answers, several prompts at once.",
+            "pages, bytes: the least that a prompt's row holds in the engine's pools while it answers, after an eviction if "
+            "there is one; a layer whose heads compete counts its pages apart. A token: by the prompt's length. tokens/s: of "
+            "prompts and answers, several prompts at once.",
             *(f"refused: {row.recipe}: {row.refused}" for row in self.rows if row.refused),
         ]
 
