@@ -363,14 +363,15 @@ class CachePlan:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract(layout))
 
     def move_tokens(self, caches: Caches, group: int, src: jax.Array, dst: jax.Array) -> Caches:
-        """Copies tokens between flat slots in every pool of a group, their positions too."""
+        """Copies tokens between flat slots int32[M], or [K, M] of heads apart, in every pool of a group; their positions too, but
+        for heads apart, which do without."""
         layers = list(caches.layers)
         for i, spec in enumerate(self.specs):
             for part in spec.parts if spec is not None and spec.share is None else ():
                 if part.table_key == self.keys[group]:
                     layers[i] = layers[i] | part.move(layers[i], src, dst)
         positions = list(caches.positions)
-        positions[group] = copy(positions[group], src, dst, True)
+        positions[group] = positions[group] if src.ndim == 2 else copy(positions[group], src, dst, True)
         return Caches(layers=tuple(layers), positions=tuple(positions))
 
     def move_states(self, caches: Caches, src: jax.Array, dst: jax.Array) -> Caches:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from optx.cache import Address, Layout, Ragged
-from optx.engine.compaction import Compaction, Compactor, compact, share_out, table_for
+from optx.engine.compaction import Compaction, Compactor, compact, fed_again, share_out, table_for
 from optx.engine.head_pages import HeadTables
 from optx.engine.pages import PageTable
 from optx.engine.request import Request, Sampling
@@ -41,7 +41,9 @@ class PagedForward:
         """context: tokens of the longest window; chunk: tokens of a step; encode: text to token ids, for policies that say
         something to the model."""
         self.program, self.chunk, self.page_size, self._encode = program, chunk, page_size, encode
-        widths = [PageTable.width_for(spec, context, chunk, page_size) for spec in program.plan.groups]
+        specs = program.plan.groups
+        behind = fed_again(specs, context)
+        widths = [PageTable.width_for(spec, context, chunk, page_size, behind) for spec in specs]
         self._widths = widths
         self._layouts = [Layout(pages=width, page_size=page_size, slots=1) for width in widths]
         self._treedef = jax.tree.structure(program.plan.abstract(self._room))
@@ -70,7 +72,7 @@ class PagedForward:
         caches = jax.tree.leaves(self.program.plan.init(self._room))
         while request.computed < len(ids):
             compactor.plan([request])
-            for each in compactor.take():
+            for each in compactor.take()[0]:
                 numbers = np.int32(each.length), each.keep
                 caches = self._compact[each.group](caches, each.table, *numbers)
             again = bool(request.replay)

@@ -55,8 +55,9 @@ def _first_tokens_lost(model: nnx.Module) -> Sequence[Finding]:
 def _cannot_step_back(model: nnx.Module) -> Sequence[Finding]:
     specs = [(path, mixer.cache) for path, mixer in _mixers(model)]
     parts = {spec.evict.part for _, spec in specs if spec.evict is not None and spec.evict.replays}
-    apart = ((path, spec) for path, spec in specs if spec.evict is None or {spec.evict.part} != parts)
-    return [Finding(path=path, got=str(spec)) for path, spec in apart] if parts else []
+    windows = [path for path, spec in specs if spec.evict is None and spec.window is not None and spec.near is None]
+    fed = [path for path, spec in specs if spec.evict is not None and spec.evict.replays and {spec.evict.part} == parts]
+    return [Finding(path=path, got=str(spec)) for path, spec in specs if path not in {*windows, *fed}] if parts else []
 
 
 EVICTION_STEPS: tuple[StepFact, ...] = (
@@ -109,9 +110,9 @@ EVICTION_TREES: tuple[TreeFact, ...] = (
     TreeFact(
         name="repetition_cannot_step_back",
         found=_cannot_step_back,
-        why="the prompt is fed again through all layers before it is compacted, and dropped afterwards: a state, or a window "
-        "that has passed tokens, cannot go back to where it was, and under another policy, or none, there is no room for it",
-        fix="give all layers one kvzip, or take snapkv, which feeds nothing again",
+        why="the prompt is fed again through all layers before it is compacted, and dropped afterwards: a state cannot go back "
+        "to where it was, and under another policy, or none but a window's, there is no room for it",
+        fix="give all layers without a window one kvzip, or take snapkv, which feeds nothing again",
         source="arithmetic: a state is a sum over all tokens; KVzip, arXiv:2505.23416, is for full attention",
         override=False,
     ),

@@ -87,7 +87,10 @@ def _coordinates(pool, index, tokens: bool) -> tuple:
 
 
 def load(pool, index, tokens: bool):
-    """Entries `index` int32[M] of the pool: flat token slots, or rows. [M, ...]"""
+    """Entries `index` int32[M] of the pool: flat token slots, or rows; or int32[K, M] of heads apart. [M, ...]"""
+    if index.ndim == 2:
+        page, offset = index // pool.shape[2], index % pool.shape[2]
+        return jnp.swapaxes(pool.at[page, jnp.arange(len(index))[:, None], offset].get(mode="clip"), 0, 1)
     return pool.at[_coordinates(pool, index, tokens)].get(mode="clip")
 
 

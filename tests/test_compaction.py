@@ -189,15 +189,13 @@ def test_a_forgotten_prompt_gives_its_pages_back_but_for_those_in_use_or_kept():
     keep(0, range(24))
     table.free(0)
     assert table.pool.cached == 6
-    assert cache.forget(cache.keys([7] * 8), []) == 0
-    assert cache.forget(cache.keys(range(8)), cache.keys(range(24))) == 0, "all of it is kept"
+    assert cache.forget([7] * 8) == 0
+    assert cache.forget(range(8), range(24)) == 0, "all of it is kept"
     keep(1, [*range(12), *[50] * 8])  # shares nothing in use: its own pages, those of the tree stay the older ones
-    assert cache.forget(cache.keys(range(24)), cache.keys([*range(8), 1, 2, 3, 4])) == 3, (
-        "what the branch hangs on stays"
-    )
+    assert cache.forget(range(24), [*range(8), 1, 2, 3, 4]) == 3, "what the branch hangs on stays"
     assert table.pool.used + table.pool.cached + table.pool.available == 32
     table.free(1)
-    assert cache.forget(cache.keys([*range(12), *[50] * 8]), []) == 5
+    assert cache.forget([*range(12), *[50] * 8]) == 5
     assert table.pool.available == 32
 
 

@@ -239,7 +239,12 @@ CASES = [
     ("stream_without_sinks", llama, evicted(), None),  # heavy hitters are kept by attention
     ("stream_without_sinks", sink_logits, evicted(**NO_SINKS), None),
     ("repetition_cannot_step_back", families.hybrid, repeated(match="layers/0/.*|layers/4/.*"), "layers/1/mixer"),
-    ("repetition_cannot_step_back", lambda: families.abstract("gemma3"), repeated(), "layers/0/mixer"),
+    (
+        "repetition_cannot_step_back",
+        lambda: families.abstract("gemma3"),
+        repeated(),
+        None,
+    ),  # windows keep what they had
     ("repetition_cannot_step_back", llama, repeated(match="layers/1/.*"), "layers/0/mixer"),
     ("repetition_cannot_step_back", llama, repeated(), None),
     ("repetition_cannot_step_back", lambda: families.abstract("gemma3"), evicted(), None),  # feeds nothing again

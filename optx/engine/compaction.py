@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.cache import RECORDED, CachePlan, CacheSpec
+from optx.engine.compacted import CompactedPrompts
 from optx.engine.head_pages import HeadPools, HeadTables
 from optx.engine.options import EngineOptions
-from optx.engine.pages import PagePool, PageTable
+from optx.engine.pages import Copy, PagePool, PageTable
 from optx.engine.request import Request
 from optx.errors import RequestError
 
@@ -64,6 +65,11 @@ def table_for(spec: CacheSpec, pages: int, **room) -> PageTable | HeadTables:
     return (PageTable if spec.evict is None else CompactedTable)(spec, PagePool(pages), **room)
 
 
+def fed_again(specs: Sequence[CacheSpec], context: int) -> int:
+    """Tokens that rows of such token groups are fed again at a time, at most, and then step back over."""
+    return max((spec.evict.behind(context) for spec in specs if spec.evict is not None), default=0)
+
+
 def check_eviction(plan: CachePlan, options: EngineOptions) -> None:
     """Raises RequestError for options with which a plan's policies of eviction do not run."""
     policies = [spec.evict for spec in plan.groups if spec.evict is not None]
@@ -90,14 +96,31 @@ class Compactor:
         """encode: text to token ids, for what stands before a prompt that is fed again; None: nothing does."""
         self._tables = list(tables)
         self._evicting = [(group, table) for group, table in enumerate(tables) if table.policy is not None]
+        for table in self._tables if any(table.policy.replays for _, table in self._evicting) else ():
+            table.behind = max(each.policy.behind(sys.maxsize) for _, each in self._evicting)
         self.ask: Callable[[Sequence[Compaction]], np.ndarray] | None = (
             None  # `share_out`, after all that was dispatched
         )
         self._encode = encode or (lambda text: [])
         self._due: list[Compaction] = []
+        self._copies: list[Copy] = []
+        self.kept: CompactedPrompts | None = None  # prompts that other requests may go on from
 
     def __bool__(self):
         return bool(self._evicting)
+
+    def check(self, prompt: Sequence[int], context: int | None) -> None:
+        """Raises RequestError for the context of a prompt that no policy compacts apart from a question."""
+        if context is None:
+            return
+        if not self._evicting or not all(table.policy.reusable for _, table in self._evicting):
+            raise RequestError(
+                "context: the cache compacts no prompt apart from a question; allowed: None, or a recipe with kvzip"
+            )
+        if not 2 <= context <= len(prompt):
+            raise RequestError(
+                f"context: got {context}; allowed: 2 to the prompt's {len(prompt)} tokens, or None for all"
+            )
 
     def plan(self, running: Sequence[Request]) -> None:
         """Before a dispatch: rows that are full keep what their policy says; those whose last token is under way stay as they
@@ -107,18 +130,25 @@ class Compactor:
                 request.replay, request.replayed = request.replay[1:], 0
                 for table in self._tables:
                     table.truncate(request.row, request.computed)
+                    table.will_step_back(request.row, bool(request.replay))
             full = [
                 (group, table)
                 for group, table in self._evicting
-                if request.computed and request.left > 0 and table.room(request.row, len(request.prompt)) == 0
+                if request.computed and request.left > 0 and table.room(request.row, request.subject) == 0
             ]
             full = [(group, table) for group, table in full if not self._replays(request, table)]
             self._due += [
-                table.compact(request.row, len(request.prompt), group)
-                for group, table in full
-                if not table.policy.apart
+                table.compact(request.row, request.subject, group) for group, table in full if not table.policy.apart
             ]
             self._share_out(request, [(group, table) for group, table in full if table.policy.apart])
+            if full and self.kept is not None:
+                self._copies += self.kept.insert(request)
+
+    def adopt(self, request: Request) -> None:
+        """Before its first chunk: a row goes on from its prompt as another one has left it, compacted."""
+        if self.kept is not None and not request.computed:
+            policy = self._evicting[0][1].policy
+            self._copies += self.kept.borrow(request, policy.end(request.subject))
 
     def _share_out(self, request: Request, full: Sequence[tuple[int, HeadTables]]) -> None:
         """Heads that compete: the device says how many tokens each one keeps."""
@@ -127,7 +157,7 @@ class Compactor:
                 group=group,
                 table=table.tables[:, request.row].copy(),
                 length=int(table.lengths_by_head[0, request.row]),
-                keep=np.full(len(table.tables), table.policy.kept(len(request.prompt)), np.int32),
+                keep=np.full(len(table.tables), table.policy.kept(request.subject), np.int32),
             )
             for group, table in full
         ]
@@ -141,13 +171,15 @@ class Compactor:
         if request.replay is None and table.policy.replays:
             before = self._encode(table.policy.instruction)
             request.replay = table.policy.replay(before, request.prompt[: request.computed])
+            for each in self._tables:
+                each.will_step_back(request.row, True)
         return bool(request.replay)
 
     def room(self, request: Request) -> int:
         """Tokens that its row takes before it is compacted, or before what it was fed again is dropped."""
         if request.replay:
             return len(request.replay[0]) - request.replayed
-        rooms = (table.room(request.row, len(request.prompt)) for _, table in self._evicting)
+        rooms = (table.room(request.row, request.subject) for _, table in self._evicting)
         return min((room for room in rooms if room is not None), default=sys.maxsize)
 
     def rehearse(self, compact: Callable[[Compaction], None]) -> None:
@@ -161,10 +193,17 @@ class Compactor:
         if apart := [one for one, (_, table) in zip(blanks, self._evicting, strict=True) if table.policy.apart]:
             self.ask(apart)
 
-    def take(self) -> tuple[Compaction, ...]:
-        """What the next dispatch begins with."""
-        due, self._due = tuple(self._due), []
-        return due
+    def take(self) -> tuple[tuple[Compaction, ...], tuple[Copy, ...]]:
+        """What the next dispatch begins with: compactions, and after them copies."""
+        taken = tuple(self._due), tuple(self._copies)
+        self._due, self._copies = [], []
+        return taken
+
+    def clear(self) -> None:
+        """For when the caches are lost."""
+        self.take()
+        if self.kept is not None:
+            self.kept.clear()
 
 
 def compact(plan: CachePlan, treedef, group: int, caches, table, length, keep):

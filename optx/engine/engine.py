@@ -10,7 +10,8 @@ import jax
 from tqdm import tqdm
 
 from optx.cache import Layout
-from optx.engine.compaction import check_eviction, table_for
+from optx.engine.compacted import CompactedPrompts
+from optx.engine.compaction import check_eviction, fed_again, table_for
 from optx.engine.constraint import Constraint
 from optx.engine.drafting import with_drafter
 from optx.engine.memory import page_bytes, pages_by_group
@@ -85,7 +86,8 @@ class Engine:
         self._tables = self._page_tables(program)
         off = "switched off" if not options.prefix_cache else "batch_invariant" if alone else None
         self.prefix_refusal = off or refusal(program.plan)
-        self.prefix = None if self.prefix_refusal else PrefixCache(self._tables)
+        kind = CompactedPrompts if any(table.policy for table in self._tables) else PrefixCache
+        self.prefix = None if self.prefix_refusal else kind(self._tables)
         for group, table in enumerate(self._tables if self.prefix else ()):
             table.make_room = functools.partial(self.prefix.make_room, group)
         self.scheduler = Scheduler(
@@ -116,7 +118,9 @@ class Engine:
         size, rows, specs = self.options.page_size, self.options.rows, program.plan.groups
         drafts = self.options.speculate.tokens if self.options.speculate else 0
         longest = max(self.options.sizes[-1], self._ticks, 1 + drafts)
-        widths = [PageTable.width_for(spec, self.context, longest, size) for spec in specs]
+        widths = [
+            PageTable.width_for(spec, self.context, longest, size, fed_again(specs, self.context)) for spec in specs
+        ]
         pages = pages_by_group(program.plan, widths, self.options)
         return [
             table_for(spec, count, rows=rows, width=width, page_size=size)
@@ -163,25 +167,29 @@ class Engine:
     def forget(self, tokens: Sequence[int], keep: Sequence[int] = ()) -> int:
         """Takes a prompt that nobody will send again out of the prefix cache, with all that goes on from it: the pages after
         those that it shares with the prompt `keep`. What running requests use stays. -> pages given back, of all groups."""
-        if self.prefix is None:
-            return 0
-        return self.prefix.forget(self.prefix.keys(tokens), self.prefix.keys(keep))
+        return 0 if self.prefix is None else self.prefix.forget(tokens, keep)
 
-    def add_request(self, prompt: Sequence[int], sampling: Sampling = Sampling(), *, priority: int = 0) -> Request:
-        """Queues a prompt of token ids. priority: smaller ones are served first.
+    def add_request(
+        self, prompt: Sequence[int], sampling: Sampling = Sampling(), *, priority: int = 0, context: int | None = None
+    ) -> Request:
+        """Queues a prompt of token ids. priority: smaller ones are served first. context: tokens of the prompt that a question
+        follows: KVzip compacts these alone, and requests with the same ones go on from them; None: all.
 
         Raises: RequestError when it is empty, is no list of ids of the vocabulary, has no room in context or cache, or when its
-        grammar allows no first token; QueueFull when as many requests wait as may.
+        grammar allows no first token, and for a context where none is compacted; QueueFull when as many requests wait as may.
         """
-        return self.add_group(prompt, [sampling], priority=priority)[0]
+        return self.add_group(prompt, [sampling], priority=priority, context=context)[0]
 
-    def add_group(self, prompt: Sequence[int], samplings: Sequence[Sampling], *, priority: int = 0) -> list[Request]:
+    def add_group(
+        self, prompt: Sequence[int], samplings: Sequence[Sampling], *, priority: int = 0, context: int | None = None
+    ) -> list[Request]:
         """Queues several answers to one prompt, which is computed once; their pages with the prompt are shared.
 
         Raises: as `add_request`; then none is queued.
         """
         prompt = token_ids(prompt, self._vocab)
-        requests = [self._request(self._count + i, prompt, how, priority) for i, how in enumerate(samplings)]
+        self.scheduler.compactor.check(prompt, context)
+        requests = [self._request(self._count + i, prompt, how, priority, context) for i, how in enumerate(samplings)]
         most, waiting = self.options.max_waiting, len(self.scheduler.waiting)
         # As many as there are free rows wait for no more than the next step.
         if most is not None and waiting + len(requests) > most + self.scheduler.rows.count(None):
@@ -191,7 +199,9 @@ class Engine:
         self.scheduler.add(requests)
         return requests
 
-    def _request(self, number: int, prompt: list[int], sampling: Sampling, priority: int) -> Request:
+    def _request(
+        self, number: int, prompt: list[int], sampling: Sampling, priority: int, context: int | None
+    ) -> Request:
         room = self.context - len(prompt)
         if room < 1:
             raise RequestError(
@@ -200,7 +210,7 @@ class Engine:
         if sampling.max_tokens > room:
             sampling = dataclasses.replace(sampling, max_tokens=room)
         for table in self._tables:
-            most = table.most(len(prompt), len(prompt) + sampling.max_tokens)
+            most = table.most(context or len(prompt), len(prompt) + sampling.max_tokens)
             pages = min(-(-most // table.page_size), table.width)
             if pages > table.pool.pages:
                 raise RequestError(
@@ -216,7 +226,7 @@ class Engine:
         stops = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
         return Request(
             id=number, prompt=prompt, sampling=sampling, stop_ids=stops, priority=priority, way=sampling.way,
-            penalized=sampling.penalized, constraint=constraint,
+            penalized=sampling.penalized, constraint=constraint, context=context,
         )  # fmt: skip
 
     def abort(self, request: Request) -> None:
@@ -286,8 +296,8 @@ class Engine:
             pass
         for tick, way in ticks:  # a first run also loads the program
             self._stepper(tick, way)
-        if self.options.rows > 1:
-            self._stepper.copy(0, 1, [(range(0), range(0))] * len(self._tables))
+        if self.options.rows > 1 or self.scheduler.compactor.kept is not None:
+            self._stepper.copy(0, 0, [table.no_moves for table in self._tables])
         self.scheduler.compactor.rehearse(self._stepper.compact)
 
     def recover(self) -> list[Request]:

@@ -1,6 +1,7 @@
 """Which row owns which pages: allocation with reference counts, page tables by group, windows that free passed pages."""
 
 import collections
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,6 +12,26 @@ from optx.errors import RequestError
 
 class OutOfPages(RequestError):
     """The pool has no free page; nothing was allocated."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Copy:
+    """Row `target` goes on as `source` would. slots: by group (from, to), tokens of the page that is not shared."""
+
+    source: int
+    target: int
+    slots: tuple[tuple[np.ndarray, np.ndarray], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lent:
+    """A row's pages and state that others may begin with; the last page is partial where `length` is no multiple of a page."""
+
+    pages: np.ndarray
+    first: np.ndarray  # as `_first` of the row
+    length: int
+    next: int
+    freed: int
 
 
 class PagePool:
@@ -83,14 +104,16 @@ class PageTable:
         self._first = np.zeros((rows, width), np.int64)  # position of the first token of each listed page
         self._next = np.zeros(rows, np.int64)  # position of the next token
         self._freed = np.zeros(rows, np.int64)  # end of the positions that the window has freed
+        self._steps_back = np.zeros(rows, bool)  # the window frees nothing: what is appended now will be dropped
+        self.behind = 0  # tokens that are appended so, at most
 
     @staticmethod
-    def width_for(spec: CacheSpec, context: int, chunk: int, page_size: int) -> int:
-        """Pages that one row can list at once, `chunk` new tokens included."""
-        whole = -(-(context if spec.evict is None else spec.evict.most(context, context)) // page_size)
+    def width_for(spec: CacheSpec, context: int, chunk: int, page_size: int, behind: int = 0) -> int:
+        """Pages that one row can list at once, `chunk` new tokens included, and `behind` that it steps back over."""
+        whole = -(-(context + behind if spec.evict is None else spec.evict.most(context, context)) // page_size)
         if spec.window is None:
             return whole
-        return min(whole, -(-spec.sinks // page_size) + -(-(spec.window + chunk) // page_size) + 1)
+        return min(whole, -(-spec.sinks // page_size) + -(-(spec.window + chunk + behind) // page_size) + 1)
 
     def room(self, row: int, prompt: int) -> int | None:
         """Tokens that a row with a prompt of so many takes before it is compacted: 0, now; None: any number."""
@@ -98,7 +121,7 @@ class PageTable:
 
     def most(self, prompt: int, tokens: int) -> int:
         """Tokens that a row with a prompt of so many lists at most until it has seen `tokens`, but for a window."""
-        return tokens
+        return tokens + self.behind
 
     def pages_of(self, row: int) -> int:
         return -(-int(self.lengths[row]) // self.page_size)
@@ -157,6 +180,11 @@ class PageTable:
         """int32[G, rows]."""
         return self.lengths[None]
 
+    @property
+    def no_moves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Slots to copy of which there are none."""
+        return np.zeros(0, np.int32), np.zeros(0, np.int32)
+
     def shorten(self, row: int, count: int) -> None:
         """The row keeps its first `count` slots; pages behind them are free."""
         for index in range(-(-count // self.page_size), self.pages_of(row)):
@@ -193,7 +221,7 @@ class PageTable:
 
     def _free_passed(self, row: int) -> None:
         """Frees full pages whose positions are all before the next query's window and past the sinks."""
-        if self.window is None:
+        if self.window is None or self._steps_back[row]:
             return
         first = self._first[row, : self.lengths[row] // self.page_size].copy()
         oldest = self._next[row] - self.window + 1
@@ -204,6 +232,10 @@ class PageTable:
             for listing in (self.table, self._first):
                 listing[row, index:-1] = listing[row, index + 1 :]
             self.lengths[row] -= self.page_size
+
+    def will_step_back(self, row: int, whether: bool) -> None:
+        """Until it is taken back, a window frees nothing of the row."""
+        self._steps_back[row] = whether
 
     def truncate(self, row: int, tokens: int) -> None:
         """Drops the newest tokens until the row has seen `tokens`. Raises RequestError when a window freed them."""
@@ -244,8 +276,45 @@ class PageTable:
         return (int(self.table[row, full]) * self.page_size + offsets if rest else offsets,
                 int(self.table[new, full]) * self.page_size + offsets if rest else offsets)  # fmt: skip
 
+    def lend(self, row: int) -> tuple[Lent, tuple[np.ndarray, np.ndarray]]:
+        """The row's tokens, kept for other rows: full pages are shared, a partial last one is copied into a page that the caller
+        knows to be free. -> (what `borrow` takes, flat slots (source, destination) to copy)."""
+        pages = self.table[row, : self.pages_of(row)].copy()
+        own, moves = self._own_last(pages, int(self.lengths[row]))
+        for page in own:
+            self.pool.keep(int(page))
+        if len(moves[0]):
+            self.pool.release(int(own[-1]))  # the store is its one owner
+        state = int(self.lengths[row]), int(self._next[row]), int(self._freed[row])
+        return Lent(own, self._first[row].copy(), *state), moves
+
+    def borrow(self, row: int, lent: Lent) -> tuple[np.ndarray, np.ndarray]:
+        """An empty row goes on from what was lent; as `lend`."""
+        assert self.lengths[row] == 0, f"row {row} is in use"
+        own, moves = self._own_last(lent.pages, lent.length)
+        for page in own[: lent.length // self.page_size]:
+            self.pool.retain(int(page))
+        self.table[row, : len(own)] = own
+        self._first[row] = lent.first
+        self.lengths[row], self._next[row], self._freed[row] = lent.length, lent.next, lent.freed
+        return moves
+
+    def give_back(self, lent: Lent) -> int:
+        """What was lent is no longer kept. -> pages."""
+        for page in lent.pages:
+            self.pool.drop(int(page))
+        return len(lent.pages)
+
+    def _own_last(self, pages: np.ndarray, length: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """(pages with a new one in place of a partial last one, flat slots to copy)."""
+        offsets = np.arange(length % self.page_size, dtype=np.int32)
+        if not len(offsets):
+            return pages, (offsets, offsets)
+        own = np.append(pages[:-1], self.pool.allocate())
+        return own, (int(pages[-1]) * self.page_size + offsets, int(own[-1]) * self.page_size + offsets)
+
     def free(self, row: int) -> None:
         for index in range(self.pages_of(row)):
             self.pool.release(int(self.table[row, index]))
-        for per_row in (self.lengths, self._next, self._freed):
+        for per_row in (self.lengths, self._next, self._freed, self._steps_back):
             per_row[row] = 0

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from optx.engine.compaction import Compaction
+from optx.engine.pages import Copy
 from optx.engine.request import Request
 
 
@@ -17,15 +18,6 @@ class Part(NamedTuple):  # of which a tick makes as many as it has rows: a third
     start: int  # position of its first token
     tokens: list[int]  # [-1]: its newest, which the device holds; then drafts, -1 where the device makes them
     rounds: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Copy:
-    """Row `target` goes on as `source` would. slots: by group (from, to), tokens of the page that is not shared."""
-
-    source: int
-    target: int
-    slots: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,10 +29,11 @@ class Node:
 
 
 def refusal(plan: CachePlan) -> str | None:
-    """Why prefixes of such a model are not shared, or None."""
+    """Why prefixes of such a model are not shared, or None. What a policy keeps of a prompt without looking at the question is
+    (compacted.py)."""
     if any(spec is not None and not spec.holds_tokens for spec in plan.specs):
         return "layers with a state keep it for their last token alone, so a prefix has none to go on from"
-    if any(spec.evict is not None for spec in plan.groups):
+    if any(spec.evict is not None and not spec.evict.reusable for spec in plan.groups):
         return "layers throw cached tokens away, and what is left of a prefix depends on what came after it"
     if not plan.keys:
         return "no layer keeps tokens"
@@ -127,9 +128,10 @@ class PrefixCache:
         for group in range(len(self.tables)):
             self.make_room(group, self.tables[group].pool.pages)
 
-    def forget(self, keys: Sequence[bytes], keep: Sequence[bytes]) -> int:
+    def forget(self, tokens: Sequence[int], keep: Sequence[int] = ()) -> int:
         """Gives back the pages of a sequence after those that it shares with `keep`, and of all that goes on from them, but for
         what rows use. -> how many, of all groups."""
+        keys, keep = self.keys(tokens), self.keys(keep)
         shared = next(
             (i for i, (mine, other) in enumerate(zip(keys, keep)) if mine != other), min(len(keys), len(keep))
         )

@@ -123,6 +123,7 @@ class Request:
     sampling: Sampling
     stop_ids: frozenset[int]
     priority: int = 0  # smaller is served first
+    context: int | None = None  # tokens of its prompt that a question follows; None: all of them
     output: list[int] = dataclasses.field(default_factory=list)
     logprobs: list["Logprobs"] = dataclasses.field(default_factory=list)  # of `output`, where asked for
     constraint: Constraint | None = None  # its place in `sampling.grammar`
@@ -155,6 +156,11 @@ class Request:
     @property
     def tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def subject(self) -> int:
+        """Tokens that a policy of eviction takes for its prompt: what comes behind them is computed over what was kept."""
+        return len(self.prompt) if self.context is None else self.context
 
     @property
     def left(self) -> int:

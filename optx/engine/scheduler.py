@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from optx.engine.compacted import CompactedPrompts
 from optx.engine.compaction import Compactor
-from optx.engine.pages import PageTable
-from optx.engine.plan import Copy, Part, Plan
+from optx.engine.pages import Copy, PageTable
+from optx.engine.plan import Part, Plan
 from optx.engine.prefix import PrefixCache
 from optx.engine.queue import WaitingQueue
 from optx.engine.request import Request
@@ -29,7 +30,7 @@ class Scheduler:
         self,
         *,
         tables: Sequence[PageTable],
-        prefix: PrefixCache | None,
+        prefix: PrefixCache | CompactedPrompts | None,
         rows: int,
         budget: int,
         ticks: int,
@@ -42,13 +43,14 @@ class Scheduler:
         else a prompt's chunk alone, and after a budget of prompt tokens a decode tick. long: the budget while nothing decodes and
         prompts fill it. alone: a request has pages for its whole
         answer when it gets a row, and computes its prompt itself. encode: text to token ids."""
-        self.tables, self.prefix = list(tables), prefix
+        self.tables = list(tables)
         self.budget, self.long, self.ticks, self.mixed, self.alone = budget, long, ticks, mixed, alone
         self.speculator: Speculator | None = None
         self.rows: list[Request | None] = [None] * rows
         self.waiting = WaitingQueue()
         self.preemptions = 0
         self.compactor = Compactor(self.tables, encode)
+        self.prefix, self.compactor.kept = (None, prefix) if self.compactor else (prefix, None)
         self._copies: list[Copy] = []
         self._read = 0  # prompt tokens since the last decode tick
 
@@ -122,7 +124,7 @@ class Scheduler:
         if self.prefix is not None:
             self.prefix.clear()
         self._copies.clear()
-        self.compactor.take()
+        self.compactor.clear()
         return lost
 
     # Admission.
@@ -167,7 +169,7 @@ class Scheduler:
     def _owed(self, table: PageTable, request: Request) -> int:
         """Pages that it lacks to hold its known tokens and the next, or (`alone`) its whole answer."""
         most = request.tokens + (request.left if self.alone else 1)
-        whole = min(-(-table.most(len(request.prompt), most) // table.page_size), table.width)
+        whole = min(-(-table.most(request.subject, most) // table.page_size), table.width)
         held = table.pages_of(request.row) if request.row >= 0 else 0
         return max(0, whole - (held or (request.shared if table.window is None else 0)))
 
@@ -233,6 +235,7 @@ class Scheduler:
 
     def _adopt(self, request: Request) -> None:
         """Before its first chunk: what the prefix cache has by now."""
+        self.compactor.adopt(request)
         if self.prefix is None or request.penalized or request.computed:
             return
         request.computed = self.prefix.adopt(request.row, self.prefix.match(request.keys, request.tokens))
@@ -292,9 +295,10 @@ class Scheduler:
         self._read = self._read if chunk else 0
         if self.speculator is not None and not chunk:
             self.speculator.decided()
-        copies, self._copies = tuple(self._copies), []
+        compactions, kept = self.compactor.take()
+        copies, self._copies = (*self._copies, *kept), []
         return Plan(
-            parts=tuple(parts), writes=writes, copies=copies, compactions=self.compactor.take(), ticks=ticks, chunk=chunk,
+            parts=tuple(parts), writes=writes, copies=copies, compactions=compactions, ticks=ticks, chunk=chunk,
             mixed=chunk and self.mixed, width=self.speculator.width if drafts else 1,
         )  # fmt: skip
 

@@ -205,13 +205,15 @@ class Stepper:
 
     def copy(self, source: int, target: int, slots: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         """Row `target` gets states, newest and seen tokens of row `source`, and by group the cached tokens at flat slots
-        (from, to), at most a page of them."""
-        moves = np.zeros((len(slots), 2, max((p.shape[1] for p in self.caches.positions), default=1)), np.int32)
-        for move, positions, (from_, to) in zip(moves, self.caches.positions, slots, strict=True):
+        (from, to), at most a page of them; of heads apart [K, P]."""
+        moves = []
+        for positions, (from_, to) in zip(self.caches.positions, slots, strict=True):
+            move = np.zeros((2, *to.shape[:-1], positions.shape[1]), np.int32)
             move[1] = (positions.shape[0] - 1) * positions.shape[1]  # the page that takes the writes of padding
-            move[:, : len(to)] = from_, to
+            move[..., : to.shape[-1]] = from_, to
+            moves.append(move)
         ends = np.array([[source], [target]], np.int32)
-        self._caches, self._state = self._copy(self._caches, self._state, moves, ends)
+        self._caches, self._state = self._copy(self._caches, self._state, tuple(moves), ends)
 
     def compact(self, compaction: Compaction) -> None:
         """A row keeps what the policy of its group chooses."""

@@ -143,7 +143,7 @@ class TickBuilder:
     def _write_down(self, row: int, request: Request) -> None:
         how = request.sampling
         self._owner[row] = request
-        self._seeds[row], self._prompts[row] = how.seed, len(request.prompt)
+        self._seeds[row], self._prompts[row] = how.seed, request.subject
         ids = sorted(request.stop_ids)[:STOPS]
         self._stops[row] = -1
         self._stops[row, : len(ids)] = ids

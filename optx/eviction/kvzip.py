@@ -45,9 +45,12 @@ class KVzip(Once):
         """What is fed behind a prompt, dropped after each: the instruction `before` with a part of the prompt."""
         return [[*before, *prompt[i : i + self.part]] for i in range(0, len(prompt), self.part)]
 
+    def behind(self, context):
+        return min(self.part, context) + len(self.instruction)
+
     def most(self, prompt, tokens):
         end = self.end(prompt)
-        fed = min(self.part, end) + len(self.instruction) if tokens >= end > self.kept(prompt) else 0
+        fed = self.behind(end) if tokens >= end > self.kept(prompt) else 0
         return max(super().most(prompt, tokens), end + fed)
 
     def weigh(self, asked, prompts):

@@ -56,6 +56,11 @@ class Policy:
         return False
 
     @property
+    def reusable(self) -> bool:
+        """Whether what is kept of a prompt serves every request that begins with it."""
+        return self.once and not self.by_query
+
+    @property
     def newest(self) -> int:
         """Newest slots that are always kept."""
         return self.recent
@@ -82,6 +87,10 @@ class Policy:
     def most(self, prompt: int, tokens: int) -> int:
         """Slots that a row holds at most until it has seen `tokens` tokens."""
         raise NotImplementedError
+
+    def behind(self, context: int) -> int:
+        """Tokens that a row is fed again at a time, at most, behind a prompt of up to `context`."""
+        return 0
 
     def held(self, context: int) -> int:
         """Slots that a row holds at most after `context` tokens, all of them its prompt where the budget is a share of it."""

@@ -1,6 +1,7 @@
 """What transformers answers for a checkpoint, as a file of numpy.
 
-    python tests/golden/transformers_logits.py FOLDER TOKENS.npy OUT.npy     (torch and transformers in an environment of their own)
+    python tests/golden/transformers_logits.py FOLDER TOKENS.npy OUT.npy     (torch and transformers in an environment
+                                                                              of their own)
 
 TOKENS: int[B, T]; OUT: float32[B, T, vocab]. Exits 1 where parameters are missing, left over or of another shape.
 """
