@@ -95,7 +95,7 @@ class Engine:
             ticks=self._ticks, mixed=self._mixed, alone=alone, encode=encode,
         )  # fmt: skip
         self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
-        self._landed = 0.0
+        self._landed = self._waited = 0.0
         self._page_bytes = [page_bytes(program.plan, group, options.page_size) for group in range(len(self._tables))]
         self._builder = TickBuilder(self._tables, options.rows, options.sizes, self._ticks)
         room = functools.partial(Layout, page_size=options.page_size, slots=options.rows)
@@ -106,7 +106,6 @@ class Engine:
         self._warm: set[Way] = set()
         self._count = self._steps = self._prompt_tokens = self._output_tokens = 0
         self._finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
-        self._waited = 0.0
         self.drafted = self.accepted = 0
 
     def _may_mix(self, program: Program) -> bool:
@@ -118,9 +117,8 @@ class Engine:
         size, rows, specs = self.options.page_size, self.options.rows, program.plan.groups
         drafts = self.options.speculate.tokens if self.options.speculate else 0
         longest = max(self.options.sizes[-1], self._ticks, 1 + drafts)
-        widths = [
-            PageTable.width_for(spec, self.context, longest, size, fed_again(specs, self.context)) for spec in specs
-        ]
+        behind = fed_again(specs, self.context)
+        widths = [PageTable.width_for(spec, self.context, longest, size, behind) for spec in specs]
         pages = pages_by_group(program.plan, widths, self.options)
         return [
             table_for(spec, count, rows=rows, width=width, page_size=size)
