@@ -103,7 +103,7 @@ SITE = cases.site(8, 2, 128, 64)
         ({"page_size": 8}, "page size 8"),
         ({"cache": SITE["cache"].replace(dtype="float32")}, "float32"),
         ({"cache": SITE["cache"].replace(dtype="float16", format=Int(width=8))}, "float16"),
-        ({"cache": SITE["cache"].replace(format=Int(width=3))}, "int3"),
+        ({"cache": SITE["cache"].replace(format=Int(width=8, group=32))}, "int8_g32"),
         ({"cache": SITE["cache"].replace(format=Int(width=8, group=64))}, "int8_g64"),
         ({"cache": SITE["cache"].replace(format=Int(width=4, group=8))}, "groups of 8 numbers"),
         ({"cache": SITE["cache"].replace(format=PerChannel(width=4, group=32))}, "of values"),

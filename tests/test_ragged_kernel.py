@@ -150,7 +150,7 @@ SITE = cases.site(8, 2, 128)
         ({"page_size": 8}, "not 8"),
         ({"want_scores": True}, "scores"),
         ({"cache": SITE["cache"].replace(dtype="float32")}, "float32"),
-        ({"cache": SITE["cache"].replace(format=Int(width=3))}, "int3"),
+        ({"cache": SITE["cache"].replace(format=Int(width=8, group=32))}, "int8_g32"),
         ({"cache": SITE["cache"].replace(format=Int(width=8, group=64))}, "int8_g64"),
         ({"cache": dataclasses.replace(SITE["cache"], kind="latent")}, "latent"),
     ],

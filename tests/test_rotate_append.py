@@ -246,7 +246,7 @@ SITE = cases.site(8, 2, 128, rope=Rope(theta=1e4, dim=128), norm={})
         ({"rope": Rope(theta=1e4, dim=256)}, "256 numbers rotated"),
         ({"dtype": "float32"}, "activations of float32"),
         ({"cache": SITE["cache"].replace(dtype="float32")}, "pages of float32"),
-        ({"cache": SITE["cache"].replace(format=Int(width=3))}, "int3"),
+        ({"cache": SITE["cache"].replace(format=Int(width=3)), "rope": Rope(theta=1e4, dim=40)}, "int3 of 128 numbers"),
         ({"cache": SITE["cache"].replace(format=Int(width=4, group=16))}, "int4_g16"),
         ({"cache": SITE["cache"].replace(format=Affine(width=4, group=16))}, "int4_g16_affine"),
         ({"cache": SITE["cache"].replace(format=Int(width=2)), "rope": Rope(theta=1e4, dim=20)}, "int2 of 128 numbers"),

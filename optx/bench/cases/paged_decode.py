@@ -176,15 +176,18 @@ NARROW = {**TINY, "head_dim": 128, "page_size": 32}
 FEW_BITS = {
     "oscar2": tuple(Int(width=2, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
     "int2": Int(width=2),
+    "int3": Int(width=3),
+    "oscar3": tuple(Int(width=3, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
     "kivi4": (PerChannel(width=4, group=32), Affine(width=4, group=32)),
     "kivi2": (PerChannel(width=2, group=32), Affine(width=2, group=64)),
+    "kivi3": (PerChannel(width=3, group=32), Affine(width=3, group=32)),
     "turbo4": Codebook(width=4),
     "int4_affine": Affine(width=4),
     "int2_groups": Int(width=2, group=32, symmetric=False),
     "int4_groups": Int(width=4, group=64),
 }
 # Kernels make 16-bit numbers of these, which rounds each key and value: by 2.2e-3 to 3.3e-3 of it, either's share of the error.
-MADE = dict.fromkeys(("kivi4", "kivi2", "int2_groups", "int4_groups", "int4_affine"), 8e-3)
+MADE = dict.fromkeys(("kivi4", "kivi3", "kivi2", "int2_groups", "int4_groups"), 8e-3)
 
 CASES = (
     case("small", [70, 0, 1], **TINY),
@@ -246,6 +249,8 @@ CASES = (
         page_size=32,
     ),
     case("oscar2_queries", RAGGED, format=FEW_BITS["oscar2"], mask=Mask(lag=64, skip=64), queries=6, sink_logits=True),
+    case("int3_dim256", RAGGED, head_dim=256, page_size=16, format=FEW_BITS["oscar3"], queries=6, softcap=30.0),
+    case("int4_least", RAGGED, **LLAMA, mask=PACKED, format=Affine(width=4), page_size=16),
     case("fp8_static", RAGGED, **LLAMA, format=Float8Static()),
     case("turbo4_dim64", RAGGED, **OSS, format=FEW_BITS["turbo4"], page_size=16),
     case("long", [40_000], **LLAMA),

@@ -28,6 +28,8 @@ TIPPED = {
     "int4_affine": 5e-2,
     "int4_g32_affine": 5e-2,
     "codebook4": 5e-2,
+    "int3": 1e-1,
+    "int3_g32_affine": 1e-1,
     "int2": 2e-1,
 }
 TIES = 0.02  # steps of a code
@@ -153,6 +155,8 @@ def case(name: str, tokens, heads, kv_heads, head_dim, *, small=True, turns=True
 FORMATS = {"int8": INT8, "int8_zero": INT8_ZERO, "int4": INT4, "int4_zero": INT4_ZERO, "fp8": FP8}
 FEW_BITS = {
     "oscar2": tuple(Int(width=2, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
+    "oscar3": tuple(Int(width=3, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
+    "affine3": Affine(width=3, group=32),
     "int4_groups": Int(width=4, symmetric=False, group=64),
     "affine": Affine(width=4, group=32),
     "affine_head": Affine(width=4),

@@ -3,15 +3,20 @@
 import dataclasses
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+
 from optx.cache import CacheSpec
 from optx.formats import Affine, Codebook, Float8, Float8Static, Format, Int, PerChannel
+
+FEW = ("int4", "int3", "int2")  # integers that lie several a byte
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pages:
     """How the numbers of a stream lie in its pages."""
 
-    code: str  # dense, int8, int4, int2, fp8, codebook4
+    code: str  # dense, int8, int4, int3, int2, fp8, codebook4
     zero: Literal["code", "least"] | None = None  # beside a scale: the code of 0, or the number that code 0 stands for
     group: int | None = None  # numbers of a head that share a scale; None: all of them
     span: int | None = None  # tokens that share the scales of their channels; None: scales are each token's own
@@ -20,12 +25,12 @@ class Pages:
     @property
     def bits(self) -> int:
         """Of a number."""
-        return {"dense": 16, "int4": 4, "int2": 2, "codebook4": 4}.get(self.code, 8)
+        return {"dense": 16, "int4": 4, "int3": 3, "int2": 2, "codebook4": 4}.get(self.code, 8)
 
     @property
     def by_token(self) -> bool:
-        """Whether one scale a token and head is all there is: it can act on logits and weights."""
-        return self.group is None and self.span is None and self.zero != "least"
+        """Whether scales and zero points are a token's and head's: they can act on logits and weights."""
+        return self.group is None and self.span is None
 
     def scales(self, tokens: int, head_dim: int) -> int:
         """Scales of one head in `tokens` tokens, a multiple of `span`."""
@@ -45,23 +50,30 @@ def pages_of(format_: Format | None) -> Pages | None:
     if isinstance(format_, Codebook) and format_.width == 4:
         return Pages(code="codebook4")
     code = f"int{getattr(format_, 'width', None)}"
-    if isinstance(format_, Int) and (code in ("int4", "int2") or (code == "int8" and format_.group is None)):
+    if isinstance(format_, Int) and (code in FEW or (code == "int8" and format_.group is None)):
         return Pages(code=code, zero="code" if format_.has_zero else None, group=format_.group)
-    if isinstance(format_, PerChannel) and code in ("int4", "int2"):
+    if isinstance(format_, PerChannel) and code in FEW:
         return Pages(code=code, zero="least", span=format_.group)
-    if isinstance(format_, Affine) and code in ("int4", "int2"):
+    if isinstance(format_, Affine) and code in FEW:
         return Pages(code=code, zero="least", group=format_.group)
     return None
+
+
+def unpacked(data: jax.Array, bits: int) -> jax.Array:
+    """Bytes [T, B] -> codes int32[T, 8 B / bits], in operations that an interpreted kernel may use."""
+    if bits == 3:
+        cut = data.shape[1] // 3 * 2
+        return unpacked(data[:, :cut], 2) | (unpacked(data[:, cut:], 1) << 2)
+    found = jnp.stack([(data >> i) & (2**bits - 1) for i in range(0, 8, bits)], axis=-1)
+    return found.reshape(len(data), -1).astype(jnp.int32)
 
 
 def page_kind(format_: Format | None) -> str | None:
     """dense, int8, int4 or fp8 with one scale a token and head, for a kernel that reads no other; None for another format."""
     pages = pages_of(format_)
-    return (
-        pages.code
-        if pages and pages.by_token and pages.scaled and pages.code in ("dense", "int8", "int4", "fp8")
-        else None
-    )
+    if pages is None or not (pages.by_token and pages.scaled) or pages.zero == "least":
+        return None
+    return pages.code if pages.code in ("dense", "int8", "int4", "fp8") else None
 
 
 def streams_of(cache: CacheSpec) -> dict[str, Pages] | str:
@@ -71,7 +83,7 @@ def streams_of(cache: CacheSpec) -> dict[str, Pages] | str:
     if odd:
         return (
             f"pages of {cache.format_of(odd[0])}; allowed: dense, fp8 e4m3, int8, codebook4 with one scale a token and head, "
-            "int4 and int2 also in groups"
+            "int4, int3 and int2 also in groups"
         )
     codes = {pages.code for pages in found.values()}
     return found if len(codes) == 1 else f"pages of {cache.storage}; allowed: codes of as many bits for keys and values"

@@ -115,6 +115,7 @@ class Codes:
 
     def __init__(self, pages: Pages):
         self.code, self.bits = pages.code, pages.bits
+        self.plane = 2 if pages.bits == 3 else pages.bits  # bits of a code in the first plane of a token; 3 have another behind it
 
     @property
     def shift(self) -> float:
@@ -143,19 +144,54 @@ class Codes:
     def biased(self, word):
         """Lowest codes of both halves -> two bfloat16: code + 128."""
         ptx = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # (a & b) | c
-        mask = 0x00010001 * (2**self.bits - 1)
+        mask = 0x00010001 * (2**self.plane - 1)
         return utils.inline_ptx(ptx, word, i32(mask), i32(0x43004300), result_types=word.type)
 
-    def pairs(self, word):
-        """A word of codes -> words of two codes + 128: code i of one half of the word beside code i of the other."""
-        return [self.biased(right(word, self.bits * i)) for i in range(16 // self.bits)]
+    def topped(self, biased, high, bit: int):
+        """Adds to two codes + 128 their third bits: bit `bit` of each half of a word whose halves are one byte twice."""
+        ptx = "lop3.b32 $0, $1, $2, $3, 0xEA;"
+        high = right(high, bit - 2 if bit >= 2 else bit + 6)
+        return utils.inline_ptx(ptx, high, i32(0x00040004), biased, result_types=biased.type)
 
-    def neighbours(self, word):
-        """A word of codes -> words of codes 2 i and 2 i + 1: + 128, or what the codebook has for them."""
+    def cut(self, words):
+        """Words of a share -> those of the first plane, those of the second."""
+        count = len(words) * self.plane // self.bits
+        return words[:count], words[count:]
+
+    def pairs(self, words):
+        """Words of a share -> by word words of two codes + 128: code i of one half of the word beside code i of the other."""
+        words, high = self.cut(words)
+        found = [[self.biased(right(word, self.plane * i)) for i in range(16 // self.plane)] for word in words]
+        for at, pairs in enumerate(found if high else []):
+            byte = high[at // 2]
+            byte = permute(byte, byte, 0x3322 if at % 2 else 0x1100)
+            found[at] = [self.topped(pair, byte, i) for i, pair in enumerate(pairs)]
+        return found
+
+    def neighbours(self, words):
+        """Words of a share -> words of codes 2 i and 2 i + 1: + 128, or what the codebook has for them."""
         if self.code == "codebook4":
-            return self.looked_up(word)
-        found = self.pairs(word)
-        return [permute(a, b, s) for s in PERMUTES.values() for a, b in zip(found[::2], found[1::2], strict=True)]
+            return [pair for word in words for pair in self.looked_up(word)]
+        return [
+            permute(a, b, s)
+            for pairs in self.pairs(words)
+            for s in PERMUTES.values()
+            for a, b in zip(pairs[::2], pairs[1::2], strict=True)
+        ]
+
+    def beside(self, one, two):
+        """Words of two tokens' shares -> a word of both tokens' codes + 128 for each number."""
+        (one, high_one), (two, high_two) = self.cut(one), self.cut(two)
+        found = []
+        for at in range(4 * len(one)):
+            both = permute(one[at // 4], two[at // 4], 0x4400 + 0x1111 * (at % 4))
+            codes = [self.biased(right(both, i)) for i in range(0, 8, self.plane)]
+            if high_one:
+                byte, first = at // 2, at % 2 * 4
+                both = permute(high_one[byte // 4], high_two[byte // 4], 0x4400 + 0x1111 * (byte % 4))
+                codes = [self.topped(code, both, first + i) for i, code in enumerate(codes)]
+            found += codes
+        return found
 
     def looked_up(self, word):
         """Eight codes of the codebook -> four words of two centroids. It is symmetric: codes below 8 are negative, and count

@@ -25,7 +25,8 @@ from jaxlib.mlir import ir
 
 from optx.errors import LoweringError
 from optx.formats.codebook import centroids
-from optx.pallas.attention.page_formats import Pages, pages_of, streams_of
+from optx.pallas.attention.page_formats import FEW as FEW_BITS
+from optx.pallas.attention.page_formats import Pages, pages_of, streams_of, unpacked
 from optx.pallas.attention.reference import Mask, gather_pages
 from optx.pallas.attention.words_sm90 import PERMUTES, Codes
 from optx.pallas.attention.words_sm90 import add as _add
@@ -199,7 +200,7 @@ def tiles(
     step = 2 * 64 * head_dim * Pages(code=format).bits // 8
     longer = (
         span is not None
-        or format == "int2"
+        or format in ("int3", "int2")
         or (step == 16384 and Pages(code=format).bits > 4 and (window is None or window >= 512))
     )
     step = (step + small) * (2 if longer else 1)
@@ -472,8 +473,11 @@ def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_posi
 
 
 def _tiling(width: int, itemsize: int):
-    """SMEM layout of rows of `width` entries: tiles of 8 rows, swizzled by their bytes."""
+    """SMEM layout of rows of `width` entries: tiles of 8 rows, swizzled by their bytes; one after the other where no power of 2
+    divides into them (two planes of codes)."""
     swizzle = min(128, width * itemsize)
+    if swizzle & (swizzle - 1):
+        return ()
     return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
@@ -687,17 +691,17 @@ class _Plain:
         """[tokens, H] but for scales of tokens; what those scale is the code, less its zero point."""
         x, bits = ref[...], stream.bits
         if bits < 8:
-            x = jnp.stack([(x >> i) & (2**bits - 1) for i in range(0, 8, bits)], axis=-1)
-            x = x.reshape(x.shape[0], -1).astype(jnp.int32)
+            x = unpacked(x, bits)
         x = x.astype(jnp.int32) if stream.code == "int8" else x
         if stream.code == "codebook4":
             return sum(jnp.where(x == i, jnp.float32(c), 0) for i, c in enumerate(centroids(4)))
         x = x.astype(jnp.float32)
         if stream.zero is None:
-            return x if stream.code not in ("int4", "int2") else self.scaled(stream, x - self.plan.shift, scale)
+            return x if stream.code not in FEW_BITS else self.scaled(stream, x - self.plan.shift, scale)
+        zero = self.wide(stream, zero)
         if stream.zero == "least":
-            return self.scaled(stream, x, scale) + self.wide(stream, zero)
-        return self.scaled(stream, x - self.wide(stream, zero), scale)
+            zero = -zero / self.wide(stream, scale)
+        return self.scaled(stream, x - zero, scale)
 
     def scaled(self, stream: Pages, x, scale):
         return x if stream.by_token else x * self.wide(stream, scale)
@@ -766,6 +770,11 @@ def _exp2(x):
     return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=x.type)
 
 
+def _code_of_0(least, scale):
+    inverse = utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", scale, result_types=scale.type)
+    return arith.mulf(arith.negf(least), inverse)
+
+
 def _below(a, b):
     """0 <= a < b for b >= 0."""
     return arith.cmpi(arith.CmpIPredicate.ult, a, b)
@@ -806,10 +815,11 @@ class _Warps:
         self.token_warps = 4 // self.row_warps
         self.mine = plan.tiles.tokens // self.token_warps  # tokens of a warp
         self.itemsize, self.bits, self.codes = plan.itemsize, plan.k.bits, Codes(plan.k)
-        self.swizzle = min(128, plan.wide * self.itemsize)  # bytes of a row of an SMEM tile
-        self.columns = plan.wide * self.itemsize // self.swizzle
-        self.numbers = plan.head_dim // self.columns  # of a row of an SMEM tile
         self.transforms = _tiling(plan.wide, self.itemsize)
+        size = plan.wide * self.itemsize
+        self.swizzle = min(128, size) if self.transforms else size  # bytes of a row of an SMEM tile
+        self.columns = size // self.swizzle
+        self.numbers = plan.head_dim // self.columns  # of a row of an SMEM tile
         self.outs = plan.head_dim // 8  # accumulators of the output
         self.state = 4 * self.outs + 6  # and rows' maxima, sums, sums of zero points
         self.staged = plan.staged > 128  # q waits in SMEM: it would not fit in registers
@@ -833,21 +843,35 @@ class _Warps:
     def swizzled(self, row, byte):
         """Offset of byte `byte` of row `row` (0 to 7) in an SMEM tile of 8 rows."""
         at = _add(_times(row, self.swizzle), byte)
+        if not self.transforms:
+            return at
         mask = self.swizzle // 16 - 1
         return arith.xori(at, arith.shli(_and(_right(at, 7), mask), _i32(4)))
 
-    def read(self, ref, base, row, share: int, part):
-        """Words of a thread's share of a token's row: bytes part * share on in each SMEM tile of the row.
+    def read(self, ref, base, row, shares: int, part):
+        """Words of a thread's share of a token's row: a `shares`-th of each SMEM tile of the row, or of each plane of codes.
 
         base: offset (i32) of the 8 tokens."""
         i32 = ir.IntegerType.get_signless(32)
-        words = []
+        if not self.transforms:
+            return self.read_planes(ref, _add(base, _times(row, self.swizzle)), shares, part)
+        words, share = [], self.swizzle // shares
         size = min(share, 16)
         for chunk in range(share // size):
             at = _add(base, self.swizzled(row, _add(_times(part, share), chunk * size)))
             for column in range(self.columns):
                 words.append((column, chunk, _load(ref, _add(at, column * 8 * self.swizzle), i32, size // 4)))
         return [w for _, _, ws in sorted(words, key=lambda x: x[:2]) for w in ws]
+
+    def read_planes(self, ref, row, shares: int, part):
+        """Two bits of each code, then the third. Of few numbers that is half a word."""
+        i32, words = ir.IntegerType.get_signless(32), []
+        for first, bits in ((0, 2), (self.plan.head_dim // 4, 1)):
+            size = self.plan.head_dim * bits // 8 // shares
+            element = ir.IntegerType.get_signless(8 * min(size, 4))
+            found = _load(ref, _add(_add(row, first), _times(part, size)), element, max(1, size // 4))
+            words += [x if element == i32 else arith.extui(i32, x) for x in found]
+        return words
 
     def small_numbers(self, ref, dtype, j):
         """Numbers of the thread's two tokens of tokens 8 j .. 8 j + 7, as float32 or i32."""
@@ -946,7 +970,7 @@ class _Warps:
         if self.plan.format == "codebook4":
             return [pair for w in words for pair in self.codes.looked_up(w)]
         if self.bits < 8:
-            pairs = [pair for w in words for pair in self.codes.pairs(w)]
+            pairs = [pair for found in self.codes.pairs(words) for pair in found]
             return (
                 pairs
                 if steps is None
@@ -958,7 +982,7 @@ class _Warps:
         """Words (pairs) of a query's share in the order of `key_operands`."""
         if self.bits > 4 or self.plan.format == "codebook4":
             return words
-        found, half = [], 8 // self.bits
+        found, half = [], 8 // self.codes.plane
         for i in range(0, len(words), 2 * half):
             for a in range(half):
                 found += [_permute(words[i + a], words[i + a + half], s) for s in PERMUTES.values()]
@@ -972,23 +996,19 @@ class _Warps:
 
     def value_operands(self, one, two, steps=None):
         """Words of two tokens' shares -> a word of both for each head dim; steps: of groups."""
-        found = []
-        for a, b in zip(one, two, strict=True):
+        found = self.codes.beside(one, two) if self.plan.format in FEW_BITS else []
+        for a, b in () if found else zip(one, two, strict=True):
             if self.plan.format == "dense":
                 found += [_permute(a, b, s) for s in PERMUTES.values()]
             elif self.plan.format == "codebook4":
                 pairs = zip(self.codes.looked_up(a), self.codes.looked_up(b), strict=True)
                 found += [_permute(*pair, s) for pair in pairs for s in PERMUTES.values()]
-            elif self.bits < 8:
-                for byte in range(4):
-                    both = _permute(a, b, 0x4400 + 0x1111 * byte)
-                    found += [self.codes.biased(_right(both, i)) for i in range(0, 8, self.bits)]
             else:
                 a, b = self.signed(a), self.signed(b)
                 for selector in (0x5140, 0x7362):
                     both = _permute(a, b, selector)
                     found += [self.bf16_of_bytes(both, high) for high in (False, True)]
-        if self.plan.format not in ("int4", "int2"):
+        if self.plan.format not in FEW_BITS:
             return found
         if steps is None:
             middle = self.codes.middle
@@ -1070,11 +1090,11 @@ class _Warps:
                         context.async_copy, src_ref=source, barrier=full, arrive=False, predicate=lane
                     )
                     if name is None:
-                        groups = self.piece // 8
+                        groups = self.piece // 8 if self.transforms else self.piece
                         target = utils.memref_slice(target, (index(slot), utils.DynamicSlice(j * groups, groups)))
                         tiling = launch_context.TileTransform((8, self.swizzle // self.itemsize))
                         tokens = utils.DynamicSlice(index(inside), self.piece)
-                        kwargs = {"gmem_transform": (tiling,), "swizzle": self.swizzle}
+                        kwargs = {"gmem_transform": (tiling,), "swizzle": self.swizzle} if self.transforms else {}
                         copy(dst_ref=target, gmem_slice=(*at, tokens), **kwargs)
                         continue
                     numbers = plan.numbers(name, self.piece)
@@ -1143,7 +1163,7 @@ class _Warps:
                 limits.append(_choose(_less(own, _i32(0)), _i32(0), limit))
                 positions.append(self.reach(own))
                 total = _f32(0.0)
-                if plan.k.by_token and (plan.k.zero or plan.format in ("int4", "int2")):
+                if plan.k.by_token and (plan.k.zero or plan.format in FEW_BITS):
                     for word in mine:
                         for half in (arith.shli(word, _i32(16)), _and(word, 0xFFFF0000)):
                             total = arith.addf(total, utils.bitcast(half, f32))
@@ -1316,11 +1336,16 @@ class _Warps:
     def by_token(self, small) -> dict[str, list]:
         """`small_numbers` of the warp's tokens, of what there is one a token of."""
         streams = {"k": self.plan.k, "v": self.plan.v}
-        return {
+        found = {
             name: [self.small_numbers(ref, self.plan.small_dtype(name), j) for j in range(self.mine // 8)]
             for name, ref in small.items()
             if name[:2] not in ("k_", "v_") or streams[name[0]].by_token
         }
+        for x, stream in streams.items():
+            if stream.zero == "least" and stream.by_token:
+                both = zip(found[f"{x}_zero"], found[f"{x}_scale"], strict=True)
+                found[f"{x}_zero"] = [[_code_of_0(*each) for each in zip(*pair, strict=True)] for pair in both]
+        return found
 
     def key_steps(self, j: int, small, before):
         """What makes numbers of the codes of keys 8 j .. 8 j + 7; before: of the last eight."""
@@ -1335,11 +1360,11 @@ class _Warps:
         """q k^T, of codes with a scale a token q (k - middle)^T: [tokens / 8][4] float32."""
         found, steps = [], None
         start = [_f32(0.0)] * 4
-        if self.plan.k.by_token and self.plan.format in ("int4", "int2"):  # keys are code + 128
+        if self.plan.k.by_token and self.plan.format in FEW_BITS:  # keys are code + 128
             start = [arith.mulf(sums[r], _f32(-128.0 - self.plan.shift)) for r in (0, 0, 1, 1)]
         for j in range(self.mine // 8):
             steps = self.key_steps(j, small, steps)
-            b = self.key_operands(self.read(k, self.group(j), self.g, self.swizzle // 4, self.c), steps)
+            b = self.key_operands(self.read(k, self.group(j), self.g, 4, self.c), steps)
             chains = [start, [_f32(0.0)] * 4]  # two products wait for nothing but each other's loads
             for s in range(self.plan.head_dim // 16):
                 chains[s % 2] = self.multiply(chains[s % 2], q[s], b[2 * s : 2 * s + 2])
@@ -1402,7 +1427,8 @@ class _Warps:
                 if "v_zero" in numbers:
                     kept = [arith.shli(word, _i32(16)), _and(word, 0xFFFF0000)]
                     for e in range(2):
-                        away = arith.subf(numbers["v_zero"][j][e], _f32(plan.shift))
+                        zero = _choose(real[e], numbers["v_zero"][j][e], _f32(0.0))
+                        away = arith.subf(zero, _f32(plan.shift))
                         zeros[r] = _fma(utils.bitcast(kept[e], f32), away, zeros[r])
         return words, new, total, zeros, alpha
 
@@ -1427,7 +1453,7 @@ class _Warps:
             for j in (2 * s, 2 * s + 1):
                 for e in range(2):
                     row = _add(_times(self.c, 2), e)
-                    words = self.read(v, self.group(j), row, self.swizzle // 8, self.g)
+                    words = self.read(v, self.group(j), row, 8, self.g)
                     if self.plan.format == "dense":  # past the length may lie NaN, and 0 * NaN is NaN
                         mask = _choose(_less(places[j][e], length), _i32(0xFFFFFFFF), _i32(0))
                         words = [arith.andi(w, mask) for w in words]

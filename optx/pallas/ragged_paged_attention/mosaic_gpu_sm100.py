@@ -173,7 +173,7 @@ def _shape_reason(heads: int, kv_heads: int, head_dim: int, page: int | None, k:
         return f"{heads // kv_heads} query heads a kv head; at most {ROWS}"
     if page not in (None, *PAGES):
         return f"page size {page}; allowed: {', '.join(map(str, PAGES))}"
-    if k.code not in CODES or not (k.by_token and v.by_token):
+    if k.code not in CODES or not (k.by_token and v.by_token) or "least" in (k.zero, v.zero):
         return f"pages of {k.code}, scales not a token's alone; allowed: {', '.join(CODES)} with one scale a token and head"
     if k != v:
         return "keys and values that lie differently; allowed: one format for both"

@@ -29,7 +29,7 @@ from optx.cache import Ragged
 from optx.errors import LoweringError
 from optx.formats.codebook import centroids
 from optx.pallas.attention import words_sm90 as w
-from optx.pallas.attention.page_formats import Pages, pages_of, streams_of
+from optx.pallas.attention.page_formats import Pages, pages_of, streams_of, unpacked
 from optx.pallas.attention.reference import Mask
 from optx.pallas.attention.words_sm90 import Codes
 from optx.pallas.late import arith, by_row, by_token, plgpu, utils
@@ -148,7 +148,7 @@ class Plan:
     @property
     def made(self) -> bool:
         """Whether threads make numbers of the codes word by word, in their order, with what scales are not a token's."""
-        return self.format in ("int2", "codebook4") or not (self.k.by_token and self.v.by_token)
+        return self.format in ("int3", "int2", "codebook4") or not (self.k.by_token and self.v.by_token)
 
     @property
     def split(self) -> bool:
@@ -578,8 +578,11 @@ def _borders(plan: Plan, ragged: Ragged):
 
 
 def _tiling(width: int, bits: int):
-    """SMEM layout of rows of `width` numbers: tiles of 8 rows, swizzled by their bytes."""
+    """SMEM layout of rows of `width` numbers: tiles of 8 rows, swizzled by their bytes; one after the other where no power of 2
+    divides into them (two planes of codes)."""
     swizzle = min(128, width * bits // 8)
+    if swizzle & (swizzle - 1):
+        return ()
     return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
 
 
@@ -919,9 +922,7 @@ def _widen(plan: Plan, codes, to, left):
 def _make_plainly(plan: Plan, stream: Pages, small, codes, to, left):
     """For the interpreter."""
     tokens, h = plan.tiles.block_kv, plan.head_dim
-    x = codes[...]
-    x = jnp.stack([(x >> i) & (2**stream.bits - 1) for i in range(0, 8, stream.bits)], axis=-1).reshape(tokens, h)
-    x = x.astype(jnp.int32)
+    x = unpacked(codes[...], stream.bits)
     if stream.code == "codebook4":
         x = sum(jnp.where(x == i, jnp.float32(c), 0) for i, c in enumerate(centroids(4)))
     else:
@@ -971,6 +972,15 @@ def _make_by_threads(plan: Plan, stream: Pages, small, codes, to, left):
             element = element or utils.dtype_to_ir_type(dtype)
             return w.load(named[what], w.add(page, w.times(at, dtype.itemsize)), element, count)
 
+        def words(token, part):
+            """Words of the codes of 32 numbers."""
+            size = UNIT * made.plane // 8
+            if made.plane == stream.bits:
+                return w.load(codes, swizzled(token, w.times(part, size), plan.stored), i32_, size // 4)
+            row = w.times(token, plan.stored)
+            low = w.load(codes, w.add(row, w.times(part, size)), i32_, size // 4)
+            return low + w.load(codes, w.add(w.add(row, h // 4), w.times(part, UNIT // 8)), i32_)
+
         def steps(token, part):
             """What makes numbers of 16 words of neighbours."""
             inside = arith.remui(token, w.i32(plan.box))
@@ -1000,9 +1010,7 @@ def _make_by_threads(plan: Plan, stream: Pages, small, codes, to, left):
         for i in range(plan.tiles.block_kv * h // UNIT // 128):
             unit = w.add(thread, 128 * i)
             token, part = arith.divui(unit, w.i32(h // UNIT)), arith.remui(unit, w.i32(h // UNIT))
-            size = UNIT * stream.bits // 8
-            words = w.load(codes, swizzled(token, w.times(part, size), plan.stored), i32_, size // 4)
-            found = [x for word in words for x in made.neighbours(word)]
+            found = made.neighbours(words(token, part))
             if not stream.by_token:
                 found = [made.number(x, y) for x, y in zip(found, steps(token, part), strict=True)]
             elif stream.code != "codebook4":
@@ -1086,7 +1094,11 @@ class _Compute:
         each = lambda name: name[:2] not in ("k_", "v_") or getattr(self.plan, name[0]).by_token  # noqa: E731
         refs = zip(self.plan.names, self.s["token_s"], strict=True)
         named = {name: load(ref) for name, ref in refs if each(name)}
-        return {name: x if name == "at" else x.astype(jnp.float32) for name, x in named.items()}
+        named = {name: x if name == "at" else x.astype(jnp.float32) for name, x in named.items()}
+        for x in "kv":
+            if f"{x}_zero" in named and getattr(self.plan, x).zero == "least":
+                named[f"{x}_zero"] = -named[f"{x}_zero"] / named[f"{x}_scale"]
+        return named
 
     def logits(self, s, given, q_sum, seen):
         """Products -> logits in powers of 2 by `rate`, -inf where not seen."""

@@ -131,14 +131,15 @@ def _format_reason(format_: Format, head_dim: int, rope) -> str | None:
     """Why codes of this format are not made, or None. Those whose scales span tokens are made by XLA, of the exact tokens."""
     kind = pages_of(format_)
     if kind is None or not kind.scaled:
-        return f"pages of {format_}; allowed: dense, fp8 e4m3, int8, int4, int2, codebook4, affine and KIVI's"
+        return f"pages of {format_}; allowed: dense, fp8 e4m3, int8, int4, int3, int2, codebook4, affine and KIVI's"
     if kind.span is not None:
         return None
     if getattr(format_, "scale_dtype", "float16") not in SCALES:
         return f"scales of {format_.scale_dtype}; allowed: {', '.join(SCALES)}"
     turned = 0 if rope is None or rope.rotation is not None else rope.dim
-    if kind.code == "int2" and (head_dim % 4 or turned % 8):
-        return f"{format_} of {head_dim} numbers, {turned} of them rotated; allowed: multiples of 4 and of 8"
+    if (least := {"int2": 4, "int3": 8}.get(kind.code)) and (head_dim % least or turned % (2 * least)):
+        allowed = f"multiples of {least} and of {2 * least}"
+        return f"{format_} of {head_dim} numbers, {turned} of them rotated; allowed: {allowed}"
     if kind.group is not None and (kind.group not in (32, 64) or head_dim % 128 or turned % 128):
         return (
             f"{format_} of {head_dim} numbers, {turned} of them rotated; allowed: groups of 32 or 64, multiples of 128"
@@ -343,7 +344,14 @@ class _Head:
                 for ref, word, size in zip(pool[1:], (scale, *zero), sizes, strict=False):
                     self._store_small(to, ref, row, pair, word, size)
         if to.kind.bits == 2:
-            self._store_halves(pool[0], row, packed)
+            self._store_plane(pool[0], row * (plan.head_dim // 4), packed, 4)
+            return
+        if to.kind.bits == 3:
+            base = row * (plan.head_dim // 8 * 3)
+            low = [(word & 3) | ((word >> 1) & 12) for word in packed]
+            high = [((word >> 2) & 1) | ((word >> 4) & 2) for word in packed]
+            self._store_plane(pool[0], base, low, 4)
+            self._store_plane(pool[0], base + plan.head_dim // 4, high, 2)
             return
         size = to.kind.bits // 4
         base = row * (plan.head_dim // 2 * size)
@@ -359,12 +367,14 @@ class _Head:
         at = row * (self.plan.head_dim // to.kind.group) + at
         self.m.store(ref, at * size, word, size, (self.lane & (lanes - 1)) < 1)
 
-    def _store_halves(self, ref, row, words):
-        """Two lanes' pairs of codes in a byte, which the first of them stores."""
-        m, base = self.m, row * (self.plan.head_dim // 4)
+    def _store_plane(self, ref, base, words, bits: int):
+        """`bits` of each pair, those of as many lanes as fill a byte, which the first of them stores."""
+        m, lanes = self.m, 8 // bits
         for (pair, has), word in zip(self.places, words, strict=True):
-            both, first = word | (m.shuffle(word, 1) << 4), (self.lane & 1) < 1
-            m.store(ref, base + m.wide(pair >> 1), both, 1, first if has is None else first & has)
+            for distance in (1, 2)[: lanes.bit_length() - 1]:
+                word = word | (m.shuffle(word, distance) << bits * distance)
+            first = (self.lane & (lanes - 1)) < 1
+            m.store(ref, base + m.wide(pair >> lanes.bit_length() - 1), word, 1, first if has is None else first & has)
 
     # From the projection to what is stored
 
