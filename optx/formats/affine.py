@@ -20,8 +20,11 @@ class Affine(Format):
 
     width: int
     group: int | None = None
+    clip: float = 1.0  # share of a group's range that the codes span, around its middle
 
     def __post_init__(self):
+        if not 0 < self.clip <= 1:
+            raise FormatError(f"affine format: clip {self.clip:g}; allowed: above 0, at most 1")
         if self.group is not None and self.group < 1:
             raise FormatError(f"affine format: group {self.group}; a positive number, or null for the whole axis")
         self.integers  # noqa: B018
@@ -36,7 +39,11 @@ class Affine(Format):
         return True
 
     def __str__(self):
-        return f"int{self.width}" + (f"_g{self.group}" if self.group else "") + "_affine"
+        return f"int{self.width}" + (f"_g{self.group}" if self.group else "") + "_affine" + self._clipped
+
+    @property
+    def _clipped(self):
+        return "" if self.clip == 1 else f"_clip{self.clip:g}"
 
     def check(self, length):
         if self.group and length % self.group:
@@ -56,8 +63,9 @@ class Affine(Format):
 
     def _range(self, x, axis):
         """-> (s, m) float16 over an axis."""
-        low, high = jnp.min(x, axis=axis), jnp.max(x, axis=axis)
-        return scale_of(high - low, self.integers.levels, jnp.float16), narrow(low, jnp.float16)
+        low, span = jnp.min(x, axis=axis), jnp.max(x, axis=axis) - jnp.min(x, axis=axis)
+        low, span = low + span * ((1 - self.clip) / 2), span * self.clip
+        return scale_of(span, self.integers.levels, jnp.float16), narrow(low, jnp.float16)
 
     def steps(self, scale, zero, length):
         step = spread(scale.astype(jnp.float32), length)
@@ -95,7 +103,7 @@ class PerChannel(Affine):
         return self.group
 
     def __str__(self):
-        return f"int{self.width}_g{self.group}_channel"
+        return f"int{self.width}_g{self.group}_channel{self._clipped}"
 
     def check(self, length):
         return self.integers.check(length)

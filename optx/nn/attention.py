@@ -18,7 +18,7 @@ from optx.nn.selecting import tail as tail_of
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask, merge, with_bias
 from optx.pallas.dispatch import OpChoice, OpSite
-from optx.pallas.rotate_append.reference import rotate, separate
+from optx.pallas.rotate_append.reference import rotate, rotate_keys, separate
 from optx.pools import PICKED
 
 DECODE = 8  # tokens a row up to which a step is decoding: one, or a few speculated ones
@@ -204,14 +204,14 @@ class Attention(nnx.Module):
             pool = pool if self.select is None else self.select.stored(pool, ragged, view)
         else:
             q, k, v = separate(q, k, v, self.cache)
-            k, q = rotate(k, k_norm, self.early, turned), rotate(q, q_norm, self.rope, turned)
+            k, q = rotate_keys(k, k_norm, self.early, turned), rotate(q, q_norm, self.rope, turned)
             pool = near.as_stored(self.cache, {"k": k, "v": v}, ragged)
-            pool["k"] = rotate(pool["k"], None, late, turned)
+            pool["k"] = rotate_keys(pool["k"], None, late, turned)
             pool |= {} if view is None else {name: x for name, x in view.pool.items() if name == PICKED}
         attend = functools.partial(self._attend, q, pool, asked if cached else ragged, view if cached else None)
         scores: list[jax.Array] = []  # of the queries, where a policy of eviction asks for them
         if cached:
-            more = scoring(self.cache, ragged, view) | ({} if late is None else {"key_rope": late})
+            more = scoring(self.cache, ragged, view) | ({} if late is None else {"key_rope": late.keys})
             attend = functools.partial(attend, scores=scores, **more)
         sinks = None if self.sinks is None else self.sinks.get_value()
         if self.select is None:
@@ -269,14 +269,14 @@ class Attention(nnx.Module):
         """x [T, D] at positions int32[T] -> q [T, N, H], k and v [T, K, H] as attention takes them, of a layer with its own."""
         q, k, v = self.project(x)
         q = q if self.gate is None else jnp.split(q, 2, axis=-1)[0]
-        q, k = rotate(q, self.q_norm, self.rope, positions), rotate(k, self.k_norm, self.rope, positions)
+        q, k = rotate(q, self.q_norm, self.rope, positions), rotate_keys(k, self.k_norm, self.rope, positions)
         bias = self._bias_of_keys()
         return q, with_bias(k[None], positions[None, None], **bias)[0] if bias else k, v
 
     def keys_and_values(self, x, ragged: Ragged):
         """k and v [T, K, H] of tokens x [T, D] as a cache without a format keeps them."""
         _, k, v = self.project(x)
-        return rotate(k, self.k_norm, self.rope, ragged.positions), v
+        return rotate_keys(k, self.k_norm, self.rope, ragged.positions), v
 
     def heads_of(self, x):
         """`project`, or all heads side by side [T, N + 2K, H] where one matmul makes them, and None for k and v."""
@@ -288,7 +288,7 @@ class Attention(nnx.Module):
             return {}
         bias = self.key_bias.get_value().reshape(self.kv_heads, self.head_dim)
         bias = bias if self.k_scale is None else bias / self.k_scale.get_value()[:, None]
-        return {"key_bias": bias, "rope": self.rope}
+        return {"key_bias": bias, "rope": None if self.rope is None else self.rope.keys}
 
     def op_sites(self) -> tuple[OpSite, ...]:
         facts = {

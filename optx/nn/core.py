@@ -295,6 +295,11 @@ class Rope:
         if self.scaling == "yarn" and self.theta <= 1:
             raise ConfigError(f"rotary embedding with yarn and theta {self.theta:g}; allowed: above 1")
 
+    @property
+    def keys(self) -> "Rope":
+        """What keys go through: parts in its place may treat them otherwise than queries."""
+        return self
+
     def frequencies(self) -> np.ndarray:
         """float32[dim / 2], radians a position."""
         # HF computes the exponent in float32; staying with it keeps angles equal at long positions.

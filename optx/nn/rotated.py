@@ -1,6 +1,7 @@
 """Parts whose numbers run rotated: a block at an end of a rotated stream, norms, projections and heads."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,10 @@ class RotatedHeads:
     rope: Rope | None
     rotation: Rotation
 
+    @property
+    def keys(self) -> "RotatedHeads":
+        return self
+
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         return self.rotation(x if self.rope is None else self.rope(x, positions))
 
@@ -94,21 +99,34 @@ class RotatedHeads:
 
 
 class CalibratedHeads(nnx.Module):
-    """As RotatedHeads, with an orthogonal matrix that comes from data: rope(x), and then x R of each head, R float32[H, H]."""
+    """As RotatedHeads, with matrices that come from data: rope(x), and then x R of each head, R orthogonal float32[H, H]; where
+    `kv_heads` is given q B and k A with A B^T = 1, float32[K, H, H], of a kv head and the queries that read it."""
 
-    def __init__(self, rope: Rope | None, head_dim: int):
+    def __init__(self, rope: Rope | None, head_dim: int, kv_heads: int | None = None):
         self.rope = rope
-        self.matrix = param((head_dim, head_dim), "float32", (None, None), None)
+        shape, axes = ((), ()) if kv_heads is None else ((kv_heads,), ("kv_heads",))
+        of = lambda: param((*shape, head_dim, head_dim), "float32", (*axes, None, None), None)  # noqa: E731
+        self.matrix = of()
+        self.key_matrix = None if kv_heads is None else of()
 
     @property
     def rotation(self) -> str:
         """What heads go through after their turns, for facts and for kernels that decline it."""
-        return f"a calibrated rotation of {self.matrix.get_value().shape[0]}"
+        kind = "rotation" if self.key_matrix is None else "transform of each head"
+        return f"a calibrated {kind} of {self.matrix.get_value().shape[-1]}"
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return self._through(self.matrix, x, positions)
+
+    @property
+    def keys(self):
+        return self if self.key_matrix is None else functools.partial(self._through, self.key_matrix)
+
+    def _through(self, matrix: nnx.Param, x: jax.Array, positions: jax.Array) -> jax.Array:
         x = x if self.rope is None else self.rope(x, positions)
-        y = jnp.matmul(x.astype(jnp.float32), self.matrix.get_value(), precision="highest")
-        return y.astype(x.dtype)
+        by_head = x.astype(jnp.float32).reshape(*x.shape[:-2], *matrix.get_value().shape[:-2], -1, x.shape[-1])
+        y = jnp.matmul(by_head, matrix.get_value(), precision="highest")
+        return y.astype(x.dtype).reshape(x.shape)
 
     def __str__(self):
         return f"{self.rope}, {self.rotation}"

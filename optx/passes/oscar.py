@@ -10,14 +10,15 @@ from flax import nnx
 
 from optx import ir
 from optx.errors import PassError
-from optx.formats import Format, Int
-from optx.hadamard import Rotation
+from optx.formats import Affine, Format, Int
+from optx.hadamard import Rotation, block
 from optx.ir import replace
 from optx.nn.attention import Attention
 from optx.nn.rotated import CalibratedHeads
 from optx.passes.rotated_kv import RotatedKV, check, rotated_kv
 from optx.registry import Axis, Noted, SeenBlock, Site, Skipped, Stage, register
 
+DAMP = 1e-3  # of the mean eigenvalue, added to covariances that are inverted
 LEAST = 16  # tokens for each number of a head, below which a covariance means little
 
 
@@ -25,6 +26,8 @@ LEAST = 16  # tokens for each number of a head, below which a covariance means l
 class Oscar(RotatedKV):
     bits: int = 2  # of keys and values: 2, 3, 4 or 8
     group: int | None = None  # numbers of a head that share a scale; None: all of them
+    least: bool = False  # the least number of a group beside each scale, float16, in place of a zero point of 8 bits
+    balanced: bool = False  # keys of each kv head scaled as well as rotated, against its queries
     key_clip: float = 0.96  # share of a group's range that codes span, for keys
     value_clip: float = 0.92  # the same for values
     first: int = 64  # tokens of a sequence that stay exact; calibration leaves them out
@@ -36,8 +39,8 @@ class Oscar(RotatedKV):
 
     def formats(self, attn: Attention) -> dict[str, Format]:
         clips = {"k": self.key_clip, "v": self.value_clip}
-        common = {"width": self.bits, "group": self.group, "symmetric": False}
-        return {name: Int(**common, clip=clip) for name, clip in clips.items()}
+        kind = Affine if self.least else functools.partial(Int, symmetric=False)
+        return {name: kind(width=self.bits, group=self.group, clip=clip) for name, clip in clips.items()}
 
 
 @register("oscar", axis=Axis.BITS, stage=Stage.FOLD, options=Oscar, exact=False)
@@ -49,19 +52,33 @@ def oscar(site: Site, attn: Attention, opt: Oscar) -> Attention | Noted | Skippe
     H a Hadamard matrix and P the bit reversal of the eigenvalues' order, so that each group has its share of large ones. One R a
     layer; integers with a zero point whose codes span `clip` of a group's range; the first and the newest tokens exact.
 
+    balanced: k' = k A_h and q' = q A_h^-T with A_h A_h^T = C_k^-1 # C_q, the geometric mean (Bhatia 2007, Positive Definite
+    Matrices, chapter 4) of what kv head h keeps and is read with: of all transforms that one leaves the least error to
+    logits, tr(A^T C_k A) tr(A^-1 C_q A^-T), where errors of codes are alike in all numbers of a group and grow with its size.
+    Its axes are interleaved over groups by what keys have along them, with a Hadamard matrix in each group; values likewise
+    along the eigenvectors of C_V.
+
     OSCAR (FutureMLS-Lab/OSCAR, rotation/compute_kv_rotation.py). Queries are those that read a kv head; the inputs are what the
     layer sees with the layers before it compressed.
     """
     check(site, attn, "oscar")
     if attn.cache.share is not None:
         return Skipped(f"reads the cache of layer {attn.cache.share}")
-    rope = CalibratedHeads(attn.rope, attn.head_dim)
+    rope = CalibratedHeads(attn.rope, attn.head_dim, attn.kv_heads if opt.balanced else None)
     if ir.is_abstract(attn):
         return rotated_kv(site, attn, opt, rope, lambda w: w)
     if not isinstance(site.seen, SeenBlock) or not site.seen.inputs:
         raise PassError(f"oscar at {site.path}: no statistics of its inputs; compile with calibration text")
-    keys, values = (rotation(c) for c in covariances(site, attn, opt.first))
-    rope = replace(rope, matrix=jnp.asarray(keys, jnp.float32))
+    queries, read, kept = covariances(site, attn, opt.first)
+    if opt.balanced:
+        group = opt.group or attn.head_dim
+        found = zip(*(balanced(*each, group) for each in zip(kept, queries, strict=True)), strict=True)
+        keys, queries = (jnp.asarray(np.stack(each), jnp.float32) for each in found)
+        values = interleaved(*np.linalg.eigh(read), group)
+        rope = replace(rope, matrix=queries, key_matrix=keys)
+    else:
+        keys, values = rotation(queries.mean(0)), rotation(read)
+        rope = replace(rope, matrix=jnp.asarray(keys, jnp.float32))
     return rotated_kv(site, attn, opt, rope, lambda w: w @ values)
 
 
@@ -74,14 +91,37 @@ def rotation(covariance: np.ndarray) -> np.ndarray:
     return Rotation(d=d).fold(vectors, -1)[:, order]
 
 
+def balanced(kept: np.ndarray, queries: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """C_k and C_q, float64[H, H] -> A and A^-T."""
+    kept, queries = (c + DAMP * np.trace(c) / len(c) * np.eye(len(c)) for c in (kept, queries))
+    root, inverse = _power(kept, 0.5), _power(kept, -0.5)
+    sizes, vectors = np.linalg.eigh(inverse @ _power(root @ queries @ root, 0.5) @ inverse)
+    far = np.einsum("ij,ik,kj->j", vectors, kept, vectors) * sizes
+    return interleaved(far, vectors * np.sqrt(sizes), group), interleaved(far, vectors / np.sqrt(sizes), group)
+
+
+def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+    """Of a symmetric positive matrix."""
+    sizes, vectors = np.linalg.eigh(matrix)
+    return vectors * np.maximum(sizes, np.finfo(float).tiny) ** exponent @ vectors.T
+
+
+def interleaved(sizes: np.ndarray, columns: np.ndarray, group: int) -> np.ndarray:
+    """columns float64[H, H] dealt out to the groups by falling size, then a Hadamard matrix in each group."""
+    d = len(sizes)
+    order = np.argsort(-sizes).reshape(group, d // group).T.reshape(d)
+    return Rotation(d=d, size=block(group)).fold(columns[:, order], -1)
+
+
 def bit_reversed(d: int) -> list[int]:
     """0 .. d - 1 by their bits read backwards."""
     bits = (d - 1).bit_length()
     return sorted(range(d), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
 
 
-def covariances(site: Site, attn: Attention, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """C_K and C_V, float64[H, H], over tokens behind the `first` of each window.
+def covariances(site: Site, attn: Attention, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """E[q q^T] of the queries of each kv head, float64[K, H, H], C_V, float64[H, H], and E[k k^T] of each head [K, H, H], over
+    tokens behind the `first` of each window.
 
     Raises: PassError for too few tokens, and for numbers that are none.
     """
@@ -98,8 +138,8 @@ def covariances(site: Site, attn: Attention, first: int) -> tuple[np.ndarray, np
     gram = sum(np.asarray(queries(state, *each), np.float64) for each in inputs)
     gram /= tokens * (attn.heads // attn.kv_heads)
     sums = [values(state, jnp.asarray(gram, jnp.float32), *each) for each in inputs]
-    weighted, weights = (sum(np.asarray(each, np.float64) for each in part) for part in zip(*sums, strict=True))
-    found = gram.mean(0), (weighted / np.maximum(weights, np.finfo(float).tiny)[:, None, None]).mean(0)
+    weighted, weights, kept = (sum(np.asarray(each, np.float64) for each in part) for part in zip(*sums, strict=True))
+    found = gram, (weighted / np.maximum(weights, np.finfo(float).tiny)[:, None, None]).mean(0), kept / tokens
     if not all(np.isfinite(c).all() for c in found):
         raise PassError(
             f"oscar at {site.path}: NaN or Inf in its queries, keys or values; look at the weights before it"
@@ -109,7 +149,7 @@ def covariances(site: Site, attn: Attention, first: int) -> tuple[np.ndarray, np
 
 @functools.lru_cache(maxsize=64)
 def _sums_of(graph, first: int):
-    """(state, x, positions) -> sum of q q^T by kv head [K, H, H]; (state, E[q q^T], x, positions) -> sum of w v v^T, of w."""
+    """(state, x, positions) -> sum of q q^T by kv head [K, H, H]; (state, E[q q^T], x, positions) -> of w v v^T, w, k k^T."""
     outer = functools.partial(jnp.einsum, precision="highest")
 
     def parts(state, x, at):
@@ -126,6 +166,6 @@ def _sums_of(graph, first: int):
     def values(state, gram, x, at):
         _, k, v, seen = parts(state, x, at)
         w = seen * jnp.maximum(outer("tkh,khi,tki->tk", k, gram, k), 0)
-        return outer("tk,tkh,tki->khi", w, v, v), w.sum(0)
+        return outer("tk,tkh,tki->khi", w, v, v), w.sum(0), outer("tk,tkh,tki->khi", 1.0 * seen, k, k)
 
     return jax.jit(queries), jax.jit(values)

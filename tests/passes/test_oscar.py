@@ -14,7 +14,7 @@ from optx.formats import Int
 from optx.hadamard import Rotation
 from optx.nn import Attention
 from optx.nn.rotated import CalibratedHeads
-from optx.passes.oscar import Oscar, bit_reversed, covariances, rotation
+from optx.passes.oscar import Oscar, _power, balanced, bit_reversed, covariances, interleaved, rotation
 from optx.passes.split_key_bias import SplitKeyBias
 from optx.recipe import Calibration, Recipe
 from optx.registry import SeenBlock, Site
@@ -28,13 +28,14 @@ def through(model, text=None, *fold, **options):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_oss", "qwen3_next"])
-def test_rotations_are_exact(family):
+@pytest.mark.parametrize("balanced", [False, True])
+def test_rotations_are_exact(family, balanced):
     """Families of every kind of head: plain, normed, windowed with norms, with sinks, with gates (values stay as they are)."""
     assert family in NAMES
     model = ir.init_weights(shapes(family), seed=1)
     tokens = np.random.default_rng(0).integers(0, model.embed.table.get_value().shape[0], 20)
     fold = [SplitKeyBias()] if family in ("llama", "gpt_oss") else []
-    tree = through(model, None, *fold, recent=0)
+    tree = through(model, None, *fold, recent=0, balanced=balanced)
     heads = [layer.mixer for layer in tree.layers if isinstance(layer.mixer, Attention)]
     assert any(isinstance(mixer.rope, CalibratedHeads) for mixer in heads)
     assert families.relative(families.forward(plain(tree), tokens), families.forward(model, tokens)) < 1e-4
@@ -59,18 +60,18 @@ def test_covariances_are_those_of_the_equations():
     site = Site(
         path="here", layers=2, seen=SeenBlock(parts={}, inputs=((jnp.asarray(x.reshape(160, 32)), ragged, None),))
     )
-    got_k, got_v = covariances(site, attn, first=3)
+    got_q, got_v, got_k = covariances(site, attn, first=3)
     q, k, v = (np.asarray(part, np.float64) for part in attn.turned(jnp.asarray(x.reshape(160, 32)), ragged.positions))
     keep = positions >= 3
     q, k, v = q[keep], k[keep], v[keep]
-    want_k, want_v = np.zeros((8, 8)), np.zeros((8, 8))
+    want_v = np.zeros((8, 8))
     for head in range(2):
         mine = q[:, 2 * head : 2 * head + 2].reshape(-1, 8)
         gram = mine.T @ mine / len(mine)
         w = np.sum(k[:, head] @ gram * k[:, head], axis=1)
-        want_k += gram / 2
+        np.testing.assert_allclose(got_q[head], gram, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got_k[head], k[:, head].T @ k[:, head] / len(k), rtol=1e-4, atol=1e-5)
         want_v += (v[:, head] * w[:, None]).T @ v[:, head] / w.sum() / 2
-    np.testing.assert_allclose(got_k, want_k, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got_v, want_v, rtol=1e-4, atol=1e-5)
 
 
@@ -88,6 +89,24 @@ def test_the_rotation(d, rng):
         np.testing.assert_allclose(np.diag(r.T @ covariance @ r), np.trace(covariance) / d)
 
 
+@pytest.mark.parametrize("group", [8, 4])
+def test_balance(group, rng):
+    """Logits keep, and what errors of codes cost them is within a tenth of the least that a transform leaves (the damping
+    takes the rest), and less than rotations leave."""
+    (kept, queries) = (a.T @ a for a in rng.normal(size=(2, 8, 8)) * np.exp(2 * rng.normal(size=(2, 1, 8))))
+    a, b = balanced(kept, queries, group)
+    np.testing.assert_allclose(a.T @ b, np.eye(8), atol=1e-8)
+    cost = lambda a, b: np.trace(a.T @ kept @ a) * np.trace(b.T @ queries @ b)  # noqa: E731
+    root = lambda m: _power(m, 0.5)  # noqa: E731
+    least = np.trace(root(root(kept) @ queries @ root(kept))) ** 2
+    assert least * (1 - 1e-9) <= cost(a, b) < 1.1 * least < 0.9 * cost(np.eye(8), np.eye(8))
+
+
+def test_columns_are_dealt_out():
+    columns = interleaved(np.arange(8.0), np.eye(8), 4)
+    assert [sorted(np.flatnonzero(np.abs(columns[:, i]) > 0)) for i in (0, 4)] == [[1, 3, 5, 7], [0, 2, 4, 6]]
+
+
 def test_bits_read_backwards():
     assert bit_reversed(8) == [0, 4, 2, 6, 1, 5, 3, 7]
     assert sorted(bit_reversed(24)) == list(range(24))
@@ -102,6 +121,10 @@ def test_before_expected():
         "cache=(paged k int2_g4_asym_clip0.96, v int2_g4_asym_clip0.92 recent 256 first 64)",
         "rope: CalibratedHeads matrix=f32[8, 8] rope=(rope 10000/8)",
     ]
+    planned = optx.plan(model, Recipe(fold=[Oscar(group=4, least=True, balanced=True)], allow=["gqa_kivi2"]))
+    lines = [line.strip() for line in ir.describe(planned.tree).splitlines() if "mixer" in line or "rope:" in line]
+    assert lines[0].endswith("k int2_g4_affine_clip0.96, v int2_g4_affine_clip0.92 recent 256 first 64)")
+    assert "matrix=f32[2, 8, 8] key_matrix=f32[2, 8, 8]" in lines[1]
 
 
 def test_decoding_sees_what_the_whole_forward_sees():

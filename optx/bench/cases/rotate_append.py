@@ -31,6 +31,7 @@ TIPPED = {
     "int3": 1e-1,
     "int3_g32_affine": 1e-1,
     "int2": 2e-1,
+    "int2_g32_affine_clip0.92": 2e-1,
 }
 TIES = 0.02  # steps of a code
 TURNS = 6
@@ -156,6 +157,7 @@ FORMATS = {"int8": INT8, "int8_zero": INT8_ZERO, "int4": INT4, "int4_zero": INT4
 FEW_BITS = {
     "oscar2": tuple(Int(width=2, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
     "oscar3": tuple(Int(width=3, symmetric=False, clip=clip) for clip in (0.96, 0.92)),
+    "oscar2_least": tuple(Affine(width=2, group=32, clip=clip) for clip in (0.96, 0.92)),
     "affine3": Affine(width=3, group=32),
     "int4_groups": Int(width=4, symmetric=False, group=64),
     "affine": Affine(width=4, group=32),

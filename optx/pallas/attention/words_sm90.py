@@ -115,7 +115,9 @@ class Codes:
 
     def __init__(self, pages: Pages):
         self.code, self.bits = pages.code, pages.bits
-        self.plane = 2 if pages.bits == 3 else pages.bits  # bits of a code in the first plane of a token; 3 have another behind it
+        self.plane = (
+            2 if pages.bits == 3 else pages.bits
+        )  # of a code, in a token's first plane of bits; 3 have one more
 
     @property
     def shift(self) -> float:

@@ -29,7 +29,7 @@ from optx.formats import Format
 from optx.formats.codebook import centroids
 from optx.pallas.attention.page_formats import Pages, pages_of
 from optx.pallas.late import plgpu, scalar
-from optx.pallas.rotate_append.reference import rotate, separate
+from optx.pallas.rotate_append.reference import rotate, rotate_keys, separate
 from optx.pallas.threads_sm90 import Threads, across
 from optx.tensor import is_qtensor
 
@@ -172,7 +172,7 @@ def rotate_append(
     """
     if rope is not None and rope.rotation is not None:  # matrix products: by XLA
         q, k, v = separate(q, k, v, spec)
-        q, k = (rotate(x, norm, rope, positions) for x, norm in ((q, q_norm), (k, k_norm)))
+        q, k = rotate(q, q_norm, rope, positions), rotate_keys(k, k_norm, rope, positions)
         rope = q_norm = k_norm = None
     plan = _plan(q, k, v, pool, spec, rope, q_norm, k_norm)
     angles = [] if rope is None else [jnp.concatenate(rope.turns(positions), axis=-1)]
@@ -465,7 +465,9 @@ class _Head:
         within = lambda x: m.minimum(m.maximum(x, 0.0), to.levels)  # noqa: E731
         if kind.zero == "least":
             low = over(m.minimum, self._placed(numbers, math.inf))
-            word, scale = self._scale(to, over(m.maximum, self._placed(numbers, -math.inf)) - low)
+            span = over(m.maximum, self._placed(numbers, -math.inf)) - low
+            low = low if to.clip == 1 else low + span * ((1 - to.clip) / 2)
+            word, scale = self._scale(to, clip(span))
             least = m.pack([low, low], "float16")
             offset = (m.unpack(least, "float16")[0] * -1.0) / scale
             codes = [[m.int(within(m.round(x / scale + offset))) for x in pair] for pair in numbers]

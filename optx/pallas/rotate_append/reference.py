@@ -23,7 +23,7 @@ def rotate_append(
 ):
     """Queries and keys normalised and rotated; keys and values stored, in the spec's format, at their slots.
 
-    q = rope(q_norm(q)), k = rope(k_norm(k)); pool[writes] = format(k), format(v)
+    q = rope(q_norm(q)), k = rope.keys(k_norm(k)); pool[writes] = format(k), format(v)
 
     q [T, N, H], k and v [T, K, H], or all heads side by side in q [T, N + 2K, H] and None for k and v; pool {"k", "v"}
     of [pages + 1, K, P, H], dense or QTensor; positions int32[T]; writes int32[T], or by head int32[K, T], flat slots
@@ -33,7 +33,7 @@ def rotate_append(
     -> (q [T, N, H], pool).
     """
     q, k, v = separate(q, k, v, spec)
-    q, k = (rotate(x, norm, rope, positions) for x, norm in ((q, q_norm), (k, k_norm)))
+    q, k = rotate(q, q_norm, rope, positions), rotate_keys(k, k_norm, rope, positions)
     new = {"k": k, "v": v}
     if spec.near is None:
         return q, spec.append(pool, new, writes)
@@ -52,3 +52,8 @@ def rotate(x, norm, rope, positions):
     """x [T, N, H], normalised and then rotated."""
     x = x if norm is None else norm(x)
     return x if rope is None else rope(x, positions)
+
+
+def rotate_keys(k, norm, rope, positions):
+    """k [T, K, H] likewise, by what stands in `rope` for keys."""
+    return rotate(k, norm, None if rope is None else rope.keys, positions)
