@@ -13,15 +13,13 @@ from optx.cache import NEAR, RECORDED, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
 from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
 from optx.nn.evicting import record, scores_asked, scoring
-from optx.nn.selecting import Selector, as_mask, asked_of, listed
+from optx.nn.selecting import DECODE, Selector, as_mask, asked_of, listed
 from optx.nn.selecting import tail as tail_of
 from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask, merge, with_bias
 from optx.pallas.dispatch import OpChoice, OpSite
 from optx.pallas.rotate_append.reference import rotate, rotate_keys, separate
 from optx.pools import PICKED
-
-DECODE = 8  # tokens a row up to which a step is decoding: one, or a few speculated ones
 
 
 def paged_spec(kv_heads, head_dim, *, dtype, window=None) -> CacheSpec:

@@ -8,8 +8,11 @@ from flax import nnx
 
 from optx.cache import Pool, Ragged, View
 from optx.nn.core import Linear, param
-from optx.nn.selecting import Selector, asked_of, best
+from optx.nn.selecting import DECODE, Selector, asked_of, best
+from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask
+from optx.pallas.compressed_attention.reference import over
+from optx.pallas.dispatch import OpSite
 from optx.selection import Selection
 
 
@@ -63,7 +66,7 @@ class NSA(Selector):
     def __call__(self, attn, x, q, pool: Pool, ragged: Ragged, view: View | None, attend: Callable) -> jax.Array:
         """x [T, D], q [T, N, H] over the pool -> [T, N, H]. attend: as of `over_parts`."""
         asked = asked_of(ragged)
-        pooled, mass = self._compressed(attn, ragged.pad(q), asked, *self.listing(pool, ragged, view).values())
+        pooled, mass = self._compressed(attn, ragged.pad(q), asked, pool, ragged, view)
         picked = {}
         if self.room(ragged, view) > self.block * self.blocks:
             picked = {"picked": ragged.unpad(self._picked(mass, asked)), "block": self.block}
@@ -75,18 +78,19 @@ class NSA(Selector):
         gates = jax.nn.sigmoid(self.gate(x).astype(jnp.float32)).reshape(x.shape[0], attn.heads, 3, 1)
         return sum(gates[:, :, i] * out for i, out in enumerate(branches)).astype(q.dtype)
 
-    def _compressed(self, attn, q, asked, k, v):
-        """q [B, Q, N, H], k and v [B, J, K, H] -> attention [B, Q, N, H], its weights by kv head float32[B, Q, K, J]."""
-        ends = (jnp.arange(k.shape[1]) + 1) * self.every
-        there = ends >= self.size
-        seen = ((ends <= asked[..., None] + 1) & there)[:, :, None, None]
-        real = ((ends <= jnp.max(asked, axis=1, keepdims=True) + 1) & there)[..., None, None]
-        k, v = jnp.where(real, k, 0).astype(q.dtype), jnp.where(real, v, 0).astype(q.dtype)
-        logits = jnp.einsum("bqkgh,bjkh->bqkgj", self.grouped(q, k), k, preferred_element_type=jnp.float32) * attn.scale
-        logits = logits if attn.softcap is None else attn.softcap * jnp.tanh(logits / attn.softcap)
-        weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0)
-        out = jnp.einsum("bqkgj,bjkh->bqkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return out.reshape(q.shape).astype(q.dtype), weights.sum(3)
+    def sites(self, facts):
+        return (OpSite(op="compressed_attention", args={**facts, "every": self.every, "size": self.size}),)
+
+    def _compressed(self, attn, q, asked, pool, ragged: Ragged, view: View | None):
+        """q [B, Q, N, H] -> attention [B, Q, N, H], its weights by kv head float32[B, Q, K, J]: of few tokens a row by the op
+        that is made for them."""
+        how = {"every": self.every, "size": self.size, "scale": attn.scale, "softcap": attn.softcap}
+        if view is None or ragged.longest > DECODE:
+            return over(q, *self.listing(pool, ragged, view).values(), asked=asked, **how)
+        where = {"table": view.table, "lengths": view.lengths, "q_positions": asked}
+        return dispatch.call(
+            "compressed_attention", attn.choices, q, *(pool[name] for name in self.names), **where, **how
+        )
 
     def _picked(self, mass, asked):
         """Weights of compressed tokens [B, Q, K, J] -> chosen blocks."""

@@ -23,6 +23,9 @@ from optx.selection import Selection
 from optx.tensor import Tensor, dense
 
 
+DECODE = 8  # tokens a row up to which a step is decoding: one, or a few speculated ones
+
+
 def best(scores: jax.Array, asked: jax.Array, forced: jax.Array, count: int, block: int) -> jax.Array:
     """The `count` blocks of the highest scores before a query's own, which is one of them, as are those that are `forced`.
 

@@ -58,6 +58,7 @@ SHARED = 224 * 1024  # bytes of the 227 KB of a block that tiles may take
 SHARE = 4 * 4 * 128  # numbers that the warps of a warpgroup exchange at a time
 REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}  # by warpgroups: of each, of the one that copies
 LOG2E = math.log2(math.e)
+NONE = 1 << 30  # more entries than there can be
 FEW = 8  # lengths up to which kernels make the offsets of units themselves
 HEAD_DIMS, PAGES, GROUPS, QUERIES = (64, 128, 256), (16, 32, 64, 128), 16, 8
 SPANS = (32, 64, 128)
@@ -74,6 +75,17 @@ class Tiles:
     wgs: int = 2  # warpgroups an SM, each with its own steps in flight
     sms: int = SMS
     registers: bool = True  # False: plain array operations, what the interpreter can run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entries:
+    """Pages of an index over tokens, with the entries of several kv heads behind each other: a head of the kernel is several of
+    the layer's, and of its slots a query sees those of its own."""
+
+    each: int  # entries of a kv head in a page, a power of 2
+    heads: int  # kv heads in a page, a power of 2
+    every: int  # tokens of an entry, a power of 2
+    first: int  # the first entry that there is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +111,7 @@ class Plan:
     sinks: bool  # sink logits
     tiles: Tiles
     keys_only: bool = False  # the pass over keys for scores
+    entries: Entries | None = None  # None: a slot is a token
 
     @property
     def group(self) -> int:
@@ -279,7 +292,7 @@ def paged_decode(
     _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale, value_dim)
     plan = _plan(q, k_pool, v_pool, table, mask, scale, softcap, sink_logits is not None, logit_scale, tiles)
     _check_plan(plan)
-    return _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale)
+    return run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale)
 
 
 def _refuse(argument: str, got, allowed: str):
@@ -445,11 +458,13 @@ def _borders(plan: Plan, positions, table, lengths, q_positions):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale):
+def run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale):
     aux, seen = [], lengths
     if plan.mask.apart:
         aux = _borders(plan, positions, table, lengths, q_positions)
         seen = jnp.max(aux[1], axis=-1) + aux[0]
+    if plan.entries is not None:
+        aux = [(jnp.max(q_positions, axis=1) + 1) // plan.entries.every]
     offsets = _offsets(plan, seen)
     aux = [q_positions, table, seen, offsets, *aux]
     aux = [x.reshape(-1) for x in aux]
@@ -533,6 +548,7 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
         refs[pool_count + aux_count :],
     )
     border_g = [position_g.pop(0) for _ in range(2 if plan.mask.apart else 0)]
+    entries_g = [] if plan.entries is None else [position_g.pop(0)]  # of rows
     t = plan.tiles
     sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
     consumer, producer = REGISTERS[t.wgs]
@@ -602,6 +618,7 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
             origin = border_g[0][listed] if plan.mask.apart else None  # slots are counted from there
             asked = step.ask(q_g, q_s.at[wg], qpos_g, row, head, block, length, border_g[1:], listed)
             count = length if origin is None else length - origin
+            count = entries_g[0][row] if entries_g else count
 
             def tile_loop(i, state):
                 token, slot = first_token(i - offset, length), slot_of(wg, i - start)
@@ -638,6 +655,12 @@ def _locate(plan, unit):
     head = lax.div(unit, jnp.int32(plan.blocks))
     kv_heads = jnp.int32(plan.kv_heads)
     return lax.div(head, kv_heads), lax.rem(head, kv_heads), lax.rem(unit, jnp.int32(plan.blocks))
+
+
+def located(entries: Entries, slots):
+    """Slots of a listing int32[...] -> (which entry lies there, one past all where it is none; which of the page's kv heads)."""
+    entry = slots // (entries.each * entries.heads) * entries.each + slots % entries.each
+    return jnp.where(entry < entries.first, NONE, entry), slots // entries.each % entries.heads
 
 
 class _Plain:
@@ -679,6 +702,7 @@ class _Plain:
             later = sum(jnp.int32(other > mine) for other in at)
             limit = length - (later if plan.mask.causal else 0)
             limit = limits_g[0][listed * plan.queries + i] if limits_g else limit
+            limit = limit if plan.entries is None else lax.div(mine + 1, jnp.int32(plan.entries.every))
             for g in range(plan.group):
                 q.append(q_g[row, i, head * plan.group + g])
                 limits.append(jnp.where(mine >= 0, limit, 0))
@@ -723,7 +747,10 @@ class _Plain:
         plgpu.barrier_wait(self.full.at[slot])
         k_s, v_s, *small = buffers
         (q, limits, positions), (top, total, out) = asked, state
-        at = token + jnp.arange(plan.tiles.tokens)
+        at, own = token + jnp.arange(plan.tiles.tokens), True
+        if plan.entries is not None:
+            at, kv_head = located(plan.entries, at)
+            own = kv_head[None] == (jnp.arange(plan.kept) % plan.group // (plan.group // plan.entries.heads))[:, None]
         small = dict(zip(plan.small, small, strict=True))
         k, v = (
             self.values(stream, ref, small.get(f"{n}_scale"), small.get(f"{n}_zero"))
@@ -735,7 +762,7 @@ class _Plain:
             logits = logits * self.row(small[name]) if name in small and self.each(name) else logits
         if plan.softcap is not None:
             logits = plan.softcap * jnp.tanh(logits / plan.softcap)
-        seen = (at[None] >= 0) & (at[None] < limits[:, None])
+        seen = (at[None] >= 0) & (at[None] < limits[:, None]) & own
         if plan.mask.window is not None:
             key = self.row(small["position"])
             seen = seen & ((key >= plan.mask.oldest(positions)[:, None]) | (key < plan.mask.sinks))
@@ -839,6 +866,30 @@ class _Warps:
 
     def rows(self):
         return [_add(self.first_row, _add(self.g, 8 * r)) for r in range(2)]
+
+    def places(self, token):
+        """Slots of the thread's tokens of a tile that begins at `token`."""
+        at = _add(_add(token, self.first), _times(self.c, 2))
+        return [[_add(at, 8 * j + e) for e in range(2)] for j in range(self.mine // 8)]
+
+    def located(self, places):
+        """What masks compare with rows' limits, and whether a row's kv head is that of the slot; as `located`."""
+        entries = self.plan.entries
+        if entries is None:
+            return places, None
+        each, heads = (x.bit_length() - 1 for x in (entries.each, entries.heads))
+        member = [arith.remui(row, _i32(self.plan.group)) for row in self.rows()]
+        mine = [arith.divui(x, _i32(self.plan.group // entries.heads)) for x in member]
+
+        def of(at):
+            entry = _or(arith.shli(_right(at, each + heads), _i32(each)), _and(at, entries.each - 1))
+            return _choose(_less(entry, _i32(entries.first)), _i32(NONE), entry) if entries.first else entry
+
+        def own(at):
+            head = _and(_right(at, each), entries.heads - 1)
+            return [arith.cmpi(arith.CmpIPredicate.eq, head, row) for row in mine]
+
+        return [[of(at) for at in pair] for pair in places], [[own(at) for at in pair] for pair in places]
 
     def swizzled(self, row, byte):
         """Offset of byte `byte` of row `row` (0 to 7) in an SMEM tile of 8 rows."""
@@ -1154,7 +1205,9 @@ class _Warps:
                 for i in range(1, plan.queries):
                     own = _choose(arith.cmpi(arith.CmpIPredicate.eq, query, _i32(i)), asked[i], own)
                 limit = length
-                if limits_g:
+                if plan.entries is not None:
+                    limit = _right(_add(own, 1), plan.entries.every.bit_length() - 1)
+                elif limits_g:
                     at = _add(_times(listed[0], plan.queries), query)
                     [limit] = _load(rest[0], _times(at, 4), i32)
                 elif plan.mask.causal:
@@ -1221,12 +1274,9 @@ class _Warps:
             top, total, zeros = (state[4 * self.outs + 2 * i : 4 * self.outs + 2 * i + 2] for i in range(3))
             small = dict(zip(plan.small, small, strict=True))
             numbers = self.by_token(small)
-            places = [
-                [_add(_add(token, self.first), _add(_times(self.c, 2), 8 * j + e)) for e in range(2)]
-                for j in range(self.mine // 8)
-            ]
+            places, own = self.located(self.places(token))
             logits = self.logits(k, q, sums, small)
-            self.mask_(logits, numbers, places, limits, positions, sums)
+            self.mask_(logits, numbers, places, limits, positions, sums, own)
             p, top, total, zeros, alpha = self.softmax(logits, numbers, places, length, top, total, zeros)
             outs = self.values(v, p, self.decay(outs, alpha), places, length, small)
             self.release(barriers, slot)
@@ -1277,10 +1327,7 @@ class _Warps:
             row, head, token, slot, step = (x.registers.item() for x in scalars)
             count = self.mine // 8
             sums = [[_f32(0.0)] * 2 for _ in range(count)]
-            places = [
-                [_add(_add(token, self.first), _add(_times(self.c, 2), 8 * j + e)) for e in range(2)]
-                for j in range(count)
-            ]
+            places = self.places(token)
             if buffers:
                 if plan.format == "int8":
                     self.magic = arith.xori(_i32(0x43434343), arith.shrsi(token, _i32(31)))
@@ -1290,7 +1337,8 @@ class _Warps:
                 numbers = self.by_token(small)
                 q, limits, positions, q_sums = self.answers(_values(asked), staged)
                 logits = self.logits(k, q, q_sums, small)
-                self.mask_(logits, numbers, places, limits, positions, q_sums)
+                at, own = self.located(places)
+                self.mask_(logits, numbers, at, limits, positions, q_sums, own)
                 self.release(barriers, slot)
                 heights = _values(heights)
                 for j, tile in enumerate(logits):
@@ -1371,8 +1419,8 @@ class _Warps:
             found.append([arith.addf(x, y) for x, y in zip(*chains, strict=True)])
         return found
 
-    def mask_(self, logits, numbers, places, limits, positions, sums):
-        """Scales logits (in powers of 2), and sets those that a row does not see to -inf, in place."""
+    def mask_(self, logits, numbers, places, limits, positions, sums, own=None):
+        """Scales logits (in powers of 2), and sets those that a row does not see to -inf, in place. own: of `located`."""
         plan = self.plan
         for j, tile in enumerate(logits):
             for e in range(2):
@@ -1397,6 +1445,7 @@ class _Warps:
                         if plan.mask.sinks:
                             near = arith.ori(near, _less(key, _i32(plan.mask.sinks)))
                         seen = arith.andi(seen, near)
+                    seen = seen if own is None else arith.andi(seen, own[j][e][r])
                     tile[2 * r + e] = _choose(seen, x, _f32(-math.inf))
 
     def softmax(self, logits, numbers, places, length, top, total, zeros):
@@ -1820,6 +1869,11 @@ def _scores_by_xla(plan: Plan, q, k_pool, positions, table, lengths, q_positions
     stored = jnp.arange(at.shape[-1]) < lengths[..., None]
     seen = plan.mask(asked, at[:, :, None, :]) & (asked >= 0) & stored[:, :, None, :]  # [G, B, Q, S]
     seen = jnp.moveaxis(seen, 0, 1)[:, :, :, None]
+    if plan.entries is not None:
+        at, kv_head = located(plan.entries, jnp.arange(plan.slots))
+        mine = jnp.arange(plan.group) // (plan.group // plan.entries.heads)
+        seen = at < ((q_positions + 1) // plan.entries.every)[:, None, :, None, None]
+        seen = seen & (kv_head == mine[:, None]) & (q_positions >= 0)[:, None, :, None, None]
     lse = jnp.moveaxis(lse.reshape(plan.batch, plan.queries, plan.kv_heads, plan.group), 1, 2)[..., None]
     weights = jnp.where(seen, jnp.exp(logits - jnp.where(seen, lse, 0)), 0)
     return jnp.moveaxis(jnp.sum(weights, axis=(2, 3)), 2, 1)

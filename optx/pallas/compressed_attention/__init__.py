@@ -1,0 +1,1 @@
+"""Attention over compressed tokens, one for several cached ones, and its weights by compressed token."""
