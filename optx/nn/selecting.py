@@ -22,7 +22,6 @@ from optx.pools import PICKED, load, store_tokens
 from optx.selection import Selection
 from optx.tensor import Tensor, dense
 
-
 DECODE = 8  # tokens a row up to which a step is decoding: one, or a few speculated ones
 
 

@@ -18,6 +18,7 @@ MODULES = (
     "ragged_paged_attention",
     "paged_decode",
     "mla",
+    "compressed_attention",
     "matmul",
     "quant_matmul",
     "w8a8",
