@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from optx.bench.cases import mla as cases
+from optx.bench.cases import registry
 from optx.bench.timing import relative_error
 from optx.errors import LoweringError
 from optx.formats import Int
@@ -19,7 +20,9 @@ from optx.pallas.mla import mosaic_gpu_sm90 as kernel
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
 REFERENCE = {cases.DECODE: reference.paged_attention, cases.RAGGED: reference.ragged_paged_attention}
 SMALL = [case for case in cases.CASES if case.small]
-LOWERED = [case for case in cases.CASES if case.name in ("mla_tokens4", "mla_page128", "mla_mixed_window")]
+LOWERED = [
+    case for case in cases.CASES if case.name in ("mla_tokens4", "mla_page128", "mla_mixed_window", "mla_head_scaled")
+]
 name = lambda case: case.name  # noqa: E731
 
 
@@ -30,7 +33,7 @@ def interpreted(case, args, kwargs, **sizes):
 
 
 def wanted(case, args, kwargs):
-    return REFERENCE[case.op](*(None if x is None else x.astype(jnp.float32) for x in args), **kwargs)
+    return REFERENCE[case.op](*registry.in_float32(args), **kwargs)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=name)

@@ -204,6 +204,7 @@ class GroupedMLA(MLA):
             "cache": self.cache.read,
             "mask": self.mask,
             "chosen": self.select is not None,
+            "selected": self.select is not None,
             "softcap": self.softcap,
             "sink_logits": self.sinks is not None,
             "logit_scales": 0 if self.key_norm is None else self.kv_heads,

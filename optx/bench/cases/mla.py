@@ -8,15 +8,18 @@ import numpy as np
 
 from optx.bench.cases import Case, Shape
 from optx.cache import CacheSpec, Ragged, Stream
+from optx.formats import Int
 from optx.pallas.attention.reference import Mask
+from optx.tensor import quantize
 
 DECODE, RAGGED = "paged_decode", "ragged_paged_attention"
 
 
-def pages_of(rng, length, width, page_size, dtype, gaps=False, scaled=False):
+def pages_of(rng, length, width, page_size, dtype, gaps=False, scaled=False, format=None):
     """Rows of `length` cached latents, pages in random order; what no row has written holds NaN.
 
-    gaps: positions with holes, as eviction leaves them. -> (pool, kwargs of the op, positions by row).
+    gaps: positions with holes, as eviction leaves them; scaled: logit scales a token, True for one; format: of latents.
+    -> (pool, kwargs of the op, positions by row).
     """
     length = np.array(length)
     count = -(-length // page_size)
@@ -24,7 +27,7 @@ def pages_of(rng, length, width, page_size, dtype, gaps=False, scaled=False):
     order, taken = rng.permutation(total), 0
     table = np.full((1, len(length), max(int(count.max()), 1)), total, np.int32)
     positions = np.full((total + 1, page_size), -1, np.int32)
-    scale = np.full((total + 1, 1, page_size), np.nan, np.float32)
+    scale = np.full((total + 1, int(scaled) or 1, page_size), np.nan, np.float32)
     at = []
     for row, n in enumerate(length):
         steps = rng.integers(1, 4, size=n) if gaps else np.ones(n, int)
@@ -35,7 +38,7 @@ def pages_of(rng, length, width, page_size, dtype, gaps=False, scaled=False):
         for i, page in enumerate(listed):
             here = at[row][i * page_size : (i + 1) * page_size]
             positions[page, : len(here)] = here
-            scale[page, 0, : len(here)] = rng.uniform(0.5, 1.5, size=len(here))
+            scale[page, :, : len(here)] = rng.uniform(0.5, 1.5, size=(scale.shape[1], len(here)))
     kwargs = {
         "positions": jnp.asarray(positions),
         "table": jnp.asarray(table),
@@ -44,6 +47,7 @@ def pages_of(rng, length, width, page_size, dtype, gaps=False, scaled=False):
     if scaled:
         kwargs["logit_scale"] = jnp.asarray(scale)
     pool = normal(rng, (total + 1, 1, page_size, width), dtype, kwargs["positions"][:, None, :, None] >= 0)
+    pool = pool if format is None else quantize(jnp.nan_to_num(pool), format, axis=-1)
     return pool, kwargs, at
 
 
@@ -55,7 +59,7 @@ def normal(rng, shape, dtype, real):
 
 def decode(rng, length, *, queries, heads, rank, rope, page_size, dtype="bfloat16", missing=0, **more):
     """A call of `paged_decode`; missing: of so many rows the first query token is not there."""
-    kwargs = {name: more.pop(name) for name in ("gaps", "scaled") if name in more}
+    kwargs = {name: more.pop(name) for name in ("gaps", "scaled", "format") if name in more}
     pool, kwargs, at = pages_of(rng, length, rank + rope, page_size, dtype, **kwargs)
     asked = np.full((len(length), queries), -1, np.int32)
     for row, n in enumerate(length):
@@ -96,11 +100,12 @@ def real_tokens(output, kwargs):
     return list(output[:2])
 
 
-def site(heads, rank, rope, dtype="bfloat16", mask=Mask(), softcap=None, page_size=64):  # noqa: B008 - frozen
-    streams = (Stream(name="latent", shape=(1, rank + rope)),)
+def site(heads, rank, rope, dtype="bfloat16", mask=Mask(), softcap=None, page_size=64, scaled=0, format=None):  # noqa: B008 - frozen
+    streams = (Stream(name="latent", shape=(1, rank + rope), format=format),)
     spec = CacheSpec(kind="latent", streams=streams, dtype=dtype, window=mask.window, sinks=mask.sinks)
     sizes = {"heads": heads, "kv_heads": 1, "head_dim": rank + rope, "value_dim": rank, "page_size": page_size}
-    return {**sizes, "cache": spec, "mask": mask, "softcap": softcap}
+    more = {"logit_scales": int(scaled), "selected": scaled > 1 or format is not None}
+    return {**sizes, "cache": spec, "mask": mask, "softcap": softcap, **more}
 
 
 def case(op, name, rows, *, heads=16, rank=512, rope=64, page_size=64, small=False, **more):
@@ -110,7 +115,7 @@ def case(op, name, rows, *, heads=16, rank=512, rope=64, page_size=64, small=Fal
     def make(rng):
         return decode(rng, rows, **sizes, **more) if op == DECODE else ragged(rng, *rows, **sizes, **more)
 
-    asked = {key: more[key] for key in ("mask", "softcap", "dtype") if key in more}
+    asked = {key: more[key] for key in ("mask", "softcap", "dtype", "scaled", "format") if key in more}
     return Case(op=op, name=f"mla_{name}", make=make, site=site(**sizes, **asked), small=small, pick=real_tokens)
 
 
@@ -138,6 +143,7 @@ CASES = (
         gaps=True,
         **{**TINY, "page_size": 16},
     ),
+    new("tiny_head_scaled", [70, 1, 0, 40], queries=2, scaled=4, format=Int(width=4), **TINY),
     mixed("tiny_mixed", ([9, 1, 0, 1], [30, 70, 0, 5]), padding=2, **TINY),
     *(new(f"page{size}", ROWS, queries=1, heads=128, page_size=size) for size in (16, 32, 64, 128)),
     *(new(f"heads{heads}", ROWS, queries=1, heads=heads) for heads in (8, 16, 40, 64, 96)),
@@ -148,6 +154,10 @@ CASES = (
     new("many_rows", [130 * i for i in range(70)], queries=1, heads=64),
     new("softcap", ROWS, queries=1, heads=128, softcap=20.0),
     new("scaled", ROWS, queries=2, heads=32, page_size=16, scaled=True, gaps=True),
+    new("head_scaled", ROWS, queries=1, heads=32, rank=192, scaled=8),
+    new("head_scaled_long", [8192, 7000], queries=1, heads=32, rank=192, scaled=8, format=Int(width=4)),
+    new("head_scaled_tokens2", ROWS, queries=2, heads=32, page_size=16, scaled=2, softcap=20.0),
+    new("int4_page128", ROWS, queries=1, heads=16, page_size=128, format=Int(width=4)),
     new("window", ROWS, queries=2, heads=64, mask=SLIDING, gaps=True, page_size=16),
     new("window_sinks", ROWS, queries=1, heads=128, mask=SLIDING, gaps=True, page_size=128, sink_logits=_sinks),
     new("not_causal", ROWS, queries=4, heads=16, mask=Mask(causal=False)),
