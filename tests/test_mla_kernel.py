@@ -15,6 +15,7 @@ from optx.bench.timing import relative_error
 from optx.errors import LoweringError
 from optx.formats import Int
 from optx.pallas.attention import reference
+from optx.pallas.mla import lists_sm90
 from optx.pallas.mla import mosaic_gpu_sm90 as kernel
 
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
@@ -29,7 +30,11 @@ name = lambda case: case.name  # noqa: E731
 def interpreted(case, args, kwargs, **sizes):
     tiles = kernel.Tiles(**{"tokens": 4, "heads": 8, "splits": 1, "registers": False, **sizes})
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        return getattr(kernel, case.op)(*args, **kwargs, tiles=tiles)
+        return getattr(module_of(case), case.op)(*args, **kwargs, tiles=tiles)
+
+
+def module_of(case):
+    return lists_sm90 if case.site["selected"] else kernel
 
 
 def wanted(case, args, kwargs):
@@ -59,7 +64,7 @@ def test_splits_and_clusters_twice():
 def test_lowers_for_cuda(case):
     args, kwargs = case.make(np.random.default_rng(0))
     static = {key: kwargs.pop(key) for key in ("mask", "softcap", "value_dim") if key in kwargs}
-    run = jax.jit(lambda args, kwargs: getattr(kernel, case.op)(*args, **kwargs, **static)[:2])
+    run = jax.jit(lambda args, kwargs: getattr(module_of(case), case.op)(*args, **kwargs, **static)[:2])
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     exported = jax.export.export(run, platforms=["cuda"], disabled_checks=unchecked)(args, kwargs)
     q = args[0]
@@ -68,7 +73,16 @@ def test_lowers_for_cuda(case):
 
 @pytest.mark.parametrize("case", cases.CASES, ids=name)
 def test_supports_its_cases(case):
-    assert kernel.supports(case.site, HOPPER) is None
+    assert module_of(case).supports(case.site, HOPPER) is None
+
+
+def test_lists_that_are_declined():
+    """Whole contexts, scales beside sinks, and what the kernel over latents declines."""
+    site = {**cases.site(32, 192, 64, scaled=8), "selected": True}
+    assert lists_sm90.supports(site, HOPPER) is None
+    assert "whole contexts" in lists_sm90.supports({**site, "selected": False}, HOPPER)
+    assert "8 scales" in lists_sm90.supports({**site, "sink_logits": True}, HOPPER)
+    assert "100 + 156" in lists_sm90.supports({**site, "value_dim": 100}, HOPPER)
 
 
 SITE = cases.site(16, 512, 64)

@@ -210,13 +210,11 @@ class GroupedMLA(MLA):
             "logit_scales": 0 if self.key_norm is None else self.kv_heads,
         }
         width = self.nope_dim + self.rope_dim
-        return attention_sites(
-            facts,
-            {
-                "kv_heads": self.kv_heads,
-                "head_dim": width,
-                "value_dim": self.value_dim,
-                "logit_scales": 0,
-                "chosen": False,  # where some are left out, sequences are read as pages
-            },
-        )
+        expanded = {
+            "kv_heads": self.kv_heads,
+            "head_dim": width,
+            "value_dim": self.value_dim,
+            "logit_scales": 0,
+            "chosen": False,  # where some are left out, sequences are read as pages
+        }
+        return (*attention_sites(facts, expanded), *(() if self.select is None else self.select.sites(facts)))

@@ -69,7 +69,7 @@ class NSA(Selector):
         pooled, mass = self._compressed(attn, ragged.pad(q), asked, pool, ragged, view)
         picked = {}
         if self.room(ragged, view) > self.block * self.blocks:
-            picked = {"picked": ragged.unpad(self._picked(mass, asked)), "block": self.block}
+            picked = {"picked": ragged.unpad(self._picked(mass, asked, attn.choices)), "block": self.block}
         branches = (
             ragged.unpad(pooled),
             attend("", mask=Mask(), **picked)[0],
@@ -79,7 +79,8 @@ class NSA(Selector):
         return sum(gates[:, :, i] * out for i, out in enumerate(branches)).astype(q.dtype)
 
     def sites(self, facts):
-        return (OpSite(op="compressed_attention", args={**facts, "every": self.every, "size": self.size}),)
+        sizes = {"every": self.every, "size": self.size}
+        return (OpSite(op="compressed_attention", args={**facts, **sizes}), OpSite(op="top_blocks", args={}))
 
     def _compressed(self, attn, q, asked, pool, ragged: Ragged, view: View | None):
         """q [B, Q, N, H] -> attention [B, Q, N, H], its weights by kv head float32[B, Q, K, J]: of few tokens a row by the op
@@ -92,7 +93,7 @@ class NSA(Selector):
             "compressed_attention", attn.choices, q, *(pool[name] for name in self.names), **where, **how
         )
 
-    def _picked(self, mass, asked):
+    def _picked(self, mass, asked, choices):
         """Weights of compressed tokens [B, Q, K, J] -> chosen blocks."""
         overlap, each = self.size // self.every, self.block // self.every
         count = mass.shape[-1]
@@ -102,4 +103,4 @@ class NSA(Selector):
         scores = spread.reshape(*spread.shape[:3], -1, each).sum(-1)
         at, own = jnp.arange(scores.shape[-1]), (asked // self.block)[..., None, None]
         forced = (at < self.first) | (at > own - self.local)
-        return best(scores, asked, forced, self.blocks, self.block)
+        return best(scores, asked, forced, self.blocks, self.block, choices)

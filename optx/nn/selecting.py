@@ -16,6 +16,7 @@ from flax import nnx
 
 from optx import near
 from optx.cache import Pool, Ragged, Stream, View
+from optx.pallas import dispatch
 from optx.pallas.attention.reference import Mask, gather_pages
 from optx.pallas.dispatch import OpSite
 from optx.pools import PICKED, load, store_tokens
@@ -25,7 +26,7 @@ from optx.tensor import Tensor, dense
 DECODE = 8  # tokens a row up to which a step is decoding: one, or a few speculated ones
 
 
-def best(scores: jax.Array, asked: jax.Array, forced: jax.Array, count: int, block: int) -> jax.Array:
+def best(scores: jax.Array, asked: jax.Array, forced: jax.Array, count: int, block: int, choices=()) -> jax.Array:
     """The `count` blocks of the highest scores before a query's own, which is one of them, as are those that are `forced`.
 
     scores [B, Q, K, blocks]; asked int32[B, Q]: positions, -1 where there is no query; forced bool[blocks], or [B, Q, 1, blocks].
@@ -35,10 +36,8 @@ def best(scores: jax.Array, asked: jax.Array, forced: jax.Array, count: int, blo
     own, at = (asked // block)[:, :, None, None], jnp.arange(blocks)
     scores = jnp.where(at < own, scores.astype(jnp.float32), -jnp.inf)
     scores = jnp.where((at == own) | (forced & (at < own)), jnp.inf, scores)
-    # Of the thousands of blocks that there are a sort is faster on GPUs than `top_k`, which takes 65 us for 1,024.
-    at = jnp.broadcast_to(at.astype(jnp.int32), scores.shape)
-    found, picked = (x[..., :count] for x in jax.lax.sort((-scores, at), dimension=-1, num_keys=1, is_stable=True))
-    return jnp.sort(jnp.where(found < jnp.inf, picked, blocks), axis=-1)
+    picked = dispatch.call("top_blocks", choices, scores.reshape(-1, blocks), count=min(count, blocks))
+    return picked.reshape(*scores.shape[:-1], -1)
 
 
 def as_mask(picked: jax.Array, blocks: int) -> jax.Array:
@@ -158,6 +157,9 @@ class BlockMeans(Selector):
         self.block, self.blocks, self.first, self.every, self.size = block, blocks, first, every, every
         self.lends = False  # whether other layers take its choice
 
+    def sites(self, facts):
+        return (OpSite(op="top_blocks", args={}),)
+
     def entries(self, k, v):
         return {"mean": jnp.mean(k.astype(jnp.float32), axis=1).astype(k.dtype)}
 
@@ -165,15 +167,16 @@ class BlockMeans(Selector):
         """q [T, N, H] over the pool -> [T, N, H]. attend: as of `over_parts`."""
         if not self.chooses(ragged, view):
             return attend("", mask=Mask())[0]
-        means, asked = self.listing(pool, ragged, view)["mean"].astype(jnp.float32), asked_of(ragged)
-        each = self.block // self.every
-        means = jnp.pad(means, ((0, 0), (0, -means.shape[1] % each), (0, 0), (0, 0)))
-        means = means.reshape(len(means), -1, each, *means.shape[2:]).mean(2)
-        q = self.grouped(ragged.pad(q).astype(jnp.float32), means)
-        logits = jnp.einsum("bqkgh,bjkh->bqkgj", q, means) * attn.scale
+        means, asked = self.listing(pool, ragged, view)["mean"], asked_of(ragged)
+        if (each := self.block // self.every) > 1:
+            means = jnp.pad(means.astype(jnp.float32), ((0, 0), (0, -means.shape[1] % each), (0, 0), (0, 0)))
+            means = means.reshape(len(means), -1, each, *means.shape[2:]).mean(2)
+        q = self.grouped(ragged.pad(q).astype(means.dtype), means)
+        logits = jnp.einsum("bqkgh,bjkh->bqkgj", q, means, preferred_element_type=jnp.float32) * attn.scale
         before = jnp.arange(means.shape[1]) < (asked // self.block)[:, :, None, None, None]
         scores = jax.nn.softmax(jnp.where(before, logits, -1e30), axis=-1).sum(3)
-        picked = best(scores, asked, jnp.arange(scores.shape[-1]) < self.first, self.blocks, self.block)
+        first = jnp.arange(scores.shape[-1]) < self.first
+        picked = best(scores, asked, first, self.blocks, self.block, attn.choices)
         if self.lends:
             pool[PICKED] = ragged.unpad(picked)
         return attend("", mask=Mask(), picked=ragged.unpad(picked), block=self.block)[0]

@@ -65,7 +65,6 @@ CASES = (
     case("page128", ROWS, page_size=128),
     case("group8", ROWS, heads=64, page_size=128),
     case("dim64_stride8", ROWS, head_dim=64, every=8, size=32),
-    case("dim256_means", ROWS, heads=16, kv_heads=4, head_dim=256, size=16),
 )
 
 

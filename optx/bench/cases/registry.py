@@ -19,6 +19,7 @@ MODULES = (
     "paged_decode",
     "mla",
     "compressed_attention",
+    "top_blocks",
     "matmul",
     "quant_matmul",
     "w8a8",

@@ -13,12 +13,14 @@ from optx.pallas.compressed_attention import reference
 from optx.pallas.paged_decode import mosaic_gpu_sm90 as paged
 from optx.pallas.paged_decode.mosaic_gpu_sm90 import Entries, Plan, Tiles
 
+HEAD_DIMS = (64, 128)
+
 
 def supports(args, target) -> str | None:
     if (target.platform, target.arch) != ("gpu", "sm90"):
         return f"is for gpu/sm90, not {target.platform}/{target.arch}"
-    if args["head_dim"] not in paged.HEAD_DIMS:
-        return f"head_dim {args['head_dim']}; allowed: {', '.join(map(str, paged.HEAD_DIMS))}"
+    if args["head_dim"] not in HEAD_DIMS:
+        return f"head_dim {args['head_dim']}; allowed: {', '.join(map(str, HEAD_DIMS))}"
     if args["cache"].packed or args["cache"].dtype not in ("bfloat16", "float16"):
         return f"entries of {args['cache'].storage}; allowed: bfloat16, float16"
     each = args["every"]

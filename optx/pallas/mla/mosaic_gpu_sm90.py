@@ -32,7 +32,7 @@ from optx.errors import LoweringError
 from optx.pallas.attention.page_formats import cache_reason
 from optx.pallas.attention.reference import Mask
 from optx.pallas.late import by_row, by_token, plgpu
-from optx.tensor import dense, is_qtensor
+from optx.tensor import is_qtensor
 
 ROWS = 64  # rows of a program: the M of a Hopper matmul
 CORES = 132  # multiprocessors of an H100 or H200
@@ -723,55 +723,13 @@ def paged_decode(
 
     q [B, Q, N, R + Hr]; k_pool [pages + 1, 1, P, R + Hr] in q's dtype, v_pool None, value_dim R; positions
     int32[pages + 1, P]; table int32[1, B, pages]; lengths int32[1, B]; q_positions int32[B, Q], -1 where there is no query:
-    a row's queries are its newest slots; logit_scale [pages + 1, 1, P]; sink_logits [N].
-    Over the few pages that a selection lists k_pool may be packed, and logit_scale [pages + 1, K, P] one for each of K runs of
-    heads: what is listed is unpacked before (`listed`), and each run reads it (`by_scale`).
+    a row's queries are its newest slots; logit_scale [pages + 1, S, P], of which row b takes those of b mod S; sink_logits [N].
     -> (out [B, Q, N, R], lse float32[B, Q, N], None).
     Raises: LoweringError for what the kernel does not take.
     """
     op = "paged_decode"
     if q.ndim != 4 or not 1 <= q.shape[1] <= QUERIES:
         _refuse(op, "q", f"{q.dtype}{list(q.shape)}", f"[B, 1 to {QUERIES}, N, R + Hr]")
-    scales = 1 if logit_scale is None or logit_scale.ndim != 3 else logit_scale.shape[1]
-    if is_qtensor(k_pool) or scales > 1:
-        k_pool, logit_scale, positions, table = listed(q.dtype, k_pool, logit_scale, positions, table)
-    if scales > 1:
-        rest = {"v_pool": v_pool, "sink_logits": sink_logits, "want_scores": want_scores}
-        kwargs = {"mask": mask, "scale": scale, "softcap": softcap, "value_dim": value_dim, "tiles": tiles}
-        return by_scale(q, k_pool, logit_scale, positions, table, lengths, q_positions, **rest, **kwargs)
-    return _paged_decode(
-        op, q, k_pool, v_pool, positions, table, lengths, q_positions, mask, scale, softcap, sink_logits, logit_scale,
-        value_dim, want_scores, tiles,
-    )  # fmt: skip
-
-
-def listed(dtype, pool, logit_scale, positions, table):
-    """The same call over the pages that the table lists alone, dense: each row's own, in its order."""
-    at = table[0].reshape(-1)
-    take = lambda part: part.at[at].get(mode="promise_in_bounds")  # noqa: E731
-    pool = dense(jax.tree.map(take, pool)).astype(dtype)
-    logit_scale = None if logit_scale is None else take(logit_scale)
-    return pool, logit_scale, take(positions), jnp.arange(at.size, dtype=jnp.int32).reshape(table.shape)
-
-
-def by_scale(q, k_pool, logit_scale, positions, table, lengths, q_positions, **kwargs):
-    """Each run of heads with a logit scale of its own [pages, K, P] as a row: q [B, Q, N, H], K runs of N / K heads."""
-    b, queries, n, h = q.shape
-    count = logit_scale.shape[1]
-    q = jnp.moveaxis(q.reshape(b, queries, count, n // count, h), 2, 1).reshape(b * count, queries, n // count, h)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, -(n // count) % 8), (0, 0)))
-    each = lambda x, axis: jnp.repeat(x, count, axis=axis)  # noqa: E731
-    rows = {"positions": positions, "table": each(table, 1), "lengths": each(lengths, 1)}
-    rows |= {"q_positions": each(q_positions, 0), "logit_scale": logit_scale, "op": "paged_decode"}
-    out, lse, _ = _paged_decode(q=q, k_pool=k_pool, **rows, **kwargs)
-    apart = lambda x: jnp.moveaxis(x[:, :, : n // count].reshape(b, count, queries, n // count, -1), 1, 2)  # noqa: E731
-    return apart(out).reshape(b, queries, n, -1), apart(lse).reshape(b, queries, n), None
-
-
-def _paged_decode(
-    op, q, k_pool, v_pool, positions, table, lengths, q_positions, mask, scale, softcap, sink_logits, logit_scale, value_dim,
-    want_scores, tiles,
-):  # fmt: skip
     b, queries = q.shape[:2]
     _check(op, q, k_pool, v_pool, table, lengths, b, sink_logits, logit_scale, value_dim, want_scores)
     if q_positions.shape != (b, queries):
@@ -893,10 +851,9 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
     cache = args["cache"]
     if cache is None or cache.kind != "latent":
         return f"reads MLA latents, not {'no' if cache is None else f'a {cache.kind}'} cache"
-    selected = args.get("selected")  # what is listed is little
-    if not selected and (reason := cache_reason(cache)):
+    if reason := cache_reason(cache):
         return reason
-    if cache.format is not None and not selected:
+    if cache.format is not None:
         return f"reads latents without a format, not {cache.format}"
     if cache.dtype not in ("bfloat16", "float16"):
         return f"latents of {cache.dtype}; allowed: bfloat16, float16"
@@ -911,6 +868,6 @@ def supports(args: Mapping[str, Any], target: Any) -> str | None:
         return f"page size {page}; allowed: 16, 32, 64, 128"
     if args.get("want_scores"):
         return "does not return scores"
-    if args.get("logit_scales", 0) > 1 and (not selected or args.get("sink_logits")):
+    if args.get("logit_scales", 0) > 1:
         return f"one scale of logits a token, not {args['logit_scales']}"
     return _dims(args["head_dim"], args["value_dim"])
