@@ -177,20 +177,28 @@ CASES = (
 )
 
 
-def shape(op, name, counts, context, *, heads=128, rank=512, rope=64, page_size=64):
+def shape(op, name, counts, context, *, heads=128, rank=512, rope=64, page_size=64, scaled=0, format=None):
     counts, context = np.array(counts), np.array(context)
     sizes = {"heads": heads, "rank": rank, "rope": rope, "page_size": page_size}
-    read = 2 * (rank + rope) * float(np.sum(counts + context))
+    stored = 2 * (rank + rope) if format is None else (rank + rope) * format.width / 8 + 2
+    read = (stored + 2 * scaled) * float(np.sum(counts + context))
     tokens = 2 * heads * (2 * rank + rope) * float(np.sum(counts))  # queries and results
     pairs = float(np.sum(counts * context + counts * (counts + 1) / 2))
 
     def make(rng):
         if op == DECODE:
-            return decode(rng, counts + context, queries=int(counts[0]), **sizes)
+            return decode(rng, counts + context, queries=int(counts[0]), **sizes, scaled=scaled, format=format)
         return ragged(rng, counts, context, **sizes)
 
     flops = 2 * heads * (2 * rank + rope) * pairs
-    return Shape(op=op, name=f"mla_{name}", make=make, site=site(**sizes), bytes=read + tokens, flops=flops)
+    return Shape(
+        op=op,
+        name=f"mla_{name}",
+        make=make,
+        site=site(**sizes, scaled=scaled, format=format),
+        bytes=read + tokens,
+        flops=flops,
+    )
 
 
 SHAPES = (
@@ -199,5 +207,6 @@ SHAPES = (
     shape(DECODE, "decode_128x8k", [1] * 128, [8191] * 128),
     shape(DECODE, "decode_1x40k", [1], [40959]),
     shape(DECODE, "decode_32x8k_16heads", [1] * 32, [8191] * 32, heads=16),
+    shape(DECODE, "lists_1x8k_int4", [1], [8191], heads=32, rank=192, scaled=8, format=Int(width=4)),
     shape(RAGGED, "chunk2k_on_8k", [2048], [8192]),
 )
