@@ -18,7 +18,7 @@ from optx.bench.timing import relative_error
 from optx.errors import LoweringError
 from optx.formats import fp4
 from optx.pallas import dispatch
-from optx.pallas import gemm_sm100 as gemm
+from optx.pallas.matmul import gemm_sm100 as gemm
 from optx.pallas.matmul import mosaic_gpu_sm100 as dense
 from optx.pallas.quant_matmul import mosaic_gpu_sm100 as wide
 from optx.pallas.quant_matmul import mosaic_gpu_sm100_fp4 as blocks

@@ -11,9 +11,9 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from optx.bench.cases import grouped_matmul as cases
 from optx.bench.timing import relative_error
-from optx.pallas import gemm_sm100 as gemm
 from optx.pallas.grouped_matmul import mosaic_gpu_sm100 as kernel
 from optx.pallas.grouped_matmul import reference
+from optx.pallas.matmul import gemm_sm100 as gemm
 
 B200 = types.SimpleNamespace(platform="gpu", arch="sm100")
 

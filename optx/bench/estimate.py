@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from optx import formats, target, tensor
-from optx.pallas import gemm_sm100 as gemm
 from optx.pallas.attention.page_formats import pages_of
 from optx.pallas.flash_attention import mosaic_gpu_sm100 as flash
+from optx.pallas.matmul import gemm_sm100 as gemm
 from optx.pallas.quant_matmul import mosaic_gpu_sm100 as wide
 from optx.pallas.quant_matmul import mosaic_gpu_sm100_fp4 as fp4
 from optx.pallas.quant_matmul import mosaic_gpu_sm100_w8a8 as eight

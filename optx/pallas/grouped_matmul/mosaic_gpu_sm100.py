@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from optx.errors import LoweringError
-from optx.pallas import gemm_sm100 as gemm
 from optx.pallas.grouped_matmul import reference
+from optx.pallas.matmul import gemm_sm100 as gemm
 
 DEPTH = 64
 

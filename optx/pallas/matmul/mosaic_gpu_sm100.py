@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from optx.pallas import gemm_sm100 as gemm
+from optx.pallas.matmul import gemm_sm100 as gemm
 from optx.pallas.matmul import xla_gpu
 
 ROWS, PROMPT = range(1, 65), 1024

@@ -14,7 +14,7 @@ from jax import lax
 from optx.errors import LoweringError
 from optx.formats import Float4, Float8, Format, Int, fp4
 from optx.formats.base import pack_bits, unpack_bits
-from optx.pallas import gemm_sm100 as gemm
+from optx.pallas.matmul import gemm_sm100 as gemm
 from optx.tensor import Arranged, QTensor, leaf_bytes
 
 

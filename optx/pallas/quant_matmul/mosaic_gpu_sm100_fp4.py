@@ -16,7 +16,7 @@ from optx import tensor
 from optx.errors import LoweringError
 from optx.formats import Float4, Format
 from optx.formats.base import pack_bits
-from optx.pallas import gemm_sm100 as gemm
+from optx.pallas.matmul import gemm_sm100 as gemm
 from optx.pallas.quant_matmul.mosaic_gpu_sm100 import fp4_codes, join_scale, shape_reason, split_scale
 from optx.tensor import Arranged, QTensor, leaf_bytes
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from optx import tensor
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
-from optx.pallas import gemm_sm100 as gemm
+from optx.pallas.matmul import gemm_sm100 as gemm
 from optx.pallas.quant_matmul.mosaic_gpu_sm100 import shape_reason
 from optx.tensor import QTensor
 

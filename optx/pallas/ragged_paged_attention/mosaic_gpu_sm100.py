@@ -29,8 +29,8 @@ from optx.pallas.attention import inner_sm100 as inner
 from optx.pallas.attention.inner_sm100 import BLOCK, COLUMNS, LOWEST, ROWS, SHARED
 from optx.pallas.attention.page_formats import Pages, pages_of, streams_of
 from optx.pallas.attention.reference import Mask
-from optx.pallas.gemm_sm100 import SMS
 from optx.pallas.late import plgpu
+from optx.pallas.matmul.gemm_sm100 import SMS
 from optx.pallas.paged_decode.mosaic_gpu_mma import merge
 from optx.tensor import is_qtensor
 
