@@ -363,8 +363,7 @@ class CachePlan:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.abstract(layout))
 
     def move_tokens(self, caches: Caches, group: int, src: jax.Array, dst: jax.Array) -> Caches:
-        """Copies tokens between flat slots int32[M], or [K, M] of heads apart, in every pool of a group; their positions too, but
-        for heads apart, which do without."""
+        """Copies tokens between flat slots int32[M] in pools of a group, positions too; [K, M]: heads apart, without these."""
         layers = list(caches.layers)
         for i, spec in enumerate(self.specs):
             for part in spec.parts if spec is not None and spec.share is None else ():

@@ -115,7 +115,8 @@ class Compactor:
             return
         if not self._evicting or not all(table.policy.reusable for _, table in self._evicting):
             raise RequestError(
-                "context: the cache compacts no prompt apart from a question; allowed: None, or a recipe with kvzip"
+                "context: the cache compacts no prompt apart from a question; allowed: None, or a recipe that evicts by what "
+                "rebuilds the prompt"
             )
         if not 2 <= context <= len(prompt):
             raise RequestError(

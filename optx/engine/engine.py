@@ -171,7 +171,7 @@ class Engine:
         self, prompt: Sequence[int], sampling: Sampling = Sampling(), *, priority: int = 0, context: int | None = None
     ) -> Request:
         """Queues a prompt of token ids. priority: smaller ones are served first. context: tokens of the prompt that a question
-        follows: KVzip compacts these alone, and requests with the same ones go on from them; None: all.
+        follows: caches that need no question compact these alone, and requests with the same ones go on from them; None: all.
 
         Raises: RequestError when it is empty, is no list of ids of the vocabulary, has no room in context or cache, or when its
         grammar allows no first token, and for a context where none is compacted; QueueFull when as many requests wait as may.

@@ -1,4 +1,4 @@
-"""grouped_matmul on Blackwell, dense experts: `optx.pallas.gemm_sm100` over tiles of rows of one expert each.
+"""grouped_matmul on Blackwell, dense experts: `optx.pallas.matmul.gemm_sm100` over tiles of rows of one expert each.
 
 Rows are put into whole tiles by XLA and taken out again, so a tile never crosses experts; experts without rows are not read.
 Never run on hardware so far.

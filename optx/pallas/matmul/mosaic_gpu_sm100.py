@@ -1,4 +1,4 @@
-"""matmul on Blackwell for the few rows of a decode step and the many of a prompt: `optx.pallas.gemm_sm100`.
+"""matmul on Blackwell for the few rows of a decode step and the many of a prompt: `optx.pallas.matmul.gemm_sm100`.
 
 Rows in between are left to XLA's library. Never run on hardware so far: the bounds of ROWS, BYTES and OUTPUTS are those measured
 on Hopper, PROMPT is where pairs of thread blocks fill the chip with outputs of 4,096.

@@ -1,7 +1,7 @@
 """quant_matmul on Blackwell, 16-bit activations: codes are widened to bfloat16 into tensor memory, where the MMA reads them.
 
 A lane of tensor memory is an output, so a thread widens numbers of one output and needs one scale a group; nothing is re-laid
-in fragments (`optx.pallas.gemm_sm100`). Never run on hardware so far.
+in fragments (`optx.pallas.matmul.gemm_sm100`). Never run on hardware so far.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """`quant_matmul` with 8-bit activations on Blackwell: fp8 x fp8 and int8 x int8, one scale a row and a channel.
 
-Rows of x are rounded by XLA; codes meet on the tensor cores (`optx.pallas.gemm_sm100`) and a finished sum is multiplied by both
-scales. Never run on hardware so far.
+Rows of x are rounded by XLA; codes meet on the tensor cores (`optx.pallas.matmul.gemm_sm100`) and a finished sum is multiplied
+by both scales. Never run on hardware so far.
 """
 
 import dataclasses
