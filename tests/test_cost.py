@@ -169,9 +169,16 @@ def test_ops_add_up_for_every_kind_of_layer(name):
 def test_every_op_of_the_table_is_counted():
     """By the weights it multiplies, as attention, or as a recurrence; a new op needs a place in cost.py, or a line here."""
     by_weights = {"matmul", "quant_matmul", "grouped_matmul"}
-    attention = {"flash_attention", "ragged_paged_attention", "paged_decode", "indexed_attention"}
+    attention = {
+        "flash_attention",
+        "ragged_paged_attention",
+        "paged_decode",
+        "indexed_attention",
+        "compressed_attention",
+    }
     moves = {"rotate_append", "add_norm", "gated_act"}  # what others multiply
-    assert {row.op for row in dispatch.ROWS} <= by_weights | attention | cost.RECURRENCES.keys() | moves
+    chooses = {"top_blocks"}  # a number a block of tokens
+    assert {row.op for row in dispatch.ROWS} <= by_weights | attention | cost.RECURRENCES.keys() | moves | chooses
 
 
 # --- states, windows, shared caches ------------------------------------------------------------------------------------

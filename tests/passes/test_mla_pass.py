@@ -85,6 +85,7 @@ class Kept:
         self.rope, self.dim, self.attention_factor = rope, rope.dim, rope.attention_factor
         kept = np.isclose(rope.frequencies()[None, :, None], np.asarray(frequencies)[:, None, :]).any(-1)
         self.kept = np.concatenate([kept, kept, np.zeros((len(kept), 0), bool)], axis=1)
+        self.keys = self
 
     def __call__(self, x, positions):
         kept = np.zeros((len(self.kept), x.shape[-1]), bool)
