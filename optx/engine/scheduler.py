@@ -41,8 +41,8 @@ class Scheduler:
     ):
         """budget: tokens a tick. ticks: decode ticks a dispatch while nothing waits. mixed: prompts and decodes in one tick;
         else a prompt's chunk alone, and after a budget of prompt tokens a decode tick. long: the budget while nothing decodes and
-        prompts fill it. alone: a request has pages for its whole
-        answer when it gets a row, and computes its prompt itself. encode: text to token ids."""
+        prompts fill it. alone: a request has pages for its whole answer when it gets a row, and computes its prompt itself.
+        encode: text to token ids."""
         self.tables = list(tables)
         self.budget, self.long, self.ticks, self.mixed, self.alone = budget, long, ticks, mixed, alone
         self.speculator: Speculator | None = None
