@@ -50,6 +50,7 @@ def tree(family: str) -> nnx.Module:
     return optx.load_config(GOLDENS / family / "config.json").tree
 
 
+@functools.cache
 def entries() -> Mapping[str, Mapping]:
     return yaml.safe_load(PASSES.read_text(encoding="utf-8"))
 
@@ -103,7 +104,8 @@ def judged(model: nnx.Module, recipe: Recipe, checks: Sequence[verify.Rule] = ()
     return OK
 
 
-def committed() -> dict[str, dict[str, str]]:
+@functools.cache
+def committed() -> Mapping[str, Mapping[str, str]]:
     """family -> recipe -> verdict; the file lists recipes by verdict, each text once a family."""
     rows = yaml.safe_load(MATRIX.read_text(encoding="utf-8"))
     return {family: {cell: said for said, named in row.items() for cell in named} for family, row in rows.items()}
