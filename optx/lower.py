@@ -11,7 +11,7 @@ from flax import nnx
 from optx import ir, tensor
 from optx.cache import CachePlan, CacheSpec
 from optx.errors import LoweringError
-from optx.pallas import dispatch
+from optx.pallas import dispatch, late
 from optx.pallas.attention import checks
 from optx.pallas.dispatch import OpChoice
 from optx.target import Target
@@ -133,6 +133,7 @@ class Program:
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))
 
     checkified = staticmethod(checks.checkified)  # what traces a step whose page tables are checked
+    traced = staticmethod(late.overlapped)  # what traces one that runs as no CUDA graph
 
     @functools.cached_property
     def forward(self):

@@ -18,7 +18,7 @@ from optx.cache import Ragged
 from optx.errors import LoweringError
 from optx.nn import Attention, Block, CausalLM, Embed, FusedGatedMLP, GatedMLP, JoinedGatedMLP, Residual, RMSNorm, Rope
 from optx.nn.core import ACTIVATIONS
-from optx.pallas import dispatch
+from optx.pallas import dispatch, late
 from optx.pallas.add_norm import mosaic_gpu_sm90 as add_norm
 from optx.pallas.dispatch import OpChoice
 from optx.pallas.gated_act import mosaic_gpu_sm90 as gated_act
@@ -109,6 +109,19 @@ def test_lowers_for_cuda(case):
     wanted = jax.eval_shape(lambda args: dispatch.rows(case.op)[-1].run(*args, **kwargs), args)
     found = [(x.shape, x.dtype) for x in exported.out_avals]
     assert found == [(x.shape, x.dtype) for x in jax.tree.leaves(wanted)]
+
+
+def test_kernels_wait_for_those_before_where_they_overlap():
+    """And say so in their launch; elsewhere nothing is added to them."""
+    x, weight = jax.ShapeDtypeStruct((2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((64,), jnp.bfloat16)
+
+    def text(x, weight):
+        jax.clear_caches()
+        return str(jax.make_jaxpr(lambda *args: add_norm.add_norm(args[0], None, args[1], eps=1e-6))(x, weight))
+
+    words = ("griddepcontrol_launch_dependents", "griddepcontrol_wait")
+    assert [word in late.overlapped(text)(x, weight) for word in words] == [True, True]
+    assert [word in text(x, weight) for word in words] == [False, False]
 
 
 def test_one_token_that_is_not_finite_stays_alone():

@@ -1,6 +1,7 @@
 """The engine: many requests at once give what each would alone, pages are neither lost nor shared by accident."""
 
 import dataclasses
+from unittest import mock
 
 import families
 import hypothesis
@@ -19,6 +20,7 @@ from optx.engine.request import Request, Sampling
 from optx.engine.sampling import sample
 from optx.errors import LoweringError, RequestError
 from optx.generate import generate
+from optx.pallas import late
 
 OPTIONS = EngineOptions(rows=3, context=48, page_size=4, chunks=(4, 8))
 MODELS = {
@@ -138,6 +140,18 @@ def test_an_answer_ends_with_the_context(llama):
     llama.run()
     assert len(request.output) == 3 and request.finish == "length"
     assert run(llama, [families.prompt(OPTIONS.context - 1)], Sampling(max_tokens=50))[0]
+
+
+def test_ticks_that_are_no_graphs(models, llama):
+    """One a dispatch, traced as kernels that overlap ask for: the same tokens."""
+    seen = []
+    program = optx.compile(models("llama")[0]).program
+    traced = lambda step: seen.append(step) or late.overlapped(step)  # noqa: E731
+    apart = dataclasses.replace(OPTIONS, graphs=False, overlap=True)
+    with mock.patch.object(type(program), "traced", staticmethod(traced)):
+        engine = Engine(program, apart)
+        assert list(engine.stream(PROMPTS[1], GREEDY)) == list(llama.stream(PROMPTS[1], GREEDY))
+    assert engine._ticks == 1 and seen and not late.overlapping()
 
 
 def test_a_small_cache_makes_requests_wait_and_changes_no_answer(models):

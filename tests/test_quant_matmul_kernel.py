@@ -14,6 +14,7 @@ from optx.bench.cases import quant_matmul as cases
 from optx.bench.cases.registry import in_float32
 from optx.bench.timing import relative_error
 from optx.errors import LoweringError
+from optx.pallas.late import overlapped
 from optx.pallas.quant_matmul import mosaic_gpu_sm90 as kernel
 from optx.pallas.quant_matmul import reference
 
@@ -73,6 +74,32 @@ def test_warpgroups_that_share_a_strip():
     assert (
         relative_error(interpret(x, w, strips=1, share=2, blocks=1), reference.quant_matmul(*in_float32((x, w)))) < 5e-3
     )
+
+
+@pytest.mark.parametrize("rows", [5, 150])  # one item a block, and several
+def test_weights_that_are_asked_for_ahead_of_activations(rows, monkeypatch):
+    for name in (
+        "griddepcontrol_wait",
+        "griddepcontrol_launch_dependents",
+    ):  # which the interpreter of jax 0.11.2 lacks
+        monkeypatch.setattr(plgpu, name, lambda: None)
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((rows, 512)), jnp.bfloat16)
+    w = weight(d=512, f=320)
+    found = overlapped(interpret)(x, w, stages=3)
+    assert np.array_equal(found, interpret(x, w, stages=3))
+
+
+def test_only_arranged_weights_are_asked_for_ahead(monkeypatch):
+    """Others are arranged by the program itself."""
+    w, found = weight(d=512, f=320), []
+    monkeypatch.setattr(kernel, "_rows", lambda x, *w, plan: found.append(plan.ahead))
+
+    def ahead(w):
+        kernel.quant_matmul(jnp.ones((1, 512), jnp.bfloat16), w)
+        return found.pop()
+
+    assert not ahead(kernel.relayout(w))
+    assert overlapped(ahead)(kernel.relayout(w)) and not overlapped(ahead)(w)
 
 
 @pytest.mark.parametrize("stored", ["fp8_e4m3", "nvfp4"])

@@ -157,6 +157,10 @@ class Drafted:
         return self.target.checkified
 
     @property
+    def traced(self):
+        return self.target.traced
+
+    @property
     def carries(self) -> jax.ShapeDtypeStruct | None:
         """What goes from one tick to the next for a row [D]: the target's hidden state at its last token, if the drafter asks."""
         if self.drafter is not None:

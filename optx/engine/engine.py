@@ -78,9 +78,8 @@ class Engine:
         most = sys.maxsize if program.plan.endless else program.context
         self.context = min(options.context or program.context, most)
         self._vocab = program.vocab
-        host_only = jax.default_backend() == "cpu"
-        alone = options.batch_invariant
-        self._ticks = options.ticks or (1 if host_only or alone else TICKS)
+        host_only, alone = jax.default_backend() == "cpu", options.batch_invariant
+        self._ticks = options.ticks or (1 if host_only or alone or not options.graphs else TICKS)
         self._mixed = self._may_mix(program) and not alone if options.mixed is None else options.mixed
         self._overlap = not host_only if options.overlap is None else options.overlap
         self._tables = self._page_tables(program)
@@ -100,7 +99,7 @@ class Engine:
         self._builder = TickBuilder(self._tables, options.rows, options.sizes, self._ticks)
         room = functools.partial(Layout, page_size=options.page_size, slots=options.rows)
         layouts = [room(pages=table.pool.pages) for table in self._tables] or [room(pages=1)]
-        self._stepper = Stepper(program, layouts, options.rows, options.debug)
+        self._stepper = Stepper(program, layouts, options.rows, options.debug, options.graphs)
         self.scheduler.compactor.ask = self._stepper.share_out
         self._flight: Flight | None = None
         self._warm: set[Way] = set()

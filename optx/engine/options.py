@@ -33,6 +33,9 @@ class EngineOptions:
     ticks: int | None = None  # decode ticks a dispatch while nothing waits; None: 16, on a CPU 1
     mixed: bool | None = None  # chunks of prompts and decodes in one tick; None: on accelerators
     overlap: bool | None = None  # plan and dispatch the next tick while the device runs one; None: on accelerators
+    # On NVIDIA GPUs ticks run as CUDA graphs. False: kernel by kernel, one tick a dispatch; on Hopper each comes up while the one
+    # before it ends. Faster for steps of few large kernels, slower for many small ones: see the README.
+    graphs: bool = True
     prefix_cache: bool = True  # keys and values stay while there is room, for prompts that begin alike
     max_waiting: int | None = None  # requests that may wait beyond those for which a row is free; None: any number
     speculate: Speculation | None = None  # drafts, several of them verified in a tick; answers stay the same

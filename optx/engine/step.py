@@ -25,7 +25,6 @@ from optx.errors import LoweringError
 # On GPUs the steps of a dispatch run as one CUDA graph, the loop of several ticks included: left out, every tick of it waits
 # for the host (4.0 ms in place of 3.6 for 8 billion int4 weights at batch 1 on an H100).
 COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_command_buffer": COMMANDS}}  # by platform
 
 # Integers between the starts of packed parts: XLA hands kernels pointers into the vector, and those of Pallas Mosaic GPU
 # take buffers at multiples of 256 bytes only.
@@ -43,6 +42,7 @@ class Program(Protocol):
     def merge(self, leaves): ...
 
     def checkified(self, function: Callable) -> Callable: ...  # -> (checkify error, result), values checked
+    def traced(self, function: Callable) -> Callable: ...  # of a step that runs as no CUDA graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,10 +116,10 @@ class Stepper:
     Caches are flat arrays between ticks: a tree of packed pools costs a millisecond of comparing formats a call.
     """
 
-    def __init__(self, program: Program, layouts: Sequence[Layout], rows: int, debug: bool = False):
-        """debug: every tick also checks its page tables on the device and raises where they are wrong."""
+    def __init__(self, program: Program, layouts: Sequence[Layout], rows: int, debug=False, graphs=True):
+        """debug: ticks check their page tables on the device too and raise where they are wrong; graphs: as in EngineOptions."""
         self.program, self._layouts, self._rows = program, layouts, rows
-        self._debug = debug
+        self._debug, self._graphs = debug, graphs
         self._caches, self._treedef = jax.tree.flatten(program.plan.init(layouts))
         self._state = self._fresh_rows()
         self._all_tokens: dict[int, jax.Array] = {}  # masks that forbid nothing, by rows
@@ -169,13 +169,18 @@ class Stepper:
         if key not in self._ticks:
             step = functools.partial(_ticks, self.program.merge, self._treedef, *key)
             checked = _checked(self.program.checkified(step)) if self._debug else None
-            options = COMPILER_OPTIONS.get(jax.default_backend())
-            self._ticks[key] = checked or jax.jit(step, donate_argnums=(1, 2), compiler_options=options)
+            self._ticks[key] = checked or self._jitted(step)
         if way == "full":
             self.track_seen()
         rows = self._state if way == "full" else dataclasses.replace(self._state, seen=None)
         masks = self._masks(tick) if way == "full" else None
         return self._ticks[key], (self.program.leaves, self._caches, rows, packed, tick.sampling, masks)
+
+    def _jitted(self, step: Callable) -> Callable:
+        options = {"xla_gpu_enable_command_buffer": COMMANDS if self._graphs else ""}
+        options = options if jax.default_backend() == "gpu" else None
+        step = step if self._graphs else self.program.traced(step)
+        return jax.jit(step, donate_argnums=(1, 2), compiler_options=options)
 
     def _fresh_rows(self) -> "Rows":
         carried = self.program.carries if isinstance(self.program, Drafted) else None

@@ -1,6 +1,10 @@
-"""Modules of Mosaic GPU, imported when a kernel is traced: they take half a second, and a row's `supports` needs none."""
+"""Modules of Mosaic GPU, imported when a kernel is traced: they take half a second, and a row's `supports` needs none; and how
+kernels of Hopper follow each other."""
 
+import contextvars
+import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 
@@ -41,3 +45,45 @@ def by_row():
 def by_token():
     """Layout of a number a column of it."""
     return plgpu.Layout.WGMMA.reduce(0)
+
+
+_overlapped = contextvars.ContextVar("kernels are launched one by one and come up early", default=False)
+
+
+def overlapped(function: Callable) -> Callable:
+    """`function`, in whose trace kernels of Hopper come up while those before them end (`dependent`), and products ask for their
+    weights even before that: nothing in it writes any. What was traced before it, by other functions, stays as it is."""
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        before = _overlapped.set(True)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _overlapped.reset(before)
+
+    return traced
+
+
+def overlapping() -> bool:
+    return _overlapped.get()
+
+
+def dependent(body: Callable, *, waits: bool = False, **kwargs) -> Callable:
+    """`plgpu.kernel`; where kernels overlap its blocks come up while the kernel before it ends, and wait for all that it wrote:
+    programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch and Synchronization"). In a CUDA graph
+    of XLA nothing comes of it but its instructions.
+
+    waits: the body calls `griddepcontrol_wait` itself, before it reads others' results and before it writes.
+    """
+    if not overlapping():
+        return plgpu.kernel(body, **kwargs)
+
+    @functools.wraps(body)
+    def begun(*refs, **scratch):
+        plgpu.griddepcontrol_launch_dependents()
+        if not waits:
+            plgpu.griddepcontrol_wait()
+        return body(*refs, **scratch)
+
+    return plgpu.kernel(begun, **kwargs)

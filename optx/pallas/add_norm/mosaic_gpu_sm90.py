@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optx.errors import LoweringError
-from optx.pallas.late import plgpu, scalar
+from optx.pallas.late import dependent, plgpu, scalar
 from optx.pallas.threads_sm90 import Threads, across
 
 OP = "add_norm"
@@ -104,7 +104,7 @@ def _run(plan: Plan, parts, weight):
         token(*refs, lax.axis_index("block"))
 
     out = jax.ShapeDtypeStruct((plan.tokens, plan.width), jnp.dtype(plan.dtype))
-    return plgpu.kernel(
+    return dependent(
         body,
         out_type=(out,) * count,
         scratch_types=[plgpu.SMEM((plan.threads // WARP,), jnp.float32)],

@@ -24,7 +24,7 @@ from jaxlib.mlir import ir
 from optx.errors import LoweringError
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
-from optx.pallas.late import llvm, mgpu, plgpu, vector
+from optx.pallas.late import dependent, llvm, mgpu, plgpu, vector
 from optx.pallas.tiles import tuned
 
 ROWS = 64  # query rows of a warpgroup: the M of a wgmma
@@ -259,7 +259,7 @@ def _run(call: _Call, q, k, v, sink_logits, valid, segments, scales=None):
     else:  # as many bytes a warpgroup for results as for queries
         scratch["qo_smem"] = plgpu.RefUnion(shared(*q_shape), shared(*o_shape))
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
-    out, lse = plgpu.kernel(
+    out, lse = dependent(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((*q.shape[:3], value_dim), call.dtype),

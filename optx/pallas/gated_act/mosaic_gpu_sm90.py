@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optx.errors import LoweringError
-from optx.pallas.late import plgpu, scalar
+from optx.pallas.late import dependent, plgpu, scalar
 from optx.pallas.threads_sm90 import Threads
 
 OP = "gated_act"
@@ -83,7 +83,7 @@ def _run(plan: Plan, parts):
 
         chunk(*refs, lax.axis_index("block"))
 
-    return plgpu.kernel(
+    return dependent(
         body,
         out_type=jax.ShapeDtypeStruct((plan.tokens, plan.width), jnp.dtype(plan.dtype)),
         grid=(-(-plan.chunks // THREADS),),

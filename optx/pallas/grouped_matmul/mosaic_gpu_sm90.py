@@ -17,7 +17,7 @@ from optx.formats import Int
 from optx.pallas.grouped_matmul import packed_sm90, reference
 from optx.pallas.grouped_matmul.packed_sm90 import Experts, PackedTiles, packed_tiles_for, relayout
 from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table, table_bytes
-from optx.pallas.late import plgpu
+from optx.pallas.late import dependent, plgpu
 from optx.tensor import QTensor
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -159,7 +159,7 @@ def _dense(x, w, sizes, *, tiles: Tiles):
     x_smem = plgpu.SMEM(shape, x.dtype, transforms=tiled)
     if tiles.alias:  # the same bytes as rows, which copies take at any offset of x, and as the tiles of matrix units
         x_smem = plgpu.RefUnion(plgpu.SMEM(shape, x.dtype, transforms=(swizzle,)), x_smem)
-    kernel = plgpu.kernel(
+    kernel = dependent(
         functools.partial(_dense_body, tiles=tiles),
         out_type=jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype),
         grid=(tiles.grid,),

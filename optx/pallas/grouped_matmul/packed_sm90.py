@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from optx.formats import Float8, Int
 from optx.pallas.grouped_matmul import registers_sm90 as registers
 from optx.pallas.grouped_matmul.schedule_sm90 import BLOCKS, WIDE, Schedule, store_rows, table, table_bytes
-from optx.pallas.late import plgpu
+from optx.pallas.late import dependent, plgpu
 from optx.pallas.quant_matmul import mosaic_gpu_sm90_fragments as fragments
 from optx.tensor import Arranged, QTensor
 
@@ -291,7 +291,7 @@ def packed(x, w: Experts, sizes, *, tiles: PackedTiles):
         tiles.registers
     ):  # the same bytes as rows, which copies take at any offset of x, and as the tiles of matrix units
         x_smem = plgpu.RefUnion(plgpu.SMEM(shape, x.dtype, transforms=(swizzle,)), x_smem)
-    kernel = plgpu.kernel(
+    kernel = dependent(
         functools.partial(_body, plan=plan, has_zero=has_zero),
         out_type=jax.ShapeDtypeStruct((x.shape[0], f), x.dtype),
         grid=(tiles.grid,),

@@ -31,7 +31,7 @@ from optx.cache import Ragged
 from optx.errors import LoweringError
 from optx.pallas.attention.page_formats import cache_reason
 from optx.pallas.attention.reference import Mask
-from optx.pallas.late import by_row, by_token, plgpu
+from optx.pallas.late import by_row, by_token, dependent, plgpu
 from optx.tensor import is_qtensor
 
 ROWS = 64  # rows of a program: the M of a Hopper matmul
@@ -548,7 +548,7 @@ def _attend(plan: _Plan, q, pool, table, lengths, items, limits, *extra):
     else:
         shapes = ((q.shape[0], plan.rank), q.dtype), ((q.shape[0],), jnp.float32)
     cluster = {"cluster": (2,), "cluster_names": ("pair",)} if plan.tiles.cluster else {}
-    kernel = plgpu.kernel(
+    kernel = dependent(
         functools.partial(_kernel, plan),
         out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         scratch_types=_scratch(plan, q.dtype),
@@ -611,7 +611,7 @@ def _merge(plan: _Plan, tokens: int, dtype, parts, sums, items, sink):
                 lse_g[to] = lse
 
     logits = [] if sink is None else [sink.astype(jnp.float32) * LOG2E]
-    out, lse = plgpu.kernel(
+    out, lse = dependent(
         body,
         out_type=[
             jax.ShapeDtypeStruct((tokens * plan.heads, wide), dtype),

@@ -47,7 +47,7 @@ from optx.pallas.attention.words_sm90 import rounded as _rounded
 from optx.pallas.attention.words_sm90 import spread as _spread
 from optx.pallas.attention.words_sm90 import store as _store
 from optx.pallas.attention.words_sm90 import times as _times
-from optx.pallas.late import arith, fragmented, launch_context, llvm, plgpu, scalar, scf, utils, vector
+from optx.pallas.late import arith, dependent, fragmented, launch_context, llvm, plgpu, scalar, scf, utils, vector
 from optx.tensor import is_qtensor
 
 OP = "paged_decode"
@@ -525,7 +525,7 @@ def _attend(plan: Plan, q, pools, aux):
         "q_s": plgpu.SMEM((t.wgs, plan.staged), jnp.int32),
     }
     parts = plan.workers + plan.units
-    return plgpu.kernel(
+    return dependent(
         functools.partial(_attend_body, plan, len(pools), len(aux), per, piece),
         out_type=(
             jax.ShapeDtypeStruct((parts, plan.kept, plan.head_dim), jnp.float32),
@@ -1645,7 +1645,7 @@ def _merge(plan: Plan, parts, marks, offsets, sink_logits):
         merge(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, lax.axis_index("part"), first + unit, count)
 
     shape = (plan.batch, plan.queries, plan.heads)
-    return plgpu.kernel(
+    return dependent(
         body,
         out_type=(
             jax.ShapeDtypeStruct((*shape, plan.head_dim), jnp.dtype(plan.dtype)),
@@ -1779,7 +1779,7 @@ def _scores(plan: Plan, q, pools, positions, table, lengths, q_positions, lse):
         "q_s": plgpu.SMEM((t.wgs, plan.staged), jnp.int32),
     }
     shape = (plan.batch, plan.slots, plan.kv_heads)
-    return plgpu.kernel(
+    return dependent(
         functools.partial(_scores_body, plan, len(sources), per, piece),
         out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
         grid=(t.sms,),

@@ -20,7 +20,7 @@ from jaxlib.mlir import ir
 from optx import tensor
 from optx.errors import LoweringError
 from optx.formats import Float4, Float8, Format, Int, fp4
-from optx.pallas.late import arith, fragmented, llvm, plgpu, utils, vector
+from optx.pallas.late import arith, dependent, fragmented, llvm, overlapping, plgpu, utils, vector
 from optx.pallas.quant_matmul.mosaic_gpu_sm90_fragments import BLOCK, WORDS, Fragments, relayout
 from optx.tensor import QTensor
 
@@ -66,6 +66,7 @@ class Plan:
     depth: int  # D
     strips: int  # F / 64, rounded up
     zero: bool = False
+    ahead: bool = False  # weights are asked for before the kernel before this one has ended
 
     @property
     def grouped(self) -> bool:
@@ -383,28 +384,39 @@ def _body(*refs, plan: Plan):
         def produce(first, row, column):
             strips = pl.ds(column * tiles.strips, tiles.strips)
 
-            def load(k, _):
+            def load(k, _, weights=True, activations=True):
                 slot = lax.rem(first + k, tiles.stages)
+                if weights:
 
-                @pl.when(first + k >= tiles.stages)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
+                    @pl.when(first + k >= tiles.stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
 
                 k += rank * steps
                 copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
+                if activations:
+                    copy(x.at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(k * plan.step, plan.step)], x_smem)
+                if not weights:
+                    return
                 if plan.kind == "bf16":
                     outputs = pl.ds(column * (tiles.strips * BLOCK), tiles.strips * BLOCK)
                     copy(codes.at[pl.ds(k * plan.step, plan.step), outputs], w_smem)
                 else:
                     copy(codes.at[strips, pl.ds(k * plan.words, plan.words)], w_smem)
-                copy(x.at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(k * plan.step, plan.step)], x_smem)
                 group = lax.div(k * plan.step, plan.group)
                 if plan.grouped:
                     copy(scale.at[strips, pl.ds(group, plan.scales)], s_smem)
                 if plan.zero:
                     copy(zero.at[strips, pl.ds(group, plan.scales)], z_smem)
 
-            lax.fori_loop(0, steps, load, None)
+            if not plan.ahead:
+                lax.fori_loop(0, steps, load, None)
+                return
+            ahead = jnp.where(first == 0, min(tiles.stages, steps), 0)
+            lax.fori_loop(0, ahead, functools.partial(load, activations=False), None)
+            pl.when(first == 0)(plgpu.griddepcontrol_wait)
+            lax.fori_loop(0, ahead, functools.partial(load, weights=False), None)
+            lax.fori_loop(ahead, steps, load, None)
 
         each_item(produce)
 
@@ -550,8 +562,9 @@ def _call(x, *w, rows: int, plan: Plan):
     narrow = min(tiles.rows, 32)
     partial = (plgpu.TilingTransform((8, narrow)), plgpu.SwizzleTransform(4 * narrow))
     cluster = {"cluster": (tiles.split,), "cluster_names": ("part",)} if tiles.split > 1 else {}
-    kernel = plgpu.kernel(
+    kernel = dependent(
         functools.partial(_body, plan=plan),
+        waits=plan.ahead,
         out_type=jax.ShapeDtypeStruct((rows, plan.strips * BLOCK), x.dtype),
         grid=(tiles.grid // tiles.split,),
         grid_names=("block",),
@@ -606,12 +619,14 @@ def quant_matmul(
             tensor.quantize(x, activations, axis=-1)
         )  # XLA drops a conversion to fp8 and back
         x = codes.dequantize()
+    ahead = isinstance(w, Fragments) and overlapping()
     w = w if isinstance(w, Fragments) else relayout(w)
     d, f = w.shape
     if x.size == 0:
         return jnp.zeros((*x.shape[:-1], f), x.dtype)
     tiles = tiles or tiles_for(x.size // d, w)
-    return _rows(x, *(part for part in (w.data, w.scale, w.zero, w.outer) if part is not None), plan=plan_for(w, tiles))
+    plan = dataclasses.replace(plan_for(w, tiles), ahead=ahead)
+    return _rows(x, *(part for part in (w.data, w.scale, w.zero, w.outer) if part is not None), plan=plan)
 
 
 def dense_matmul(x: jax.Array, w: jax.Array, *, tiles: Tiles | None = None):
@@ -624,7 +639,8 @@ def dense_matmul(x: jax.Array, w: jax.Array, *, tiles: Tiles | None = None):
             f"D and F in multiples of {BLOCK}"
         )
     tiles = tiles or _dense(rows, d // BLOCK, f // BLOCK)
-    return _rows(x, w, plan=Plan(tiles=tiles, kind="bf16", bits=16, group=d, depth=d, strips=f // BLOCK))
+    facts = {"group": d, "depth": d, "strips": f // BLOCK, "ahead": overlapping()}
+    return _rows(x, w, plan=Plan(tiles=tiles, kind="bf16", bits=16, **facts))
 
 
 def _dense(rows: int, steps: int, outputs: int) -> Tiles:

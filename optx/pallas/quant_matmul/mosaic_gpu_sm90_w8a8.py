@@ -20,7 +20,7 @@ from jax import lax
 
 from optx.errors import LoweringError
 from optx.formats import Float8, Format, Int
-from optx.pallas.late import plgpu
+from optx.pallas.late import dependent, plgpu
 from optx.tensor import Arranged, QTensor, is_qtensor, leaf_bytes
 
 DTYPES = ("bfloat16", "float16")  # of x
@@ -413,7 +413,7 @@ def _kernel(m, d, f, q_dtype, w_dtype, plan):
 
     swizzle = width * plan.out.itemsize
     slots = stages if blocks else 2
-    return plgpu.kernel(
+    return dependent(
         body,
         # Not as narrow as a piece: a copy of whole rows is taken for one run of memory, and one past the last column
         # then lands in the next row.
@@ -503,7 +503,7 @@ def _round_rows(x, *, format_):
             q_ref[row, pl.ds(i * chunk, chunk)] = _codes(part, inverse, format_)
 
     dtype = format_.dtype if isinstance(format_, Float8) else jnp.int8
-    codes, scale = plgpu.kernel(
+    codes, scale = dependent(
         body,
         out_type=(jax.ShapeDtypeStruct((m, d), dtype), jax.ShapeDtypeStruct((m,), jnp.float32)),
         grid=(m,),

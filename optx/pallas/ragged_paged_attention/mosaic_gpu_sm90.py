@@ -32,7 +32,7 @@ from optx.pallas.attention import words_sm90 as w
 from optx.pallas.attention.page_formats import Pages, pages_of, streams_of, unpacked
 from optx.pallas.attention.reference import Mask
 from optx.pallas.attention.words_sm90 import Codes
-from optx.pallas.late import arith, by_row, by_token, plgpu, utils
+from optx.pallas.late import arith, by_row, by_token, dependent, plgpu, utils
 from optx.tensor import is_qtensor
 
 OP = "ragged_paged_attention"
@@ -624,7 +624,7 @@ def _attend(plan: Plan, q, pools, per_token, units, cuts, table, extra):
     parts = t.sms + plan.kv_heads * plan.decodes
     rows = plan.kv_heads * (KEPT * plan.decodes + COMPUTE * ROWS * plan.chunks)
     kernel = _Kernel(plan, len(per_token), width, ring)
-    return plgpu.kernel(
+    return dependent(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, dtype),
@@ -1489,7 +1489,7 @@ def _merge(plan: Plan, out, lse, parts, units, cuts, sinks):
                 merge(unit, wg, block, last - first + 1, part, number)
 
     out, lse = jax.new_ref(out), jax.new_ref(lse)
-    plgpu.kernel(
+    dependent(
         body,
         out_type=(),
         scratch_types=[plgpu.SMEM((KEPT, h), dtype)],

@@ -28,7 +28,7 @@ from optx.errors import LoweringError
 from optx.formats import Format
 from optx.formats.codebook import centroids
 from optx.pallas.attention.page_formats import Pages, pages_of
-from optx.pallas.late import plgpu, scalar
+from optx.pallas.late import dependent, plgpu, scalar
 from optx.pallas.rotate_append.reference import rotate, rotate_keys, separate
 from optx.pallas.threads_sm90 import Threads, across
 from optx.tensor import is_qtensor
@@ -258,7 +258,7 @@ def _run(plan: Plan, inputs, leaves):
         head(tuple(refs), out, lax.axis_index("block"))
 
     refs = [jax.new_ref(pool) for pool in pools]
-    out = plgpu.kernel(
+    out = dependent(
         body,
         out_type=jax.ShapeDtypeStruct((plan.tokens, plan.heads, plan.head_dim), jnp.dtype(plan.dtype)),
         grid=(-(-plan.tokens * plan.units // WARPS),),

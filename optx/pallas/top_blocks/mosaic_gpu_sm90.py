@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optx.pallas.late import plgpu, scalar
+from optx.pallas.late import dependent, plgpu, scalar
 from optx.pallas.threads_sm90 import Threads, across
 from optx.pallas.top_blocks import reference
 
@@ -82,7 +82,7 @@ def _run(plan: Plan, scores):
         row(scores, out, sums, lax.axis_index("block"))
 
     padded = jnp.pad(scores, ((0, 0), (0, plan.width - plan.blocks)), constant_values=-jnp.inf)
-    return plgpu.kernel(
+    return dependent(
         body,
         out_type=jax.ShapeDtypeStruct((plan.rows, plan.count), jnp.int32),
         scratch_types=[plgpu.SMEM((2 * plan.warps,), jnp.float32)],
