@@ -24,8 +24,8 @@ WEB = {"prometheus_client", "starlette", "uvicorn"}
 
 
 def serve(
-    model: str, *, weights, dtype, recipe, host, port, rows, context, budget, memory, max_waiting, prefix_cache, speculate,
-    compact_at, keep_turns, api_key, served_model_name, max_body_mb, timeout, step_limit, cors,
+    model: str, *, weights, dtype, recipe, host, port, rows, context, budget, memory, max_waiting, prefix_cache, graphs,
+    speculate, compact_at, keep_turns, api_key, served_model_name, max_body_mb, timeout, step_limit, cors,
 ) -> None:  # fmt: skip
     try:
         from optx.serve import server
@@ -48,6 +48,7 @@ def serve(
         memory=memory,
         max_waiting=max_waiting,
         prefix_cache=prefix_cache,
+        graphs=graphs,
         speculate=speculation(speculate),
     )
     engine.warm_up(*WAYS, progress=progress)
@@ -120,6 +121,13 @@ def verb(model_flags: tuple[Flag, ...], recipe: Flag) -> Verb:
                 help="requests that may wait; more are answered with 429",
             ),
             Flag(name="prefix_cache", kind=bool, default=True, help="keep the caches of prompts that others may share"),
+            Flag(
+                name="graphs",
+                kind=bool,
+                default=True,
+                help="on NVIDIA GPUs steps run as CUDA graphs; false: kernel by kernel, which is faster on Hopper where they are "
+                "few and large",
+            ),
             Flag(name="speculate", value="HOW", help="draft with: ngram (the text itself), mtp, or a smaller MODEL's path"),
             Flag(
                 name="compact_at",
