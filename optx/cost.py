@@ -207,7 +207,7 @@ def _part_read(spec: CacheSpec, context: int, tokens: int, index: Mapping[str, A
     if spec.select is not None:
         of_index = sum(map(spec.stream_bytes, spec.index))
         chosen = spec.select.chosen(context)
-        always = spec.select.stride or spec.select.share is not None  # compressed tokens and masks are read in any case
+        always = spec.select.stride or spec.select.masked  # compressed tokens and masks are read in any case
         scored = kept if kept > chosen or always else 0
         return of_index * scored + (_unit_bytes(spec) - of_index) * min(kept, tokens * chosen)
     if index is None:

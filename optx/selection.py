@@ -1,6 +1,7 @@
 """Which cached tokens a query reads, where it does not read all that it may see."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,27 +15,32 @@ class Selection:
     stride: int | None = None  # tokens; None: what blocks are chosen by is no token
     index: tuple[str, ...] = ()  # names of the streams that blocks are chosen by
     like: int | None = None  # the layer whose choice is taken; None: its own
-    share: float | None = (
-        None  # of tokens that a kv head sees beside the window: all are read, under a mask; None: no such mask
-    )
+    # Of all tokens those that a kv head keeps for every query, in blocks beside `blocks`; None: queries choose.
+    share: float | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Single tokens are kept: all are read, under a mask."""
+        return self.share is not None and self.block == 1
 
     def chosen(self, context: int) -> int:
-        """Most tokens of a context of `context` that are read as they were left."""
-        return context if self.share is not None else min(context, self.blocks * self.block + self.window)
+        """Most tokens of a context of `context` that are read as they were left; of those that are kept, as many as expected."""
+        if self.masked:
+            return context
+        kept = 0 if self.share is None else math.ceil(self.share * context)
+        return min(context, kept + self.blocks * self.block + self.window)
 
     def tokens(self, context: int) -> float:
-        if self.share is not None:
-            return context
-        compressed = context / self.stride if self.stride else 0
-        return min(context, compressed + self.blocks * self.block + self.window)
+        return min(context, self.chosen(context) + (context / self.stride if self.stride else 0))
 
     def ratio(self, context: int) -> float:
         """How many times fewer tokens than all."""
         return context / self.tokens(context)
 
     def __str__(self):
-        if self.share is not None:
+        if self.masked:
             return f"all under a mask of {self.share:.3g} by kv head and the {self.window} newest"
         unit = f" of {self.block}" if self.block > 1 else ""
+        unit += "" if self.share is None else f" and the {self.share:.3g} that a kv head keeps"
         chosen = "" if self.like is None else f" chosen by layer {self.like}"
         return f"{self.blocks}{unit}{chosen}" + (f" and the {self.window} newest" if self.window else "")

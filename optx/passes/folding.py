@@ -30,7 +30,7 @@ from optx.nn.nsa import NSA
 from optx.nn.rotated import Rotated
 from optx.nn.selecting import BlockMeans, Follower
 from optx.nn.ssm import Mamba2
-from optx.nn.token_router import TokenRouter
+from optx.nn.token_router import BlockRouter, TokenRouter
 from optx.registry import PassOptions, Seen
 
 # What of a part reads its input: children by name, '' for its own `weight` [..., D, F]; an absent child reads nothing.
@@ -46,6 +46,7 @@ READERS: Mapping[type, tuple[str, ...]] = {
     KeyIndexer: (),
     NSA: ("gate",),
     TokenRouter: ("router",),
+    BlockRouter: ("router",),
     MLA: ("q", "q_a", "kv_a", "indexer"),
     GroupedMLA: ("q", "kv_a", "key_norm"),
     InverseRMS: ("keys",),

@@ -12,7 +12,7 @@ from optx import ir
 from optx.errors import PassError
 from optx.nn.attention import Attention
 from optx.nn.mla import MLA
-from optx.nn.token_router import TokenRouter
+from optx.nn.token_router import BlockRouter, TokenRouter
 from optx.passes import head_moments as heads
 from optx.passes.selection import refusal, with_selector
 from optx.registry import Axis, Noted, PassOptions, SeenBlock, Site, Skipped, Stage, register
@@ -27,6 +27,8 @@ class Mosa(PassOptions):
     sparsity: float = 4.0  # a kv head keeps one token of so many, on calibration text
     window: int = 128  # newest tokens, always seen
     sinks: int = 4  # first tokens, always seen; 0: none
+    # Tokens that are kept or not together, a multiple of the page size: decodes then read what is kept and nothing else.
+    block: int = 1
 
     @property
     def needs(self):
@@ -43,10 +45,12 @@ def mosa(site: Site, attn: Attention | MLA, opt: Mosa) -> Attention | Noted | Sk
     attention that a token receives from beyond the window, of all query heads of the kv head, on x; healing lets the model learn
     to live with it and leaves it as it is. Differs from the paper: all queries are kept, and so are newest and first tokens,
     without which a model that was not trained so does not work (StreamingLLM, arXiv:2309.17453); what a head brings is not
-    multiplied by its score. Exact where window and sinks hold the context. A token's bytes grow by one a kv head: pages keep
-    tokens that nobody sees any more.
+    multiplied by its score. Exact where window and sinks hold the context.
+
+    With `block` whole blocks are kept, by the mean of x_s W + b over their tokens, and blocks with a token of window or sinks are
+    seen: decodes read pages of these alone. Single tokens lie among others in their pages, which are all read under a mask.
     """
-    if reason := refusal(site, attn, "mosa", {"window": opt.window}):
+    if reason := refusal(site, attn, "mosa", {"window": opt.window, "block": opt.block}):
         return Skipped(reason)
     if not 1 < opt.sparsity < 2**31:
         raise PassError(f"mosa: sparsity {opt.sparsity:g}; allowed: above 1 and below 2^31 tokens of which one is kept")
@@ -54,12 +58,14 @@ def mosa(site: Site, attn: Attention | MLA, opt: Mosa) -> Attention | Noted | Sk
         raise PassError(f"mosa: sinks {opt.sinks}; allowed: 0 to {2**31 - 1}")
     shape = {"kv_heads": attn.kv_heads, "window": opt.window, "sinks": opt.sinks, "share": 1 / opt.sparsity}
     dtype = attn.o.weight.get_value().dtype
-    selector = TokenRouter(attn.q.weight.get_value().shape[0], **shape, dtype=dtype)
+    kind = TokenRouter if opt.block == 1 else functools.partial(BlockRouter, block=opt.block)
+    selector = kind(attn.q.weight.get_value().shape[0], **shape, dtype=dtype)
     if not ir.is_abstract(attn):
         weight, bias = _fitted(site, attn, opt)
         router = ir.replace(selector.router, weight=jnp.asarray(weight, dtype), bias=jnp.asarray(bias, dtype))
         selector = ir.replace(selector, router=router)
-    return Noted(with_selector(attn, selector), NOTE)
+    chosen = with_selector(attn, selector)
+    return Noted(chosen, NOTE) if opt.block == 1 else chosen
 
 
 def _fitted(site: Site, attn: Attention, opt: Mosa) -> tuple[np.ndarray, np.ndarray]:
@@ -73,13 +79,16 @@ def _fitted(site: Site, attn: Attention, opt: Mosa) -> tuple[np.ndarray, np.ndar
             "hide none or one; set calibration: {context: N} in the recipe to more, or take a smaller window"
         )
     graph, state = nnx.split(attn)
-    run, parts = _received(graph, opt.window), []
+    run, parts, means = _received(graph, opt.window), [], []
     for x, ragged in calls:
         seen = slice(
             opt.sinks, length - opt.window
         )  # tokens that are not kept in any case, and that somebody sees from afar
         inputs, mass = (np.asarray(part, np.float64)[:, seen] for part in (ragged.pad(x), run(state, x, ragged)))
         parts.append((inputs.reshape(-1, inputs.shape[-1]), mass.reshape(-1, mass.shape[-1])))
+        skip = -opt.sinks % opt.block  # to the first whole block
+        blocks = inputs[:, skip : skip + (inputs.shape[1] - skip) // opt.block * opt.block]
+        means.append(blocks.reshape(-1, opt.block, inputs.shape[-1]).mean(1))
     x, y = (np.concatenate(part) for part in zip(*parts, strict=True))
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise PassError(f"mosa at {site.path}: NaN or Inf in its inputs or attention; look at the weights before it")
@@ -87,7 +96,12 @@ def _fitted(site: Site, attn: Attention, opt: Mosa) -> tuple[np.ndarray, np.ndar
     gram = centred.T @ centred
     damped = gram + RIDGE * max(np.trace(gram) / len(gram), np.finfo(float).tiny) * np.eye(len(gram))
     weight = np.linalg.solve(damped, centred.T @ (y - y.mean(0)))
-    return weight, -np.quantile(x @ weight, 1 - 1 / opt.sparsity, axis=0)
+    if not sum(map(len, means)):
+        raise PassError(
+            f"mosa at {site.path}: calibration texts of {length} tokens hold no block of {opt.block} beside a window of "
+            f"{opt.window} and {opt.sinks} sinks; set calibration: {{context: N}} in the recipe to more, or take a smaller block"
+        )
+    return weight, -np.quantile(np.concatenate(means) @ weight, 1 - 1 / opt.sparsity, axis=0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -26,7 +26,7 @@ from optx.nn.nsa import NSA
 from optx.nn.rotated import Orthogonal, RotatedBlock
 from optx.nn.selecting import BlockMeans, Follower
 from optx.nn.ssm import Mamba2
-from optx.nn.token_router import TokenRouter
+from optx.nn.token_router import BlockRouter, TokenRouter
 from optx.registry import Axis, Noted, PassOptions, Site, Skipped, Stage, register
 
 
@@ -97,6 +97,7 @@ PORTS: Mapping[type[nnx.Module], Ports] = {
     KeyIndexer: Ports(),
     NSA: Ports(reads=("gate",)),
     TokenRouter: Ports(reads=("router",)),
+    BlockRouter: Ports(reads=("router",)),
     MLA: Ports(reads=("q", "q_a", "kv_a"), writes=("o",), inside=("indexer",)),
     GroupedMLA: Ports(reads=("q", "kv_a"), writes=("o",), inside=("key_norm",)),
     InverseRMS: Ports(reads=("keys",)),

@@ -35,6 +35,8 @@ from optx.recipe import Calibration, Recipe
 from optx.target import TARGETS
 
 SMALL = Mosa(sparsity=4, window=4, sinks=1)
+BLOCKS = Mosa(sparsity=2, window=4, sinks=1, block=4)
+RULES = pytest.mark.parametrize("rule", [SMALL, BLOCKS], ids=["tokens", "blocks"])
 TEXT = Calibration(windows=6, context=40)
 
 
@@ -49,54 +51,60 @@ def inputs(length, seed=0):
     return np.random.default_rng(seed).normal(size=(length, families.D)).astype(np.float32)
 
 
-def kept(attn, x):
-    """bool[T, K] by the threshold, in float64."""
+def kept(attn, x, block=1):
+    """bool[T, K] by the threshold, in float64; of the last block, which is not whole, anything."""
     router = attn.select.router
     weight, bias = (np.asarray(part.get_value(), np.float64) for part in (router.weight, router.bias))
-    return x @ weight + bias > 0
+    scores = x @ weight + bias
+    means = np.stack([scores[i : i + block].mean(0) for i in range(0, len(x), block)])
+    return np.repeat(means > 0, block, axis=0)[: len(x)]
 
 
+@RULES
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_exact_where_window_and_sinks_hold_all(family):
+def test_exact_where_window_and_sinks_hold_all(family, rule):
     model, tokens = families.concrete(family), families.prompt(23)
-    want, tree = families.forward(model, tokens), compiled(family, Mosa(sparsity=4, window=22, sinks=1)).tree
+    want, tree = families.forward(model, tokens), compiled(family, dataclasses.replace(rule, window=22)).tree
     assert families.relative(families.forward(tree, tokens), want) < 1e-4
     assert families.relative(families.incremental(tree, tokens, (9, 1)), want) < 1e-4
-    assert families.relative(families.forward(compiled(family).tree, tokens), want) > 0.01
+    assert families.relative(families.forward(compiled(family, rule).tree, tokens), want) > 0.01
 
 
-def test_a_layer_equals_the_rule_written_out():
-    attn, x, out = compiled("qwen3").tree.layers[0].mixer, inputs(31), np.zeros((31, 4, 16))
+@RULES
+def test_a_layer_equals_the_rule_written_out(rule):
+    attn, x, out = compiled("qwen3", rule).tree.layers[0].mixer, inputs(31), np.zeros((31, 4, 16))
     q, k, v = (np.asarray(y, np.float64) for y in attn.turned(jnp.asarray(x), jnp.arange(31)))
-    mine = kept(attn, x)
+    mine, block = kept(attn, x, rule.block), np.arange(31) // rule.block
     assert 0 < mine.mean() < 1
     for at in range(31):
         for n in range(attn.heads):
-            head = n // (attn.heads // attn.kv_heads)
-            seen = [s for s in range(at + 1) if s > at - SMALL.window or s < SMALL.sinks or mine[s, head]]
+            head, near = n // (attn.heads // attn.kv_heads), block[max(0, at - rule.window + 1)]
+            seen = [s for s in range(at + 1) if block[s] >= near or block[s] * rule.block < rule.sinks or mine[s, head]]
             weights = np.exp(k[seen, head] @ q[at, n] * attn.scale)
             out[at, n] = weights / weights.sum() @ v[seen, head]
     found, _ = attn(jnp.asarray(x), Ragged.dense(1, 31), None)
     assert families.relative(found, out.reshape(31, -1) @ np.asarray(attn.o.weight.get_value(), np.float64)) < 1e-5
 
 
+@RULES
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_chunks_and_decodes_are_the_forward(family):
-    tree, tokens = compiled(family).tree, families.prompt(37)
+def test_chunks_and_decodes_are_the_forward(family, rule):
+    tree, tokens = compiled(family, rule).tree, families.prompt(37)
     want = families.forward(tree, tokens)
     assert families.relative(families.incremental(tree, tokens, (13, 1, 2, 9)), want) < 1e-5
 
 
 @functools.cache
-def greedy():
-    return selecting.greedy(compiled().tree)
+def greedy(rule):
+    return selecting.greedy(compiled(rule=rule).tree)
 
 
+@RULES
 @pytest.mark.parametrize("way", selecting.WAYS)
-def test_the_engine_answers_as_the_forward(way):
+def test_the_engine_answers_as_the_forward(way, rule):
     """Also what is drafted, taken back and written again, and prompts whose pages come from the prefix cache."""
-    engine = Engine(compiled().program, selecting.WAYS[way])
-    assert [selecting.answers(engine) for _ in range(2)] == [greedy()] * 2
+    engine = Engine(compiled(rule=rule).program, selecting.WAYS[way])
+    assert [selecting.answers(engine) for _ in range(2)] == [greedy(rule)] * 2
     assert engine.stats().prefix_hit_tokens > 0
 
 
@@ -122,6 +130,41 @@ def test_routers_keep_their_share_of_what_is_attended_to(sparsity):
         np.testing.assert_allclose(mine.mean(0), 1 / sparsity, atol=1.5 / len(mine))
         for head in range(2):
             assert np.log(far[mine[:, head], head]).mean() > np.log(far[~mine[:, head], head]).mean() + 0.1
+
+
+def test_blocks_keep_their_share():
+    """Of the whole blocks of calibration text between sinks and window: of 40 tokens those from the 4th to the 36th."""
+    windows = calibrated.windows(families.concrete("llama"), count=8, length=40)
+    tree, (record,) = calibrated.through(families.concrete("llama"), Recipe(attention=[BLOCKS]), windows)
+    assert not record.notes and record.needs_healing
+    first = tree.layers[0]
+    x = [np.asarray(first.norm(tree.embed(jnp.asarray(tokens[0]))), np.float64) for tokens in windows]
+    mine = np.concatenate([kept(first.mixer, row, 4)[4:36:4] for row in x])
+    assert mine.shape == (64, 2)
+    np.testing.assert_allclose(mine.mean(0), 1 / 2, atol=1.5 / 64)
+
+
+def test_a_decode_reads_lists_of_blocks():
+    """And as much as they say: of a token 256 B of keys and values in two layers, and a float32 for each of two kv heads in both,
+    of which all are read."""
+    tree = compiled(rule=BLOCKS).tree
+    assert {shape[0] for shape in selecting.lists_read(tree, 37)} == {2}, "a list a kv head"
+    seen = []
+
+    def note(run, *args, **kwargs):
+        if run.__name__ == "paged_attention" and "table" in kwargs:
+            seen.append(kwargs["lengths"])
+        return run(*args, **kwargs)
+
+    with dispatch.through(note), jax.disable_jit():
+        families.incremental(tree, families.prompt(37), (36, 1), page_size=4)
+    assert len(seen) == 2 and all(1 <= int(n) < 37 for lengths in seen for n in np.asarray(lengths).reshape(-1))
+    for context in (4, 1000):
+        chosen = min(context, context // 2 + 2 * 4)
+        assert step_bytes(tree, 1, context).kv == 256 * chosen + (16 * context if context > chosen else 0)
+    plain = optx.plan(families.abstract("llama", "bfloat16", head_dim=64), Recipe(attention=[Mosa(block=64)])).tree
+    sites = {site.op: site for site in plain.layers[0].mixer.op_sites()}
+    assert str(dispatch.select(sites["paged_decode"], TARGETS["h100"])) == "mosaic_gpu/sm90"
 
 
 def test_no_gradient_moves_a_router():
@@ -168,16 +211,20 @@ def test_with_passes_that_come_after_it(stages):
     assert families.relative(want, families.forward(plain, tokens)) < (0.05 if "cache" in stages else 1e-4)
 
 
-def test_reloaded(tmp_path):
+@RULES
+def test_reloaded(tmp_path, rule):
     folder, _ = families.hf_dir(tmp_path / "hf", "llama", add_bos=False)
-    recipe = Recipe(attention=[SMALL], calibration=TEXT)
+    recipe = Recipe(attention=[rule], calibration=TEXT)
     made, tokens = (
         optx.compile(optx.load(folder), recipe, calibration=healing.TEXT, measured=False),
         families.prompt(30),
     )
     again = optx.compile(optx.load(optx.export(made, tmp_path / "out")))
     np.testing.assert_array_equal(again.logits([tokens])[0], made.logits([tokens])[0])
-    assert "select: TokenRouter window=4 sinks=1 share=0.25" in ir.describe(again.tree)
+    said = (
+        "TokenRouter window=4 sinks=1 share=0.25" if rule is SMALL else "BlockRouter window=4 sinks=1 share=0.5 block=4"
+    )
+    assert f"select: {said}" in ir.describe(again.tree)
 
 
 def test_rows_decline_a_mask_by_head():
@@ -194,6 +241,7 @@ def test_rows_decline_a_mask_by_head():
         ({"window": 0}, "mosa: window 0; allowed: 1 to 2147483647"),
         ({"sparsity": 1.0}, "mosa: sparsity 1; allowed: above 1"),
         ({"sinks": -1}, "mosa: sinks -1; allowed: 0 to"),
+        ({"block": 0}, "mosa: block 0; allowed: 1 to 2147483647"),
     ],
     ids=str,
 )
@@ -208,6 +256,8 @@ def test_text_is_needed_and_long_enough():
         optx.compile(from_module(model, "tiny", families.tokenizer()), Recipe(attention=[SMALL]))
     with pytest.raises(PassError, match="texts of 32 tokens, of which a window of 31 and 1 sinks hide none or one"):
         calibrated.through(model, Recipe(attention=[Mosa(window=31, sinks=1)]))
+    with pytest.raises(PassError, match="texts of 32 tokens hold no block of 16 beside a window of 8 and 1 sinks"):
+        calibrated.through(model, Recipe(attention=[Mosa(window=8, sinks=1, block=16)]))
 
 
 @pytest.mark.parametrize(
