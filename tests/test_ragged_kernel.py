@@ -95,6 +95,7 @@ def scheduled(counts, lengths, **changes):
         ([40, 1, 1, 130, 0, 17], [140, 71, 301, 643, 0, 17]),
         ([1, 1, 1], [1, 5000, 129]),
         ([0, 700], [0, 4000]),
+        ([2048], [30000]),
         ([0, 0], [0, 0]),
     ],
 )
@@ -106,9 +107,16 @@ def test_schedule_gives_every_step_to_one_part(counts, lengths, sms):
     assert seen == {(t, h) for t in range(sum(counts)) for h in heads}
     done, first, last = {}, {}, {}
     for part in range(sms):
-        (unit, step, before), (stop, stop_step, after) = cuts[part], cuts[part + 1]
+        (unit, step, before, whole, waves, inside), (stop, stop_step, after, *_) = cuts[part], cuts[part + 1]
+        mine = [int(kernel._in_wave(whole, wave, part, sms)) for wave in range(waves)]
+        assert inside == sum(units[u, kernel.STEPS] for u in mine)
+        for u in mine:
+            assert u >= whole and u not in done and units[u, kernel.FROM] == units[u, kernel.UPTO]  # nothing to merge
+            done[u], first[u] = list(range(units[u, kernel.STEPS])), units[u, kernel.FROM]
+            last[u] = first[u]
         steps = 0
         while (unit, step) < (stop, stop_step):
+            assert unit < whole
             end = stop_step if unit == stop else units[unit, kernel.STEPS]
             done[unit] = [*done.get(unit, []), *range(step, end)]
             first.setdefault(unit, part)
@@ -131,6 +139,15 @@ def test_parts_cost_alike():
     decodes = cuts[:-1, 0] < 2 * 64
     assert steps[decodes].max() - steps[decodes].min() <= 4
     assert 20 < decodes.sum() < 80  # a share of the SMs streams pages while the others multiply
+
+
+def test_long_contexts_go_in_waves():
+    _, _, _, cuts, _ = scheduled([2048], [30000])
+    assert cuts[0, 4] == 0  # 64 tiles of 2 heads: less than a wave of 132
+    _, _, units, cuts, _ = scheduled([4096], [30000])
+    assert cuts[0, 4] == 1 and cuts[0, 3] == (units[:, kernel.STEPS] > 0).sum() - 132
+    for counts, lengths in (([4096], [4096]), ([4096, 1], [30000, 30000])):  # tiles that differ; decodes
+        assert scheduled(counts, lengths)[3][0, 4] == 0
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=name)

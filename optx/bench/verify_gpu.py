@@ -120,7 +120,7 @@ def summary(outcomes: list[Outcome]) -> str:
         by_row[outcome.op, outcome.row].append(outcome)
     lines = []
     for (op, row), mine in sorted(by_row.items()):
-        worst = max(mine, key=lambda o: o.error / o.tolerance if o.error == o.error else float("inf"))
+        worst = max(mine, key=lambda o: o.error / (o.tolerance or 1) if o.error == o.error else float("inf"))
         passed = sum(o.passed for o in mine)
         repeatable = all(o.repeatable for o in mine)
         lines.append([

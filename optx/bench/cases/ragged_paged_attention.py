@@ -186,6 +186,7 @@ CASES = (
         small=True,
     ),
     case("small_packed", [5, 1], [50, 70], kv_heads=1, format="int8", mask=Mask(lag=9, skip=5, block=8), small=True),
+    case("small_waves", [40], [600], heads=6, kv_heads=3, small=True),
     case("small_exact", [5, 1], [50, 3], kv_heads=1, mask=Mask(window=0, sinks=5), small=True),
     *(
         case(f"small_{name}", [5, 1], [50, 70], **NARROW, format=value, small=True, tolerance=MADE.get(name, 5e-3))
@@ -195,6 +196,7 @@ CASES = (
     case("small_fp8_static", [5, 1], [50, 70], kv_heads=1, format=Float8Static(), small=True),
     case("small_int8", [5, 1], [50, 70], kv_heads=1, format="int8_asym", small=True),
     *(case(f"page{size}", *MIXED, **LLAMA, page_size=size, padding=7) for size in (16, 32, 64, 128)),
+    case("waves", [600, 300], [4000, 3700], **LLAMA, page_size=64, padding=7),
     case("fp16", *MIXED, **LLAMA, page_size=64, dtype="float16"),
     case("window", *MIXED, **LLAMA, mask=SLIDING, gaps=True, softcap=20.0, sink_logits=_sinks),
     case("window_int4", *MIXED, **LLAMA, mask=SLIDING, gaps=True, sink_logits=_sinks, format="int4"),

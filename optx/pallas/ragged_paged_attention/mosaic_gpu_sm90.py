@@ -6,7 +6,10 @@ heads beside each other, 2 x 64 rows). The list, decodes first, is cut by cost i
 a chunk they hold 64 query rows each and take turns on the tensor cores, in a decode they halve the cached tokens. A
 third one copies pages through the page table by TMA, and widens packed ones to 16 bits. Where a cut falls inside a unit,
 and for decodes, partial results (weighted values, maximum, sum) leave the kernel; a second one merges them in a fixed
-order. Scales and zero points of packed pages act on logits and weights: q.(k - z)s = s(q.k - z sum(q)).
+order. Tiles of long contexts, where no row decodes, are first handed out whole, one to each SM at a time ("waves"): SMs then
+read the pages of few heads at once, which the L2 cache holds. In a chunk the softmax of a step runs beside the product with
+values of the step before, unless pages are packed or masks ask for positions. Scales and zero points of packed pages act on
+logits and weights: q.(k - z)s = s(q.k - z sum(q)).
 
 Sources: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), Stream-K (Osama et al. 2023, arXiv:2301.03598), Sarathi
 (Agrawal et al. 2023, arXiv:2308.16369) for decodes beside chunks.
@@ -49,6 +52,7 @@ PAGE_SIZES = (16, 32, 64, 128)
 GROUPS = 16  # query heads a kv head
 SPANS = (32, 64)  # tokens that share scales of channels
 UNIT = 32  # numbers of a token that a thread makes of codes at a time
+SUMS = 8  # columns of a row's running sum: the narrowest array in the layout of wgmma
 BOX = 256  # numbers a copy takes
 # Columns of the table of units.
 FACTS = 13
@@ -80,6 +84,7 @@ class Tiles:
     registers: tuple[int, int] = (232, 40)  # a thread of the warpgroups that compute, and of the one that copies
     turns: bool = True  # the two compute warpgroups alternate between tensor cores and softmax
     sms: int = SMS
+    waves: bool = True
     costs: Costs = Costs()
     whole: bool = False  # no unit is cut: its sums are taken in one order, whatever else is in the batch
     interpretable: bool = False  # weights reach the second product through shared memory: what the interpreter can run
@@ -144,6 +149,11 @@ class Plan:
     @property
     def packed(self) -> bool:
         return self.format != "dense"
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the softmax of a chunk's step runs beside the product with values of the step before."""
+        return not self.packed and not self.placed and not self.tiles.interpretable
 
     @property
     def made(self) -> bool:
@@ -418,8 +428,8 @@ def _plan(q, k_pool, v_pool, ragged, table, mask, scale, softcap, sink_logits, l
 
 
 def _schedule(plan: Plan, ragged: Ragged, lengths):
-    """-> units int32[units, 13] (columns above), cuts int32[sms + 1, 3] (unit, step in it, steps before), and for each
-    token and head where its row lies among the rows of all units: int32[T, N]."""
+    """-> units int32[units, 13] (columns above), cuts int32[sms + 1, 6] (unit, step in it, steps before; of waves their first
+    unit, how many, this SM's steps in them), and for each token and head where its row lies among those of all units: int32[T, N]."""
     block, tile, heads, mask = plan.tiles.block_kv, plan.tile, plan.kv_heads, plan.mask
     counts = ragged.counts.astype(jnp.int32)
     is_decode = counts == 1
@@ -456,9 +466,17 @@ def _schedule(plan: Plan, ragged: Ragged, lengths):
     steps = jnp.where(real, jnp.maximum(stop - skip, 1), 0)
 
     cost, unit_cost = _costs(plan, decode, steps)
-    each = jnp.where(real, steps * cost + unit_cost, 0)
-    ends, steps_until = _sums(jnp.stack([each, steps]))
-    cuts = _cuts(plan, heads * (n_decodes + n_chunks), ends, ends - each, cost, unit_cost, steps, steps_until - steps)
+    count = heads * (n_decodes + n_chunks)
+    longest, shortest = jnp.max(steps), jnp.min(jnp.where(real, steps, jnp.max(steps)))
+    alike = (n_decodes == 0) & (4 * shortest >= 3 * longest)
+    cut = count - jnp.where(
+        alike & plan.tiles.waves, count // plan.tiles.sms * plan.tiles.sms, 0
+    )  # units that may be cut
+    left = jnp.where(index < cut, steps, 0)
+    each = jnp.where(real & (index < cut), steps * cost + unit_cost, 0)
+    ends, steps_until = _sums(jnp.stack([each, left]))
+    cuts = _cuts(plan, cut, ends, ends - each, cost, unit_cost, left, steps_until - left)
+    cuts = jnp.concatenate([cuts, _waves(plan, cut, count, steps)], axis=1)
     # The first and the last part that a unit lies in.
     at, step = cuts[1:-1, 0], cuts[1:-1, 1]
     before = (at[None, :] < index[:, None]) | ((at[None, :] == index[:, None]) & (step[None, :] == 0))
@@ -524,6 +542,21 @@ def _cuts(plan: Plan, count, ends, starts, cost, unit_cost, steps, steps_before)
     total = steps_before[-1] + steps[-1]
     before = jnp.where(unit < count, steps_before[jnp.minimum(unit, plan.units - 1)] + step, total)
     return jnp.stack([unit, step, before], axis=1).astype(jnp.int32)
+
+
+def _waves(plan: Plan, cut, count, steps):
+    """Of the units from `cut` to `count`, whole ones: the first, the waves that they make, and steps by SM: int32[sms + 1, 3]."""
+    sms, part = plan.tiles.sms, jnp.arange(plan.tiles.sms + 1, dtype=jnp.int32)[:, None]
+    wave = jnp.arange(max(1, plan.units // sms), dtype=jnp.int32)[None, :]
+    unit = _in_wave(cut, wave, part, sms)
+    mine = jnp.sum(jnp.where((unit < count) & (part < sms), steps[jnp.minimum(unit, plan.units - 1)], 0), axis=1)
+    alike = [jnp.full((sms + 1,), x) for x in (cut, (count - cut) // sms)]
+    return jnp.stack([*alike, mine], axis=1).astype(jnp.int32)
+
+
+def _in_wave(first, wave, part, sms: int):
+    """The unit of a part in a wave; every other wave turns round, as units of a chunk grow along it."""
+    return first + wave * sms + jnp.where(_rem(wave, 2) == 0, part, sms - 1 - part)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -613,7 +646,7 @@ def _attend(plan: Plan, q, pools, per_token, units, cuts, table, extra):
         "v_full": plgpu.Barrier(num_arrivals=1 if plan.packed else plan.boxes, num_barriers=t.stages),
         "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=t.stages),
         "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=t.stages),
-        "turn": plgpu.Barrier(num_arrivals=COMPUTE),
+        "turn": plgpu.Barrier(num_barriers=COMPUTE) if plan.overlaps else plgpu.Barrier(num_arrivals=COMPUTE),
     }
     if plan.packed:
         codes = smem((t.raw, t.block_kv, plan.stored), pools[0].dtype, transforms=_tiling(plan.stored, 8))
@@ -678,7 +711,7 @@ class _Kernel:
         sinks = take(1)[0] if plan.sinks else None
         row_borders, borders = take(len(plan.borders)), take(len(plan.borders))
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
-        begin, end = ([cuts[sm + i, j] for j in range(3)] for i in range(2))
+        begin, end = ([cuts[sm + i, j] for j in range(6)] for i in range(2))
         where = _Where(self, units, sm, begin, end)
 
         @pl.when(wg < COMPUTE)
@@ -698,7 +731,7 @@ class _Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class _Where:
-    """The part of one SM: units from `begin` to `end`, each (unit, step in it, steps before)."""
+    """The part of one SM: its units in waves, then those from `begin` to `end`, rows of the cuts."""
 
     kernel: _Kernel
     units: Any
@@ -707,20 +740,34 @@ class _Where:
     end: list
 
     @property
-    def steps(self):
+    def waves(self):
+        return self.begin[4]
+
+    @property
+    def cut(self):
+        """Steps outside waves."""
         return self.end[2] - self.begin[2]
 
     @property
-    def stop(self):
-        """One past the last unit."""
-        some = (self.end[1] > 0) & (self.steps > 0)
-        return jnp.where(self.steps > 0, jnp.where(some, self.end[0] + 1, self.end[0]), self.begin[0])
+    def steps(self):
+        return self.begin[5] + self.cut
+
+    @property
+    def count(self):
+        """Units."""
+        some = (self.end[1] > 0).astype(jnp.int32)
+        return self.waves + jnp.where(self.cut > 0, self.end[0] + some - self.begin[0], 0)
+
+    def unit(self, n):
+        """The n-th unit."""
+        whole = _in_wave(self.begin[3], n, self.sm, self.kernel.plan.tiles.sms)
+        return jnp.where(n < self.waves, whole, self.begin[0] + n - self.waves)
 
     def span(self, unit, steps):
         """Steps [first, last) of a unit that belong to this part."""
         return (
             jnp.where(unit == self.begin[0], self.begin[1], 0),
-            jnp.where(unit == self.end[0], self.end[1], steps),
+            jnp.where((unit == self.end[0]) & (unit < self.begin[3]), self.end[1], steps),
         )
 
     def facts(self, unit, columns):
@@ -797,23 +844,20 @@ class _Copy:
         work = _make_plainly if plan.tiles.interpretable else _make_by_threads
         work(plan, getattr(plan, name), small, codes, to, left)
 
-    def unit(self, unit, first):
-        """Cursor: unit, step in it, end of its steps, whether a unit begins, head, length, skip, row of the table."""
+    def unit(self, n):
+        """Cursor: which unit, step in it, end of its steps, whether a unit begins, head, length, skip, row of the table."""
+        unit = self.where.unit(n)
         head, length, skip, listed, steps = self.where.facts(unit, (HEAD, LENGTH, SKIP, LISTED, STEPS))
-        end = self.where.span(unit, steps)[1]
-        return unit, first, end, jnp.int32(1), head, length, skip, listed
+        return n, *self.where.span(unit, steps), jnp.int32(1), head, length, skip, listed
 
     def first(self):
-        unit, step = self.where.begin[:2]
         none = jnp.int32(0)
-        return lax.cond(self.where.steps > 0, lambda: self.unit(unit, step), lambda: (unit, step, *[none] * 6))
+        return lax.cond(self.where.steps > 0, lambda: self.unit(none), lambda: (none,) * 8)
 
     def advance(self, cursor, t):
-        unit, step, end, _, *rest = cursor
+        n, step, end, _, *rest = cursor
         more = (step + 1 >= end) & (t + 1 < self.where.steps)
-        return lax.cond(
-            more, lambda: self.unit(unit + 1, jnp.int32(0)), lambda: (unit, step + 1, end, jnp.int32(0), *rest)
-        )
+        return lax.cond(more, lambda: self.unit(n + 1), lambda: (n, step + 1, end, jnp.int32(0), *rest))
 
     def pages(self, cursor):
         """Pages that hold the step's boxes; past the length: beyond the pool, where TMA gives zeros."""
@@ -834,7 +878,7 @@ class _Copy:
         @pl.when(cursor[3] == 1)
         def _():
             head, group = cursor[4], plan.group
-            token, decode = self.where.facts(cursor[0], (TOKEN, DECODE))
+            token, decode = self.where.facts(self.where.unit(cursor[0]), (TOKEN, DECODE))
             for c in range(plan.head_dim // self.kernel.width):
                 columns = pl.ds(c * self.kernel.width, self.kernel.width)
                 plgpu.barrier_wait(s["q_free"])
@@ -1044,8 +1088,11 @@ class _Compute:
             plgpu.barrier_arrive(s["k_free"].at[slot])
             plgpu.barrier_arrive(s["v_free"].at[slot])
         plgpu.barrier_arrive(s["q_free"])
+        if self.plan.overlaps:
+            pl.when(self.wg == COMPUTE - 1)(lambda: plgpu.barrier_arrive(s["turn"].at[0]))
 
-        def unit(unit, t):
+        def unit(n, t):
+            unit = self.where.unit(n)
             facts = self.where.facts(unit, range(FACTS))
             begin, end = self.where.span(unit, facts[STEPS])
             self.load_queries(facts[DECODE])
@@ -1053,8 +1100,10 @@ class _Compute:
             pl.when(facts[DECODE] == 0)(lambda: self.chunk(unit, facts, begin, end, t))
             return t + end - begin
 
-        lax.fori_loop(self.where.begin[0], self.where.stop, unit, jnp.int32(0))
+        lax.fori_loop(jnp.int32(0), self.where.count, unit, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+        if self.plan.overlaps:
+            pl.when(self.wg == 0)(lambda: plgpu.barrier_wait(s["turn"].at[0]))
 
     def load_queries(self, decode):
         parts = self.plan.head_dim // self.kernel.width
@@ -1280,23 +1329,19 @@ class _Compute:
         else:
             mine, whole = _div(length + block - 1, block), _div(length, block)
         mine = jnp.where(number > 0, jnp.clip(mine - skip, begin, end), begin)
-        whole = jnp.clip(whole - skip, begin, mine)
-        asking = [plgpu.load(x.at[facts[ITEM], wg], layout=by_row(), optimized=False) for x in self.row_borders]
-        step = functools.partial(
-            self.chunk_step,
-            length=length,
-            newest=newest,
-            skip=skip,
-            asking=asking,
-            q_sum=self.q_sum(),
-            offset=t - begin,
-        )
-        pl.when(wg == 1)(self.take_turn)
-        state = self.start()
-        state = lax.fori_loop(begin, whole, functools.partial(step, edge=False), state)
-        state = lax.fori_loop(whole, mine, functools.partial(step, edge=True), state)
-        lax.fori_loop(mine, end, functools.partial(self.pass_by, offset=t - begin), None)
-        pl.when(wg == 0)(self.take_turn)
+        whole = jnp.clip(whole - skip, begin, end if plan.overlaps else mine)
+        how = {"length": length, "newest": newest, "skip": skip, "offset": t - begin}
+        if plan.overlaps:
+            state = self.overlapped(begin, end, whole, **how)
+        else:
+            asking = [plgpu.load(x.at[facts[ITEM], wg], layout=by_row(), optimized=False) for x in self.row_borders]
+            step = functools.partial(self.chunk_step, q_sum=self.q_sum(), asking=asking, **how)
+            pl.when(wg == 1)(self.take_turn)
+            state = self.start()
+            state = lax.fori_loop(begin, whole, functools.partial(step, edge=False), state)
+            state = lax.fori_loop(whole, mine, functools.partial(step, edge=True), state)
+            lax.fori_loop(mine, end, functools.partial(self.pass_by, offset=t - begin), None)
+            pl.when(wg == 0)(self.take_turn)
         acc, top, total, zeros = state
         if plan.v_zero:
             acc = acc - _wide(zeros, acc.shape, 0)
@@ -1331,13 +1376,7 @@ class _Compute:
         logits = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
         given = self.vectors(now, 0, plan.boxes)
         plgpu.barrier_arrive(s["k_free"].at[slot])
-        seen = None
-        if edge:
-            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, shape, layout=plgpu.Layout.WGMMA)
-            bound = length - 1
-            if plan.mask.causal:
-                bound = jnp.minimum(_div(iota(0), plan.group) + newest, bound)
-            seen = iota(1) + first <= bound
+        seen = self.reached(first, length, newest) if edge else None
         if plan.placed:
             near = self.near(given, asking, shape)
             seen = near if seen is None else seen & near
@@ -1354,6 +1393,91 @@ class _Compute:
         acc = self.multiply(acc, weights, s["v_s"].at[slot], "p_s")
         plgpu.barrier_arrive(s["v_free"].at[slot])
         return acc, top, total, zeros
+
+    def reached(self, first, length, newest):
+        """Which of a step's cached tokens, from `first` on, a chunk's queries see by their order alone."""
+        bound = jnp.full((ROWS,), length - 1 - first, jnp.int32)
+        if self.plan.mask.causal:
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row())
+            bound = jnp.minimum(_div(row, self.plan.group) + (newest - first), bound)
+        shape = (ROWS, self.plan.tiles.block_kv)
+        at = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+        return at <= _wide(plgpu.layout_cast(bound, by_row()), shape, 0)
+
+    def overlapped(self, begin, end, whole, *, length, newest, skip, offset):
+        """Steps of a chunk: Q K of one and P V of the one before are in flight together, its softmax waits for the first alone.
+
+        Both warpgroups take all steps; from `whole` on, queries of this one do not see all."""
+        plan, s, wg = self.plan, self.s, self.wg
+        block, shape = plan.tiles.block_kv, (ROWS, plan.tiles.block_kv)
+        slot_of = lambda i: _rem(i + offset, plan.tiles.stages)  # noqa: E731
+        first_of = lambda i: self.kernel.block(i, skip) * block  # noqa: E731
+        take = lambda: plgpu.barrier_wait(s["turn"].at[wg])  # noqa: E731
+        pass_on = lambda: plgpu.barrier_arrive(s["turn"].at[COMPUTE - 1 - wg])  # noqa: E731
+
+        def keys_of(i):
+            # A wait between the softmax and the wait for P V: ptxas would pull the latter before the softmax.
+            pl.when(i < end)(lambda: plgpu.barrier_wait(s["k_full"].at[slot_of(i)]))
+
+        def weights(logits, i, top, total):
+            given = self.vectors(i + offset, 0, plan.boxes)
+            plgpu.barrier_arrive(s["k_free"].at[slot_of(i)])
+
+            logits = self.logits(logits, given, None, None)
+            seen = functools.partial(self.reached, first_of(i), length, newest)
+            logits = lax.cond(i >= whole, lambda x: jnp.where(seen(), x, -jnp.inf), lambda x: x, logits)
+            higher = jnp.maximum(top, logits.max(axis=1) * self.rate)
+            shrink = jnp.exp2(top - higher)
+            found = jnp.exp2(logits * self.rate - _wide(higher, shape, 0))
+            sums = [found[:, at : at + SUMS] for at in range(0, block, SUMS)]  # of what a thread holds
+            while len(sums) > 1:
+                sums = [functools.reduce(operator.add, sums[n : n + 2]) for n in range(0, len(sums), 2)]
+            return found, shrink, higher, total * _wide(shrink, total.shape, 0) + sums[0]
+
+        def only_keys(ref):
+            plgpu.wgmma(ref, self.q_me, s["k_s"].at[slot_of(begin)].T)
+            pass_on()
+            return ref[...]
+
+        acc, top, _, _ = self.start()
+        total = plgpu.layout_cast(jnp.zeros((ROWS, SUMS), jnp.float32), plgpu.Layout.WGMMA)
+        keys_of(begin)
+        take()
+        logits = pl.run_scoped(only_keys, plgpu.ACC(shape, jnp.float32))
+        found, _, top, total = weights(logits, begin, top, total)
+        keys_of(begin + 1)
+
+        def step(i, state):
+            acc, found, top, total = state
+            before = slot_of(i - 1)
+
+            def products(refs):
+                logits_ref, acc_ref, shrink_ref, next_ref, top_ref, total_ref = refs
+                plgpu.wgmma(logits_ref, self.q_me, s["k_s"].at[slot_of(i)].T)
+                plgpu.barrier_wait(s["v_full"].at[before])
+                plgpu.wgmma(acc_ref, found, s["v_s"].at[before])
+                pass_on()
+                logits = lax.optimization_barrier(plgpu.wgmma_accumulator_load(logits_ref, wait_n=1))
+                new, shrink, top_ref[...], total_ref[...] = weights(logits, i, top_ref[...], total_ref[...])
+                next_ref[...], shrink_ref[...] = lax.optimization_barrier((new, shrink))
+                keys_of(i + 1)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(s["v_free"].at[before])
+
+            take()  # before the zeros: without a wait between, ptxas has the first wgmma ignore its accumulator instead
+            none = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+            start = plgpu.ACC.init(none), plgpu.ACC.init(acc), top, none, top, total
+            _, acc, shrink, new, top, total = pl.run_state(products)(start)
+            acc = lax.optimization_barrier(acc) * _wide(shrink, acc.shape, 0)
+            return acc, new.astype(plan.dtype), top, total
+
+        acc, found, top, total = lax.fori_loop(begin + 1, end, step, (acc, found.astype(plan.dtype), top, total))
+        slot = slot_of(end - 1)
+        plgpu.barrier_wait(s["v_full"].at[slot])
+        self.clear(slot, length - first_of(end - 1))
+        acc = self.multiply(acc, found, s["v_s"].at[slot], "p_s")
+        plgpu.barrier_arrive(s["v_free"].at[slot])
+        return acc, top, jnp.sum(total, axis=1), jnp.int32(0)
 
     def pass_by(self, i, _, *, offset, turns=True):
         """Lets a step of the other warpgroup pass."""
