@@ -429,7 +429,8 @@ def _plan(q, k_pool, v_pool, ragged, table, mask, scale, softcap, sink_logits, l
 
 def _schedule(plan: Plan, ragged: Ragged, lengths):
     """-> units int32[units, 13] (columns above), cuts int32[sms + 1, 6] (unit, step in it, steps before; of waves their first
-    unit, how many, this SM's steps in them), and for each token and head where its row lies among those of all units: int32[T, N]."""
+    unit, how many, this SM's steps in them), and where the row of each token and head lies among those of all units: int32[T, N].
+    """
     block, tile, heads, mask = plan.tiles.block_kv, plan.tile, plan.kv_heads, plan.mask
     counts = ragged.counts.astype(jnp.int32)
     is_decode = counts == 1
