@@ -32,6 +32,7 @@ class Oscar(RotatedKV):
     value_clip: float = 0.92  # the same for values
     first: int = 64  # tokens of a sequence that stay exact; calibration leaves them out
     recent: int = 256  # newest tokens that stay exact
+    context: int | None = None  # over which positions of the text are spread; None: its windows', which must be as long as prompts
 
     @property
     def needs(self):
@@ -69,7 +70,7 @@ def oscar(site: Site, attn: Attention, opt: Oscar) -> Attention | Noted | Skippe
         return rotated_kv(site, attn, opt, rope, lambda w: w)
     if not isinstance(site.seen, SeenBlock) or not site.seen.inputs:
         raise PassError(f"oscar at {site.path}: no statistics of its inputs; compile with calibration text")
-    queries, read, kept = covariances(site, attn, opt.first)
+    queries, read, kept = covariances(site, attn, opt.first, opt.context)
     if opt.balanced:
         group = opt.group or attn.head_dim
         found = zip(*(balanced(*each, group) for each in zip(kept, queries, strict=True)), strict=True)
@@ -119,14 +120,19 @@ def bit_reversed(d: int) -> list[int]:
     return sorted(range(d), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
 
 
-def covariances(site: Site, attn: Attention, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def covariances(
+    site: Site, attn: Attention, first: int, context: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """E[q q^T] of the queries of each kv head, float64[K, H, H], C_V, float64[H, H], and E[k k^T] of each head [K, H, H], over
-    tokens behind the `first` of each window.
+    tokens behind the `first` of each window. context: windows are moved to places between 0 and there, as rotary embeddings
+    turn the slow numbers of a head further in long sequences than in short ones.
 
     Raises: PassError for too few tokens, and for numbers that are none.
     """
-    inputs = [(x, ragged.positions) for x, ragged, _ in site.seen.inputs]
-    tokens = sum(int(jnp.sum(at >= first)) for _, at in inputs)
+    places = [np.asarray(ragged.positions) for _, ragged, _ in site.seen.inputs]
+    moved = _spread(places, context)
+    inputs = [(x, jnp.asarray(at), at_ >= first) for (x, *_), at, at_ in zip(site.seen.inputs, moved, places, strict=True)]
+    tokens = sum(int(seen.sum()) for *_, seen in inputs)
     if tokens < (need := LEAST * attn.head_dim):
         raise PassError(
             f"oscar at {site.path}: {tokens:,} tokens of calibration text behind the first {first} of a window, for covariances "
@@ -134,7 +140,7 @@ def covariances(site: Site, attn: Attention, first: int) -> tuple[np.ndarray, np
             "(windows, context)"
         )
     graph, state = nnx.split(attn)
-    queries, values = _sums_of(graph, first)
+    queries, values = _sums_of(graph)
     gram = sum(np.asarray(queries(state, *each), np.float64) for each in inputs)
     gram /= tokens * (attn.heads // attn.kv_heads)
     sums = [values(state, jnp.asarray(gram, jnp.float32), *each) for each in inputs]
@@ -147,24 +153,36 @@ def covariances(site: Site, attn: Attention, first: int) -> tuple[np.ndarray, np
     return found
 
 
+def _spread(places: list[np.ndarray], context: int | None) -> list[np.ndarray]:
+    """Positions of windows, each from 0 on, moved so that the windows lie evenly between 0 and `context`."""
+    ends = np.cumsum([np.sum(at == 0) for at in places])
+    room = max(0, (context or 0) - max(int(at.max()) + 1 for at in places))
+    moved = []
+    for at, end in zip(places, ends, strict=True):
+        window = np.cumsum(at == 0) - 1 + end - np.sum(at == 0)
+        moved.append((at + window * room // max(1, int(ends[-1]) - 1)).astype(np.int32))
+    return moved
+
+
 @functools.lru_cache(maxsize=64)
-def _sums_of(graph, first: int):
-    """(state, x, positions) -> sum of q q^T by kv head [K, H, H]; (state, E[q q^T], x, positions) -> of w v v^T, w, k k^T."""
+def _sums_of(graph):
+    """(state, x, positions, which count bool[T]) -> sum of q q^T by kv head [K, H, H]; (state, E[q q^T], ..) -> of w v v^T, w,
+    k k^T."""
     outer = functools.partial(jnp.einsum, precision="highest")
 
-    def parts(state, x, at):
+    def parts(state, x, at, seen):
         attn = nnx.merge(graph, state)
         q, k, v = (part.astype(jnp.float32) for part in attn.turned(x, at))
         q = q.reshape(len(x), attn.kv_heads, -1, attn.head_dim)
-        seen = (at >= first)[:, None]
+        seen = seen[:, None]
         return q * seen[..., None, None], k, v, seen
 
-    def queries(state, x, at):
-        q, *_ = parts(state, x, at)
+    def queries(state, x, at, seen):
+        q, *_ = parts(state, x, at, seen)
         return outer("tkgh,tkgi->khi", q, q)
 
-    def values(state, gram, x, at):
-        _, k, v, seen = parts(state, x, at)
+    def values(state, gram, x, at, seen):
+        _, k, v, seen = parts(state, x, at, seen)
         w = seen * jnp.maximum(outer("tkh,khi,tki->tk", k, gram, k), 0)
         return outer("tk,tkh,tki->khi", w, v, v), w.sum(0), outer("tk,tkh,tki->khi", 1.0 * seen, k, k)
 
