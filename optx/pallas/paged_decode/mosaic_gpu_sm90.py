@@ -4,9 +4,9 @@ The tiles of all (row, kv head) units form one list that is cut into equal parts
 lengths and small batches keep every SM busy. A part that covers several units, or a piece of one, leaves a partial
 result (weighted values, maximum, sum) for each; a second kernel merges them in a fixed order. Query heads of a kv head and
 query tokens are the 16 rows of mma.m16n8k16, whose operands a warp makes in registers from what lies in the pages: codes
-become 16-bit numbers there. Scales and zero points of tokens act on logits and probabilities: q.(k - z)s = s(q.k - z
-sum(q)), and sum_j w_j z_j leaves the output, w = p s; those of groups of numbers, or of channels over some tokens (KIVI, Liu et
-al. 2024, arXiv:2402.02750), make numbers of the codes first. Codes of a codebook are looked up in registers.
+become 16-bit numbers there. Scales and zero points of tokens act on logits and probabilities: of k = s c + m, c the code less the
+middle one, q.k = s q.c + m sum(q), and sum_j p_j m_j joins the output; those of groups of numbers, or of channels over some
+tokens (KIVI, Liu et al. 2024, arXiv:2402.02750), make numbers of the codes first. Codes of a codebook are looked up in registers.
 
 The split follows Stream-K (Osama et al. 2023, arXiv:2301.03598); the online softmax FlashAttention-2 (Dao 2023,
 arXiv:2307.08691); the bit tricks of the codes Kim et al. 2022, arXiv:2211.10017.
@@ -58,6 +58,7 @@ SHARED = 224 * 1024  # bytes of the 227 KB of a block that tiles may take
 SHARE = 4 * 4 * 128  # numbers that the warps of a warpgroup exchange at a time
 REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}  # by warpgroups: of each, of the one that copies
 LOG2E = math.log2(math.e)
+SLACK = 8.0  # powers of 2 that a weight may exceed 1 by before rows take a new maximum
 NONE = 1 << 30  # more entries than there can be
 FEW = 8  # lengths up to which kernels make the offsets of units themselves
 HEAD_DIMS, PAGES, GROUPS, QUERIES = (64, 128, 256), (16, 32, 64, 128), 16, 8
@@ -797,11 +798,6 @@ def _exp2(x):
     return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=x.type)
 
 
-def _code_of_0(least, scale):
-    inverse = utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", scale, result_types=scale.type)
-    return arith.mulf(arith.negf(least), inverse)
-
-
 def _below(a, b):
     """0 <= a < b for b >= 0."""
     return arith.cmpi(arith.CmpIPredicate.ult, a, b)
@@ -848,9 +844,11 @@ class _Warps:
         self.columns = size // self.swizzle
         self.numbers = plan.head_dim // self.columns  # of a row of an SMEM tile
         self.outs = plan.head_dim // 8  # accumulators of the output
-        self.state = 4 * self.outs + 6  # and rows' maxima, sums, sums of zero points
+        self.halves = 1 if plan.kept <= 8 else 2  # of the 16 rows: of few, rows g + 8 are nobody's
+        self.state = 4 * self.outs + 3 * self.halves  # and rows' maxima, sums, sums of what middle codes stand for
         self.staged = plan.staged > 128  # q waits in SMEM: it would not fit in registers
-        self.asked = 6 + (0 if self.staged else plan.head_dim // 4)  # words of q; rows' limits, positions, sums of q
+        # Words of q; rows' limits, positions, sums of q.
+        self.asked = 3 * self.halves + (0 if self.staged else plan.head_dim // 4)
         self.kind = "f16" if plan.dtype == "float16" else "bf16"
 
     # Thread and places
@@ -1166,7 +1164,8 @@ class _Warps:
     def empty(self):
         @plgpu.inline_mgpu(return_type=_threadwise(self.state, jnp.float32))
         def make(_):
-            values = [_f32(0.0)] * (4 * self.outs) + [_f32(-math.inf)] * 2 + [_f32(0.0)] * 4
+            n = self.halves
+            values = [_f32(0.0)] * (4 * self.outs) + [_f32(-math.inf)] * n + [_f32(0.0)] * (2 * n)
             return _array(values, jnp.float32)
 
         return make()
@@ -1199,6 +1198,8 @@ class _Warps:
                     for chunk in range(2 * share // 16):
                         mine += _load(q, _add(byte, 16 * chunk), i32, 4)
                 words.append([self.fresh(w) for w in self.query_operands(mine)])
+                if len(words) > self.halves:
+                    continue
                 base = _times(row, plan.queries * 4)
                 asked = [_load(qpos, _add(base, 4 * i), i32)[0] for i in range(plan.queries)]
                 own = asked[0]
@@ -1271,29 +1272,37 @@ class _Warps:
             state = _values(state)
             q, limits, positions, sums = self.answers(_values(asked), staged)
             outs = [state[4 * i : 4 * i + 4] for i in range(self.outs)]
-            top, total, zeros = (state[4 * self.outs + 2 * i : 4 * self.outs + 2 * i + 2] for i in range(3))
+            top, total, zeros = self.of_rows(state[4 * self.outs :])
             small = dict(zip(plan.small, small, strict=True))
             numbers = self.by_token(small)
             places, own = self.located(self.places(token))
             logits = self.logits(k, q, sums, small)
             self.mask_(logits, numbers, places, limits, positions, sums, own)
-            p, top, total, zeros, alpha = self.softmax(logits, numbers, places, length, top, total, zeros)
-            outs = self.values(v, p, self.decay(outs, alpha), places, length, small)
+            ahead = self.value_pairs(v, 0, places, length, small) if self.bits <= 4 else None
+            outs, top, total, zeros = self.rebased(logits, outs, top, total, zeros)
+            p, total, zeros = self.softmax(logits, numbers, places, length, top, total, zeros)
+            outs = self.values(v, p, outs, places, length, small, ahead)
             self.release(barriers, slot)
             return _array([x for out in outs for x in out] + top + total + zeros, jnp.float32)
 
         return make(buffers, self.barriers, q_s, asked, state, [token, length, slot, step])
 
+    def of_rows(self, values):
+        """Three numbers of each of the thread's rows."""
+        return [values[self.halves * i : self.halves * (i + 1)] for i in range(3)]
+
     def heights(self, lse_g, row, head):
         """What the exponents of a thread's rows are taken against; infinite where a row counts for nothing."""
         plan = self.plan
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar(), scalar()), return_type=_threadwise(2, jnp.float32))
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), scalar(), scalar()), return_type=_threadwise(self.halves, jnp.float32)
+        )
         def make(_, lse, row, head):
             row, head, f32 = row.registers.item(), head.registers.item(), ir.F32Type.get()
             self.thread()
             found = []
-            for local in self.rows():
+            for local in self.rows()[: self.halves]:
                 at = arith.minui(local, _i32(plan.rows - 1))
                 query, member = arith.divui(at, _i32(plan.group)), arith.remui(at, _i32(plan.group))
                 place = _add(_times(_add(_times(row, plan.queries), query), plan.heads), _times(head, plan.group))
@@ -1316,7 +1325,7 @@ class _Warps:
                 blocks,
                 [plgpu.RefType()] * 3,
                 _threadwise_layout(self.asked),
-                _threadwise_layout(2),
+                _threadwise_layout(self.halves),
                 [scalar()] * 5,
             ),
             return_type=(),
@@ -1343,8 +1352,8 @@ class _Warps:
                 heights = _values(heights)
                 for j, tile in enumerate(logits):
                     for e in range(2):
-                        p = [_exp2(arith.subf(tile[2 * r + e], heights[r])) for r in range(2)]
-                        sums[j][e] = arith.addf(*p)
+                        p = [_exp2(arith.subf(tile[2 * r + e], height)) for r, height in enumerate(heights)]
+                        sums[j][e] = functools.reduce(arith.addf, p)
                         for distance in (4, 8, 16):
                             sums[j][e] = arith.addf(sums[j][e], utils.shfl_bfly(sums[j][e], distance))
             leads = arith.cmpi(arith.CmpIPredicate.eq, self.g, _i32(0))
@@ -1362,7 +1371,7 @@ class _Warps:
         """What `ask` found: operands of q by product, rows' limits, positions and sums of q."""
         count = 0 if self.staged else self.plan.head_dim // 8
         words = [asked[:count], asked[count : 2 * count]]
-        limits, positions, sums = (asked[2 * count + 2 * i : 2 * count + 2 * i + 2] for i in range(3))
+        limits, positions, sums = self.of_rows(asked[2 * count :])
         i32 = ir.IntegerType.get_signless(32)
         q = [
             _load(staged, self.staged_at(s), i32, 4) if self.staged else self.left(words, s)
@@ -1390,10 +1399,17 @@ class _Warps:
             if name[:2] not in ("k_", "v_") or streams[name[0]].by_token
         }
         for x, stream in streams.items():
-            if stream.zero == "least" and stream.by_token:
-                both = zip(found[f"{x}_zero"], found[f"{x}_scale"], strict=True)
-                found[f"{x}_zero"] = [[_code_of_0(*each) for each in zip(*pair, strict=True)] for pair in both]
+            if stream.by_token and stream.zero:
+                both = zip(found.pop(f"{x}_zero"), found[f"{x}_scale"], strict=True)
+                found[f"{x}_middle"] = [
+                    [self.middle(stream, *each) for each in zip(*pair, strict=True)] for pair in both
+                ]
         return found
+
+    def middle(self, stream: Pages, zero, scale):
+        """What the code stands for that is multiplied as 0."""
+        shift = _f32(self.plan.shift)
+        return _fma(shift, scale, zero) if stream.zero == "least" else arith.mulf(arith.subf(shift, zero), scale)
 
     def key_steps(self, j: int, small, before):
         """What makes numbers of the codes of keys 8 j .. 8 j + 7; before: of the last eight."""
@@ -1409,7 +1425,7 @@ class _Warps:
         found, steps = [], None
         start = [_f32(0.0)] * 4
         if self.plan.k.by_token and self.plan.format in FEW_BITS:  # keys are code + 128
-            start = [arith.mulf(sums[r], _f32(-128.0 - self.plan.shift)) for r in (0, 0, 1, 1)]
+            start = [arith.mulf(sums[r], _f32(-128.0 - self.plan.shift)) for r in (0, 0, -1, -1)]
         for j in range(self.mine // 8):
             steps = self.key_steps(j, small, steps)
             b = self.key_operands(self.read(k, self.group(j), self.g, 4, self.c), steps)
@@ -1422,17 +1438,17 @@ class _Warps:
     def mask_(self, logits, numbers, places, limits, positions, sums, own=None):
         """Scales logits (in powers of 2), and sets those that a row does not see to -inf, in place. own: of `located`."""
         plan = self.plan
+        sums = [arith.mulf(x, _f32(plan.scale * LOG2E)) for x in sums]
         for j, tile in enumerate(logits):
             for e in range(2):
-                factor = _f32(plan.scale * LOG2E)
+                factor, middle = _f32(plan.scale * LOG2E), numbers["k_middle"][j][e] if "k_middle" in numbers else None
                 for name in ("k_scale", "logit_scale"):
                     factor = arith.mulf(factor, numbers[name][j][e]) if name in numbers else factor
-                for r in range(2):
+                if middle is not None and "logit_scale" in numbers:
+                    middle = arith.mulf(middle, numbers["logit_scale"][j][e])
+                for r in range(self.halves):
                     x = tile[2 * r + e]
-                    if "k_zero" in numbers:
-                        away = arith.subf(_f32(plan.shift), numbers["k_zero"][j][e])
-                        x = _fma(sums[r], away, x)
-                    x = arith.mulf(x, factor)
+                    x = arith.mulf(x, factor) if middle is None else _fma(x, factor, arith.mulf(sums[r], middle))
                     if plan.softcap is not None:  # c tanh(x / c) = c - 2 c / (1 + exp(2 x / c))
                         cap = plan.softcap * LOG2E
                         grown = arith.addf(_exp2(arith.mulf(x, _f32(2 / plan.softcap))), _f32(1.0))
@@ -1448,69 +1464,80 @@ class _Warps:
                     seen = seen if own is None else arith.andi(seen, own[j][e][r])
                     tile[2 * r + e] = _choose(seen, x, _f32(-math.inf))
 
+    def rebased(self, logits, outs, top, total, zeros):
+        """The state as it is, most often; multiplied anew where a logit exceeds what exponents are taken against (`top`) by so
+        much that weights would grow beyond 2^SLACK."""
+        n, high = self.halves, []
+        for r in range(n):
+            high.append(functools.reduce(arith.maxnumf, [tile[2 * r + e] for tile in logits for e in range(2)]))
+        above = [
+            arith.cmpf(arith.CmpFPredicate.OGT, x, arith.addf(y, _f32(SLACK))) for x, y in zip(high, top, strict=True)
+        ]
+        i32 = ir.IntegerType.get_signless(32)
+        above = arith.extui(i32, functools.reduce(arith.ori, above))
+        ptx = "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
+        moved = utils.inline_ptx(ptx, above, result_types=i32, convergent=True, has_side_effects=True)
+        flat = [x for out in outs for x in out]
+        state = [*top, *total, *zeros, *flat]
+        condition = arith.cmpi(arith.CmpIPredicate.ne, moved, _i32(0))
+        branch = scf.IfOp(condition, [x.type for x in state], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            new = [arith.maxnumf(top[r], self.across(high[r], arith.maxnumf)) for r in range(n)]
+            alpha = [_exp2(arith.subf(top[r], _finite_base(new[r]))) for r in range(n)]
+            sums = [arith.mulf(x, alpha[r % n]) for r, x in enumerate(total + zeros)]
+            decayed = [arith.mulf(x, alpha[i % 4 // 2]) if i % 4 // 2 < n else x for i, x in enumerate(flat)]
+            scf.yield_([*new, *sums, *decayed])
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(state)
+        (*state,) = branch.results
+        top, total, zeros = self.of_rows(state[: 3 * n])
+        return [state[i : i + 4] for i in range(3 * n, len(state), 4)], top, total, zeros
+
     def softmax(self, logits, numbers, places, length, top, total, zeros):
-        """-> first operands of the product with values, and rows' (maximum, sum, zero points, decay)."""
-        plan = self.plan
-        f32 = ir.F32Type.get()
-        new, alpha, base = [], [], []
-        for r in range(2):
-            mine = [tile[2 * r + e] for tile in logits for e in range(2)]
-            high = functools.reduce(arith.maxnumf, mine)
-            new.append(arith.maxnumf(top[r], self.across(high, arith.maxnumf)))
-            base.append(_finite_base(new[r]))
-            alpha.append(_exp2(arith.subf(top[r], base[r])))
-        total = [arith.mulf(total[r], alpha[r]) for r in range(2)]
-        zeros = [arith.mulf(zeros[r], alpha[r]) if "v_zero" in numbers else zeros[r] for r in range(2)]
+        """-> first operands of the product with values, rows' sums, and of what middle codes of values stand for."""
+        i32 = ir.IntegerType.get_signless(32)
+        base, total, zeros = [_finite_base(x) for x in top], list(total), list(zeros)
         words = []
         for j, tile in enumerate(logits):
             real = [_less(at, length) for at in places[j]]
-            for r in range(2):
+            # Past the length they may be NaN.
+            scales, middles = (
+                [_choose(real[e], numbers[name][j][e], _f32(0.0)) for e in range(2)] if name in numbers else None
+                for name in ("v_scale", "v_middle")
+            )
+            for r in range(self.halves):
                 p = [_exp2(arith.subf(tile[2 * r + e], base[r])) for e in range(2)]
                 total[r] = arith.addf(total[r], arith.addf(*p))
-                if "v_scale" in numbers:  # past the length a scale may be NaN
-                    scales = [_choose(real[e], numbers["v_scale"][j][e], _f32(0.0)) for e in range(2)]
+                if middles is not None:
+                    zeros[r] = _fma(p[1], middles[1], _fma(p[0], middles[0], zeros[r]))
+                if scales is not None:
                     p = [arith.mulf(p[e], scales[e]) for e in range(2)]
                 ptx = f"cvt.rn.{self.kind}x2.f32 $0, $1, $2;"
-                word = utils.inline_ptx(ptx, p[1], p[0], result_types=ir.IntegerType.get_signless(32))
-                words.append(word)
-                if "v_zero" in numbers:
-                    kept = [arith.shli(word, _i32(16)), _and(word, 0xFFFF0000)]
-                    for e in range(2):
-                        zero = _choose(real[e], numbers["v_zero"][j][e], _f32(0.0))
-                        away = arith.subf(zero, _f32(plan.shift))
-                        zeros[r] = _fma(utils.bitcast(kept[e], f32), away, zeros[r])
-        return words, new, total, zeros, alpha
+                words.append(utils.inline_ptx(ptx, p[1], p[0], result_types=i32))
+            words += [_i32(0)] * (2 - self.halves)
+        return words, total, zeros
 
-    def decay(self, outs, alpha):
-        """Outputs times alpha, skipped where no row of the warp has a new maximum, which is most often."""
-        ptx = "{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3F800000; setp.neu.or.f32 p, $2, 0f3F800000, p; "
-        ptx += "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
-        i32 = ir.IntegerType.get_signless(32)
-        moved = utils.inline_ptx(ptx, *alpha, result_types=i32, convergent=True, has_side_effects=True)
-        flat = [x for out in outs for x in out]
-        branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ne, moved, _i32(0)), [x.type for x in flat], has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            scf.yield_([arith.mulf(x, alpha[i % 4 // 2]) for i, x in enumerate(flat)])
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_(flat)
-        flat = list(branch.results)
-        return [flat[i : i + 4] for i in range(0, len(flat), 4)]
+    def value_pairs(self, v, s: int, places, length, small):
+        """Second operands of the products with values 16 s .. 16 s + 15."""
+        tokens = []
+        for j in (2 * s, 2 * s + 1):
+            for e in range(2):
+                row = _add(_times(self.c, 2), e)
+                words = self.read(v, self.group(j), row, 8, self.g)
+                if self.plan.format == "dense":  # past the length may lie NaN, and 0 * NaN is NaN
+                    mask = _choose(_less(places[j][e], length), _i32(0xFFFFFFFF), _i32(0))
+                    words = [arith.andi(w, mask) for w in words]
+                tokens.append(words)
+        steps = [self.value_steps(j, small, places, length) for j in (2 * s, 2 * s + 1)]
+        first, second = self.value_operands(*tokens[:2], steps[0]), self.value_operands(*tokens[2:], steps[1])
+        return list(zip(first, second, strict=True))
 
-    def values(self, v, p, outs, places, length, small):
+    def values(self, v, p, outs, places, length, small, ahead=None):
+        """ahead: the first `value_pairs`, made while logits were waited for."""
         for s in range(self.mine // 16):
-            tokens = []
-            for j in (2 * s, 2 * s + 1):
-                for e in range(2):
-                    row = _add(_times(self.c, 2), e)
-                    words = self.read(v, self.group(j), row, 8, self.g)
-                    if self.plan.format == "dense":  # past the length may lie NaN, and 0 * NaN is NaN
-                        mask = _choose(_less(places[j][e], length), _i32(0xFFFFFFFF), _i32(0))
-                        words = [arith.andi(w, mask) for w in words]
-                    tokens.append(words)
-            steps = [self.value_steps(j, small, places, length) for j in (2 * s, 2 * s + 1)]
-            first, second = self.value_operands(*tokens[:2], steps[0]), self.value_operands(*tokens[2:], steps[1])
+            pairs = self.value_pairs(v, s, places, length, small) if s or ahead is None else ahead
             a = p[4 * s : 4 * s + 4]  # rows g and g + 8 of eight tokens, then of the next eight
-            outs = [self.multiply(out, a, b) for out, *b in zip(outs, first, second, strict=True)]
+            outs = [self.multiply(out, a, b) for out, b in zip(outs, pairs, strict=True)]
         return outs
 
     def value_steps(self, j: int, small, places, length):
@@ -1532,19 +1559,21 @@ class _Warps:
             self.thread()
             part, state, f32 = part.registers.item(), _values(state), ir.F32Type.get()
             outs = [state[4 * i : 4 * i + 4] for i in range(self.outs)]
-            top, total, zeros = (state[4 * self.outs + 2 * i : 4 * self.outs + 2 * i + 2] for i in range(3))
+            top, total, zeros = self.of_rows(state[4 * self.outs :])
             total = [self.across(x, arith.addf) for x in total]
             if plan.zeroed(plan.v):
                 zeros = [self.across(x, arith.addf) for x in zeros]
-                outs = [[arith.subf(x, zeros[i // 2]) for i, x in enumerate(out)] for out in outs]
-            rows = self.rows()
+                outs = [[arith.addf(x, zeros[min(i // 2, self.halves - 1)]) for i, x in enumerate(out)] for out in outs]
+            rows = self.rows()[: self.halves]
             kept = [_less(row, _i32(plan.kept)) for row in rows]
             leads = arith.cmpi(arith.CmpIPredicate.eq, self.c, _i32(0))
             if self.token_warps > 1:
                 top, total, factors = self.exchange(top_s, top, total, rows, leads)
-                outs = [[arith.mulf(x, factors[i // 2]) for i, x in enumerate(out)] for out in outs]
+                outs = [
+                    [arith.mulf(x, factors[min(i // 2, self.halves - 1)]) for i, x in enumerate(out)] for out in outs
+                ]
                 leads = arith.andi(leads, arith.cmpi(arith.CmpIPredicate.eq, self.token_warp, _i32(0)))
-            for r in range(2):
+            for r in range(self.halves):
                 at = _add(_times(part, 2 * plan.kept * 4), _times(rows[r], 4))
                 when = arith.andi(leads, kept[r])
                 _store(marks, at, [top[r]], when)
@@ -1555,7 +1584,7 @@ class _Warps:
 
             def store(i, values):
                 """Accumulator i of the output: numbers i % share of the shares of two threads' columns."""
-                for k, x in enumerate(values):
+                for k, x in enumerate(values[: 2 * self.halves]):
                     r, e = divmod(k, 2)
                     column = _add(_times(_add(_times(self.c, 2), e), share), 0)
                     if isinstance(i, int):
@@ -1595,14 +1624,14 @@ class _Warps:
     def exchange(self, top_s, top, total, rows, leads):
         """Maximum and sum of rows over the warps that share out the tokens, and what a warp's values are multiplied by."""
         f32 = ir.F32Type.get()
-        local = [_add(self.g, 8 * r) for r in range(2)]
+        local = [_add(self.g, 8 * r) for r in range(self.halves)]
         here = [_add(_times(self.warp, 2 * TILE * 4), _times(row, 4)) for row in local]
-        for r in range(2):
+        for r in range(self.halves):
             _store(top_s, here[r], [top[r]], leads)
             _store(top_s, _add(here[r], TILE * 4), [total[r]], leads)
         utils.warpgroup_barrier()
         tops, totals, factors = [], [], []
-        for r in range(2):
+        for r in range(self.halves):
             found = []
             for other in range(self.token_warps):
                 warp = _add(arith.remui(self.warp, _i32(self.row_warps)), other * self.row_warps)
