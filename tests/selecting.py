@@ -46,7 +46,7 @@ def lists_read(tree, length: int, page: int = P) -> list[tuple[int, ...]]:
     found = []
 
     def note(run, *args, **kwargs):
-        if run.__name__ == "paged_attention" and "table" in kwargs:
+        if run.__name__ == "paged_decode" and "table" in kwargs:
             found.append(kwargs["table"].shape)
         return run(*args, **kwargs)
 

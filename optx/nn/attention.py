@@ -37,12 +37,13 @@ def mask_of(spec: CacheSpec) -> Mask:
     return Mask(window=spec.window, sinks=spec.sinks, **apart)
 
 
-def over_parts(spec: CacheSpec, attend, sink_logits=None) -> jax.Array:
+def over_parts(spec: CacheSpec, attend, sink_logits=None, first=None) -> jax.Array:
     """Attention over all that a layer keeps: attend(prefix of the names of streams, its mask, whether it is exact, **kwargs) ->
-    (out, lse) for packed tokens and for exact ones, merged. sink_logits [N] take part once."""
-    sinks = {} if sink_logits is None else {"sink_logits": sink_logits}
-    body = attend("", mask=mask_of(spec), **sinks)
-    if spec.near is None:
+    (out, lse) for packed tokens and for exact ones, merged. sink_logits [N] take part once. first: what the op over packed
+    tokens is told of the exact ones, where it attends to both."""
+    once = {"sink_logits": sink_logits, "first": first}
+    body = attend("", mask=mask_of(spec), **{name: x for name, x in once.items() if x is not None})
+    if spec.near is None or first is not None:
         return body[0]
     exact = Mask(window=spec.recent, sinks=spec.near.sinks, block=spec.block)
     return merge((body, attend(NEAR, mask=exact)))[0]
@@ -213,7 +214,8 @@ class Attention(nnx.Module):
             attend = functools.partial(attend, scores=scores, **more)
         sinks = None if self.sinks is None else self.sinks.get_value()
         if self.select is None:
-            out = over_parts(self.cache, attend, sinks)
+            first = self._first(pool, asked, view) if cached else None
+            out = over_parts(self.cache, attend, sinks, first)
         else:
             attend = attend if sinks is None else functools.partial(attend, sink_logits=sinks)
             out = self.select(self, x, q, pool, ragged, view if cached else None, attend)
@@ -240,6 +242,17 @@ class Attention(nnx.Module):
         args = (ragged.pad(x) for x in (q, k, v))
         out, lse, _ = dispatch.call("flash_attention", self.choices, *args, valid=ragged.valid, **kwargs)
         return ragged.unpad(out), ragged.unpad(lse)
+
+    def _first(self, pool, ragged: Ragged, view: View):
+        """`first` of `paged_decode`: the exact tokens' pages, where no others are exact; None: they take a call of their own."""
+        spec, where = self.cache, view.near
+        decodes = (
+            ragged.rectangular and ragged.longest <= DECODE and dispatch.running("paged_decode", self.choices).first
+        )
+        if spec.near is None or spec.recent or spec.block > 1 or not decodes:
+            return None
+        pools = {f"{name}_pool": pool[NEAR + name] for name in ("k", "v")}
+        return pools | {"positions": where.positions, "table": where.table, "lengths": where.lengths}
 
     def _norms(self):
         """What queries and keys go through before their rotation, with which a scale of stored keys commutes."""

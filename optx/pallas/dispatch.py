@@ -61,6 +61,7 @@ class Row:
     optional: bool = False  # True: `require` does not insist on it, as the rows after it are as good where it declines
     verified: bool = True  # False: its cases have not all run on the device; chosen only where a recipe requires it
     ran: bool = True  # False: compiled by the assembler and interpreted, never run on its hardware; the report says so
+    first: bool = False  # takes exact copies of the first tokens in the call for packed ones (`reference.with_first`)
     lacks: tuple[str, ...] = ()  # facts of a site, keys of LACKS, that it declines
 
     @property
@@ -87,6 +88,8 @@ class Row:
             return f"is for {mine}, not {target.platform if target.arch == 'any' else target.arch}"
         if missing := [LACKS[fact] for fact in self.lacks if args.get(fact)]:
             return missing[0]
+        if args.get("first") and not self.first:
+            return "takes no exact first tokens beside packed ones in one call"
         asked = getattr(self.code, "supports", None)
         return asked(args, target) if asked else None
 
@@ -176,7 +179,13 @@ ROWS: tuple[Row, ...] = (
     Row(op="ragged_paged_attention", backend=_TPU, module="ragged_paged_attention.mosaic_tpu", lacks=_PLAIN),
     Row(op="ragged_paged_attention", backend="xla", module="attention.reference"),
     Row(
-        op="paged_decode", backend=_GPU, arch="sm90", module="paged_decode.mosaic_gpu_sm90", order="batch", lacks=_SUMS
+        op="paged_decode",
+        backend=_GPU,
+        arch="sm90",
+        module="paged_decode.mosaic_gpu_sm90",
+        order="batch",
+        first=True,
+        lacks=_SUMS,
     ),
     Row(
         op="paged_decode",
@@ -231,7 +240,7 @@ ROWS: tuple[Row, ...] = (
         for arch in _MMA
     ),
     Row(op="paged_decode", backend=_TPU, module="paged_decode.mosaic_tpu", lacks=_PLAIN),
-    Row(op="paged_decode", backend="xla", module="attention.reference", function="paged_attention"),
+    Row(op="paged_decode", backend="xla", module="attention.reference", first=True),
     Row(
         op="compressed_attention",
         backend=_GPU,
@@ -360,11 +369,16 @@ def row_of(choice: OpChoice) -> Row:
     return next(row for row in rows(choice.op) if row.name == _name(choice))
 
 
+def running(op: str, choices: tuple[OpChoice, ...]) -> Row:
+    """The row recorded in `choices`, or the op's reference when the site was not lowered."""
+    return next((row_of(choice) for choice in choices if choice.op == op), None) or rows(op)[-1]
+
+
 def call(op: str, choices: tuple[OpChoice, ...], *args, **kwargs):
-    """Runs the op by the row recorded in `choices`, or by its reference when the site was not lowered."""
+    """Runs the op by its row (`running`)."""
     if check := getattr(checks, op, None):
         check(*args, **kwargs)
-    row = next((row_of(choice) for choice in choices if choice.op == op), None) or rows(op)[-1]
+    row = running(op, choices)
     if (run := _through.get()) is not None:
         return run(row.run, *args, **kwargs)
     return row.run(*args, **kwargs)

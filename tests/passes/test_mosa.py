@@ -152,7 +152,7 @@ def test_a_decode_reads_lists_of_blocks():
     seen = []
 
     def note(run, *args, **kwargs):
-        if run.__name__ == "paged_attention" and "table" in kwargs:
+        if run.__name__ == "paged_decode" and "table" in kwargs:
             seen.append(kwargs["lengths"])
         return run(*args, **kwargs)
 

@@ -36,11 +36,13 @@ def batch(
     gaps=False,
     sink_logits=False,
     logit_scale=False,
+    first=None,
     **kwargs,
 ):
     """A call: rows of `lengths` cached slots, the newest `asked` of them (all `queries` when None) the queries' own.
 
     lists: page lists (G), each of other lengths where more than one; gaps: positions with holes, as eviction leaves them.
+    first: page size of exact first tokens, which lie in pages of their own.
     Pages lie in random order. Whatever no row has written, the last page, and absent queries hold NaN.
     """
     size = len(lengths)
@@ -76,6 +78,13 @@ def batch(
     if logit_scale:
         factors = np.where(written, rng.uniform(0.5, 1.5, written.shape), np.nan)
         kwargs["logit_scale"] = jnp.asarray(factors, jnp.float32)
+    if first is not None:
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": first}
+        (_, *near), where = batch(
+            rng, [int(n) for n in np.minimum(lengths, kwargs["mask"].skip + 3)], dtype=dtype, **sizes
+        )
+        where = {name: where[name] for name in ("positions", "table", "lengths")}
+        kwargs["first"] = dict(zip(("k_pool", "v_pool"), near, strict=True)) | where
     return (jnp.asarray(q, dtype), *pools), {
         "positions": jnp.asarray(positions),
         "table": jnp.asarray(table),
@@ -114,7 +123,7 @@ def exact(args, kwargs):
     """out, lse and scores of the reference in float32."""
     q, *pools = args
     pools = [x if is_qtensor(x) else x.astype(jnp.float32) for x in pools]
-    return reference.paged_attention(jnp.nan_to_num(q.astype(jnp.float32)), *pools, **kwargs)
+    return reference.paged_decode(jnp.nan_to_num(q.astype(jnp.float32)), *pools, **kwargs)
 
 
 def results(output, kwargs):
@@ -150,7 +159,9 @@ def site(heads, kv_heads, head_dim, page_size, dtype="bfloat16", format=None, ma
 def case(name, lengths, *, heads=8, kv_heads=2, head_dim=128, page_size=64, small=False, tolerance=5e-3, **more):
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
     facts = {
-        key: more[key] for key in ("dtype", "format", "mask", "softcap", "logit_scale", "want_scores") if key in more
+        key: more[key]
+        for key in ("dtype", "format", "mask", "softcap", "logit_scale", "want_scores", "first")
+        if key in more
     }
     return Case(
         op=OP,
@@ -196,6 +207,18 @@ CASES = (
     case("small_lists", [70, 30], **{**TINY, "kv_heads": 2}, lists=2, gaps=True),
     *(case(f"small_{name}", [70, 3], **TINY, format=value) for name, value in FORMATS.items()),
     case("small_packed", [70, 0, 3], **TINY, mask=PACKED, format=INT4_ZERO),
+    case("small_first", [70, 0, 3, 1], **TINY, mask=PACKED, format=Affine(width=4), first=16),
+    case(
+        "small_first_queries",
+        [70, 2, 5],
+        **TINY,
+        mask=Mask(lag=0, skip=3),
+        format=INT4_ZERO,
+        first=16,
+        queries=3,
+        softcap=20.0,
+        sink_logits=True,
+    ),
     case("small_exact", [70, 33, 0, 1], **TINY, mask=Mask(window=0, sinks=5)),
     case("small_blocks", [70, 33, 0], **TINY, mask=Mask(lag=9, skip=5, block=8), format=INT8, queries=2, gaps=True),
     case("small_newest", [70, 33, 0], **TINY, mask=Mask(window=9, sinks=5, block=8), queries=2, gaps=True),
@@ -222,6 +245,20 @@ CASES = (
     case("window_page128", RAGGED, queries=3, page_size=128, mask=Mask(window=300), gaps=True),
     case("window_int4", RAGGED, format=INT4_ZERO, queries=2, mask=SLIDING, gaps=True, softcap=20.0, sink_logits=True),
     case("packed_int4", RAGGED, **LLAMA, mask=PACKED, format=INT4_ZERO),
+    case("first", RAGGED, **LLAMA, mask=PACKED, format=Affine(width=4), first=64),
+    case("first_dim64", RAGGED, **OSS, mask=Mask(lag=0, skip=8), format=INT4, first=16, page_size=16),
+    case(
+        "first_queries",
+        RAGGED,
+        mask=PACKED,
+        format=INT4_ZERO,
+        first=64,
+        queries=3,
+        heads=6,
+        softcap=20.0,
+        sink_logits=True,
+    ),
+    case("first_dim256", RAGGED, mask=Mask(lag=0, skip=20), format=INT4, first=16, head_dim=256),
     case("exact", RAGGED, **LLAMA, mask=EXACT),
     case("blocks_int8", RAGGED, **LLAMA, mask=BLOCKS, format=INT8, queries=3, gaps=True, page_size=32),
     case("newest", RAGGED, **LLAMA, mask=NEWEST, queries=3, gaps=True),
@@ -299,7 +336,7 @@ def _random(key, shape, dtype):
     return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
-def _fill(rng, lengths, *, heads, kv_heads, head_dim, page_size, queries, format, **kwargs):
+def _fill(rng, lengths, *, heads, kv_heads, head_dim, page_size, queries, format, first=None, **kwargs):
     """A call made on the device: every row of the same length."""
     size, length = len(lengths), lengths[0]
     pages = -(-length // page_size)
@@ -313,6 +350,11 @@ def _fill(rng, lengths, *, heads, kv_heads, head_dim, page_size, queries, format
         _random(key, shape, jnp.bfloat16) if each is None else _random_codes(key, shape, each)
         for key, each in zip(keys, both(format), strict=True)
     ]
+    if first is not None:
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": first}
+        (_, *near), where = _fill(rng, [first] * size, queries=1, format=None, **sizes)
+        where = {name: where[name] for name in ("positions", "table", "lengths")}
+        kwargs["first"] = dict(zip(("k_pool", "v_pool"), near, strict=True)) | where
     args = (_random(jax.random.key(seeds[2]), (size, queries, heads, head_dim), jnp.bfloat16), *pools)
     return args, {
         "positions": jnp.asarray(positions),
@@ -324,7 +366,7 @@ def _fill(rng, lengths, *, heads, kv_heads, head_dim, page_size, queries, format
 
 
 def _xla(q, k_pool, v_pool, **kwargs):
-    return reference.paged_attention(q, k_pool, v_pool, **kwargs)[0]
+    return reference.paged_decode(q, k_pool, v_pool, **kwargs)[0]
 
 
 def _cudnn(q, k_pool, v_pool, *, table, lengths, **_):
@@ -341,11 +383,12 @@ def shape(
     seen = length if mask.window is None else min(length, mask.window + queries - 1 + mask.sinks)
     token = sum(head_dim * (16 if each is None else each.bits(head_dim)) / 8 for each in both(format))
     read = size * seen * kv_heads * token + (4 * size * seen if mask.window is not None else 0)
+    read += 4 * size * mask.skip * kv_heads * head_dim if "first" in more else 0
     return Shape(
         op=OP,
         name=f"{name}_page{page_size}",
         make=lambda rng: _fill(rng, [length] * size, **sizes, queries=queries, format=format, **more),
-        site=site(**sizes, format=format, mask=mask),
+        site=site(**sizes, format=format, mask=mask, first=more.get("first")),
         bytes=read + 2 * 2 * size * queries * heads * head_dim,
         flops=4.0 * size * seen * queries * heads * head_dim,
         copies=max(1, min(4, math.ceil(1.5e9 / read))),
@@ -360,7 +403,8 @@ SHAPES = (
     shape("1x40k", 1, 40_000),
     shape("1x1M", 1, 2**20),
     *(shape(f"32x8k_{name}", 32, 8192, format=value) for name, value in FORMATS.items()),
-    # A step over kv_int4 is the next two, and their merge.
+    shape("32x8k_kv_int4", 32, 8192, format=Affine(width=4), mask=PACKED, first=64),
+    # Where more than the first tokens are exact, and where kernels do not take those in: two calls, and their merge.
     *(shape(f"32x8k_packed_{f}", 32, 8192, format=f, mask=PACKED) for f in (INT4_ZERO, Affine(width=4))),
     shape("32x128_exact", 32, 128, mask=EXACT),
     *(shape(f"32x8k_{name}", 32, 8192, format=value) for name, value in FEW_BITS.items()),

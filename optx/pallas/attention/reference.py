@@ -294,6 +294,24 @@ def paged_attention(
     return jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1), total
 
 
+def with_first(found, first, mask: Mask, attend):
+    """`found`, (out, lse, scores) over tokens without those at positions < mask.skip, merged with attention to exact copies of
+    these: first {k_pool, v_pool, positions, table, lengths} lists them; None: there are none."""
+    if first is None:
+        return found
+    return *merge((found[:2], attend(**first, mask=Mask(window=0, sinks=mask.skip))[:2])), found[2]
+
+
+def paged_decode(
+    q, k_pool, v_pool, *, q_positions, first=None, mask: Mask = Mask(), scale=None, softcap=None, **kwargs
+):
+    """`paged_attention`; first: `with_first`."""
+    own = {"q_positions": q_positions, "scale": scale, "softcap": softcap}
+    found = paged_attention(q, k_pool, v_pool, mask=mask, **own, **kwargs)
+    own |= {name: kwargs[name] for name in ("key_bias", "rope", "key_rope") if name in kwargs}
+    return with_first(found, first, mask, functools.partial(paged_attention, q, **own))
+
+
 def ragged_paged_attention(q, k_pool, v_pool, *, ragged: Ragged, **kwargs):
     """`paged_attention` for T ragged tokens q [T, N, H] -> (out [T, N, Hv], lse [T, N], scores), causal in the chunk.
 

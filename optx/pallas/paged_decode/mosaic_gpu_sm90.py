@@ -27,7 +27,7 @@ from optx.errors import LoweringError
 from optx.formats.codebook import centroids
 from optx.pallas.attention.page_formats import FEW as FEW_BITS
 from optx.pallas.attention.page_formats import Pages, pages_of, streams_of, unpacked
-from optx.pallas.attention.reference import Mask, gather_pages
+from optx.pallas.attention.reference import Mask, gather_pages, with_first
 from optx.pallas.attention.words_sm90 import PERMUTES, Codes
 from optx.pallas.attention.words_sm90 import add as _add
 from optx.pallas.attention.words_sm90 import and_ as _and
@@ -60,6 +60,7 @@ REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}  # by warpgroups: of each
 LOG2E = math.log2(math.e)
 SLACK = 8.0  # powers of 2 that a weight may exceed 1 by before rows take a new maximum
 NONE = 1 << 30  # more entries than there can be
+FIRST = 8  # most first tokens that the merge attends to
 FEW = 8  # lengths up to which kernels make the offsets of units themselves
 HEAD_DIMS, PAGES, GROUPS, QUERIES = (64, 128, 256), (16, 32, 64, 128), 16, 8
 SPANS = (32, 64, 128)
@@ -113,6 +114,9 @@ class Plan:
     tiles: Tiles
     keys_only: bool = False  # the pass over keys for scores
     entries: Entries | None = None  # None: a slot is a token
+    first: tuple[int, int, int] | None = (
+        None  # lists, pages a row and page size of the first tokens' table; None: no such tokens
+    )
 
     @property
     def group(self) -> int:
@@ -280,6 +284,7 @@ def paged_decode(
     logit_scale=None,
     value_dim=None,
     want_scores=False,
+    first=None,
     tiles: Tiles | None = None,
 ):
     """Attention of Q = 1 .. 8 new tokens a row over its cached tokens, their own included.
@@ -287,13 +292,20 @@ def paged_decode(
     q [B, Q, N, H]; pools [pages + 1, K, P, H], dense or QTensor (page_formats.py); positions int32[pages + 1, P];
     table int32[G, B, pages]; lengths int32[G, B]; q_positions int32[B, Q], -1 where there is no query: a row's queries are
     its newest slots; logit_scale [pages, K, P]. -> (out [B, Q, N, H], lse float32[B, Q, N], scores float32[B, S, K] or None).
+    first: as of the reference; a pass of its own, and a merge, where there are more than 8.
     Scores cost one more pass over the keys (by XLA where query tokens x query heads a kv head exceed 16, or scores 2 GB).
     Raises: LoweringError for what the kernel does not take.
     """
     _check(q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale, value_dim)
     plan = _plan(q, k_pool, v_pool, table, mask, scale, softcap, sink_logits is not None, logit_scale, tiles)
     _check_plan(plan)
-    return run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale)
+    args = (q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale)
+    if first is None or want_scores or not _in_merge(plan, first):
+        alone = functools.partial(run, plan, want_scores, *args)
+        own = {"scale": scale, "softcap": softcap, "tiles": tiles, "q_positions": q_positions}
+        return with_first(alone(), first, mask, functools.partial(paged_decode, q, **own))
+    plan = dataclasses.replace(plan, first=(*first["table"].shape[::2], first["k_pool"].shape[2]))
+    return run(plan, want_scores, *args, first)
 
 
 def _refuse(argument: str, got, allowed: str):
@@ -379,6 +391,13 @@ def _plan(q, k_pool, v_pool, table, mask, scale, softcap, sinks, logit_scale, ch
     return dataclasses.replace(plan, tiles=chosen or rule)
 
 
+def _in_merge(plan: Plan, first) -> bool:
+    """Whether the merge attends to the first tokens: a warp has all numbers of a row, and offsets are of 32 bits."""
+    pools = [first["k_pool"], first["v_pool"]]
+    plain = all(not is_qtensor(x) and x.dtype == BF16 and x.nbytes < 1 << 31 for x in pools)
+    return plain and plan.dtype == "bfloat16" and plan.mask.skip <= FIRST and plan.head_dim <= 128
+
+
 def _small(k_pool, v_pool, logit_scale) -> dict[str, jax.Array]:
     """What belongs to tokens of a head beside their numbers, [pages, K, numbers of a page]."""
     found = {}
@@ -459,7 +478,9 @@ def _borders(plan: Plan, positions, table, lengths, q_positions):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale):
+def run(
+    plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_positions, sink_logits, logit_scale, first=None
+):
     aux, seen = [], lengths
     if plan.mask.apart:
         aux = _borders(plan, positions, table, lengths, q_positions)
@@ -474,7 +495,11 @@ def run(plan, want_scores, q, k_pool, v_pool, positions, table, lengths, q_posit
     pools = [x.data if is_qtensor(x) else x for x in (k_pool, v_pool)]
     pools += _small(k_pool, v_pool, logit_scale).values()
     parts, marks = _attend(plan, q, pools, aux)
-    out, lse = _merge(plan, parts, marks, offsets, sink_logits)
+    near = []
+    if first is not None:
+        at = [x.reshape(-1) for x in (first["positions"], first["table"], first["lengths"], q_positions)]
+        near = [q, first["k_pool"], first["v_pool"], *at]
+    out, lse = _merge(plan, parts, marks, offsets, sink_logits, near)
     scores = None
     if want_scores:
         small = plan.batch * plan.slots * plan.kv_heads * 4 < 1 << 31
@@ -806,6 +831,16 @@ def _below(a, b):
 def _finite_base(top):
     """The maximum, or 0 where nothing has been seen."""
     return _choose(arith.cmpf(arith.CmpFPredicate.OEQ, top, _f32(-math.inf)), _f32(0.0), top)
+
+
+def _capped(plan, x):
+    """A logit (in powers of 2) under the softcap c: c tanh(x / c) = c - 2 c / (1 + exp(2 x / c))."""
+    if plan.softcap is None:
+        return x
+    cap = plan.softcap * LOG2E
+    grown = arith.addf(_exp2(arith.mulf(x, _f32(2 / plan.softcap))), _f32(1.0))
+    inverse = utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", grown, result_types=x.type)
+    return _fma(inverse, _f32(-2 * cap), _f32(cap))
 
 
 def _array(registers, dtype):
@@ -1278,7 +1313,7 @@ class _Warps:
             places, own = self.located(self.places(token))
             logits = self.logits(k, q, sums, small)
             self.mask_(logits, numbers, places, limits, positions, sums, own)
-            ahead = self.value_pairs(v, 0, places, length, small) if self.bits <= 4 else None
+            ahead = self.value_pairs(v, 0, places, length, small) if self.bits <= 4 and not self.staged else None
             outs, top, total, zeros = self.rebased(logits, outs, top, total, zeros)
             p, total, zeros = self.softmax(logits, numbers, places, length, top, total, zeros)
             outs = self.values(v, p, outs, places, length, small, ahead)
@@ -1449,11 +1484,7 @@ class _Warps:
                 for r in range(self.halves):
                     x = tile[2 * r + e]
                     x = arith.mulf(x, factor) if middle is None else _fma(x, factor, arith.mulf(sums[r], middle))
-                    if plan.softcap is not None:  # c tanh(x / c) = c - 2 c / (1 + exp(2 x / c))
-                        cap = plan.softcap * LOG2E
-                        grown = arith.addf(_exp2(arith.mulf(x, _f32(2 / plan.softcap))), _f32(1.0))
-                        inverse = utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", grown, result_types=x.type)
-                        x = _fma(inverse, _f32(-2 * cap), _f32(cap))
+                    x = _capped(plan, x)
                     seen = _below(places[j][e], limits[r]) if plan.mask.apart else _less(places[j][e], limits[r])
                     if plan.mask.window is not None:
                         key = numbers["position"][j][e]
@@ -1651,13 +1682,14 @@ class _Warps:
 # --- The merge of parts -----------------------------------------------------------------------------------------------
 
 
-def _merge(plan: Plan, parts, marks, offsets, sink_logits):
-    """Parts of each unit -> out [B, Q, N, H], lse float32[B, Q, N]."""
+def _merge(plan: Plan, parts, marks, offsets, sink_logits, near=()):
+    """Parts of each unit -> out [B, Q, N, H], lse float32[B, Q, N]. near: q, pools, positions, table, lengths, q_positions, where
+    first tokens take part."""
     vectors = plan.kept * plan.head_dim // 4
-    args = [parts, marks, offsets] + ([sink_logits.astype(jnp.float32)] if plan.sinks else [])
+    args = [parts, marks, offsets] + ([sink_logits.astype(jnp.float32)] if plan.sinks else []) + list(near)
 
     def body(parts_g, marks_g, offsets_g, *refs):
-        *sink_g, out_g, lse_g = refs
+        sink_g, near_g, (out_g, lse_g) = refs[: plan.sinks], refs[plan.sinks : -2], refs[-2:]
         unit = lax.axis_index("unit")
         offset_of = _offset_of(plan, offsets_g)
         begin, end, total = offset_of(unit), offset_of(unit + 1), offset_of(plan.units)
@@ -1671,7 +1703,7 @@ def _merge(plan: Plan, parts, marks, offsets, sink_logits):
         first = worker(begin)
         count = jnp.where(end > begin, worker(end - 1) - first + 1, 0)
         merge = _merge_threads if plan.tiles.registers else _merge_plainly
-        merge(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, lax.axis_index("part"), first + unit, count)
+        merge(plan, parts_g, marks_g, sink_g, near_g, out_g, lse_g, unit, lax.axis_index("part"), first + unit, count)
 
     shape = (plan.batch, plan.queries, plan.heads)
     return dependent(
@@ -1688,7 +1720,7 @@ def _merge(plan: Plan, parts, marks, offsets, sink_logits):
     )(*args)
 
 
-def _merge_plainly(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, _, first, count):
+def _merge_plainly(plan, parts_g, marks_g, sink_g, near_g, out_g, lse_g, unit, _, first, count):
     batch_row, head, block = _locate(plan, unit)
 
     def step(i, carry):
@@ -1715,19 +1747,75 @@ def _merge_plainly(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, _, first,
                 new = jnp.maximum(top, sink)
                 total, out = total * jnp.exp2(top - new) + jnp.exp2(sink - new), out * jnp.exp2(top - new)
                 top = new
+            for i in range(plan.mask.skip if near_g else 0):
+                logit, value = _first_plainly(plan, near_g, i, batch_row, query, head, at)
+                new = jnp.maximum(top, logit)
+                base = jnp.where(new == -jnp.inf, 0.0, new)
+                a, b = jnp.exp2(top - base), jnp.exp2(logit - base)
+                top, total, out = new, total * a + b, out * a + value * b
             out_g[batch_row, query, at] = (out / jnp.where(total > 0, total, 1)).astype(out_g.dtype)
             lse_g[batch_row, query, at] = jnp.where(total > 0, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
 
 
-def _merge_threads(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, part, first, count):
+def _first_plainly(plan, near_g, i, row, query, head, at):
+    """Logit (in powers of 2) and value of first token i for a query head."""
+    q_g, k_g, v_g, positions_g, table_g, lengths_g, qpos_g = near_g
+    lists, width, size = plan.first
+    listed = head * plan.batch + row if lists > 1 else row
+    stored = i < lengths_g[listed]
+    page = jnp.where(stored, table_g[listed * width + i // size], 0)
+    position, own = positions_g[page * size + i % size], qpos_g[row * plan.queries + query]
+    seen = stored & (position >= 0) & (position < plan.mask.skip) & (position <= own)
+    k, v = (ref[page, head, i % size].astype(jnp.float32) for ref in (k_g, v_g))
+    x = jnp.sum(q_g[row, query, at].astype(jnp.float32) * k) * plan.scale
+    x = x if plan.softcap is None else plan.softcap * jnp.tanh(x / plan.softcap)
+    return jnp.where(seen, x * LOG2E, -jnp.inf), jnp.where(seen, v, 0)
+
+
+def _first_of_threads(plan, near, row, head, at, column):
+    """(logit in powers of 2, the thread's four numbers of the value) of each first token for row `at` of a kv head."""
+    q, k, v, positions, table, lengths, qpos = near
+    lists, width, size = plan.first
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+
+    def numbers(ref, place):
+        words = _load(ref, _times(_add(_times(place, plan.head_dim), column), 2), i32, 2)
+        halves = [half for w in words for half in (arith.shli(w, _i32(16)), _and(w, 0xFFFF0000))]
+        return [utils.bitcast(half, f32) for half in halves]
+
+    number = lambda ref, index: _load(ref, _times(index, 4), i32)[0]  # noqa: E731
+    query, member = arith.divui(at, _i32(plan.group)), arith.remui(at, _i32(plan.group))
+    asked = _add(_times(row, plan.queries), query)
+    mine = numbers(q, _add(_times(asked, plan.heads), _add(_times(head, plan.group), member)))
+    own = number(qpos, asked)
+    listed = _add(_times(head, plan.batch), row) if lists > 1 else row
+    length, found = number(lengths, listed), []
+    for i in range(plan.mask.skip):
+        stored = _less(_i32(i), length)
+        page = number(table, _add(_times(listed, width), i // size))
+        page = _choose(stored, page, _i32(0))
+        position = number(positions, _add(_times(page, size), i % size))
+        seen = arith.andi(stored, _below(position, _i32(plan.mask.skip)))
+        seen = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.sle, position, own))
+        place = _add(_times(_add(_times(page, plan.kv_heads), head), size), i % size)
+        x = functools.reduce(arith.addf, [arith.mulf(a, b) for a, b in zip(mine, numbers(k, place), strict=True)])
+        for bit in range((plan.head_dim // 4).bit_length() - 1):
+            x = arith.addf(x, utils.shfl_bfly(x, 1 << bit))
+        x = _capped(plan, arith.mulf(x, _f32(plan.scale * LOG2E)))
+        value = [_choose(seen, number, _f32(0.0)) for number in numbers(v, place)]
+        found.append((_choose(seen, x, _f32(-math.inf)), value))
+    return found
+
+
+def _merge_threads(plan, parts_g, marks_g, sink_g, near_g, out_g, lse_g, unit, part, first, count):
     """A thread merges four numbers of a row. Loads of several parts are under way at a time."""
     batch_row, head, block = _locate(plan, unit)
     unroll = 4 if plan.workers < 4 * plan.units else 16
-    refs = (plgpu.RefType(),) * (4 + len(sink_g))
+    refs = (plgpu.RefType(),) * (4 + len(sink_g) + len(near_g))
 
     @plgpu.inline_mgpu(arg_types=(*refs, *(scalar(),) * 6), return_type=())
     def merge(_, parts, marks, *rest):
-        out, lse = rest[len(sink_g) : len(sink_g) + 2]
+        out, lse = rest[-8:-6]
         row, head, block, part, first, count = (x.registers.item() for x in rest[-6:])
         f32 = ir.F32Type.get()
         thread = utils.thread_idx()
@@ -1735,6 +1823,10 @@ def _merge_threads(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, part, fir
         local, column = arith.divui(flat, _i32(plan.head_dim)), arith.remui(flat, _i32(plan.head_dim))
         at = _add(_times(block, plan.kept), local)
         real = arith.andi(_less(local, _i32(plan.kept)), _less(at, _i32(plan.rows)))
+        tokens = []
+        if near_g:  # whole warps take part in their sums
+            near = rest[len(sink_g) : len(sink_g) + len(near_g)]
+            tokens = _first_of_threads(plan, near, row, head, arith.minui(at, _i32(plan.rows - 1)), column)
         query, member = arith.divui(at, _i32(plan.group)), arith.remui(at, _i32(plan.group))
         head = _add(_times(head, plan.group), member)
         with utils.when(real):
@@ -1742,8 +1834,17 @@ def _merge_threads(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, part, fir
             top, total = _f32(-math.inf), _f32(0.0)
             if plan.sinks:
                 top, total = arith.mulf(_load(rest[0], _times(head, 4), f32)[0], _f32(LOG2E)), _f32(1.0)
+            values = [_f32(0.0)] * 4
+            if tokens:
+                before, top = top, functools.reduce(arith.maxnumf, [x for x, _ in tokens], top)
+                base = _finite_base(top)
+                total = arith.mulf(total, _exp2(arith.subf(before, base)))
+                for x, numbers in tokens:
+                    weight = _exp2(arith.subf(x, base))
+                    total = arith.addf(total, weight)
+                    values = [_fma(weight, y, value) for y, value in zip(numbers, values, strict=True)]
 
-            @utils.fori(rounds, [top, total] + [_f32(0.0)] * 4)
+            @utils.fori(rounds, [top, total, *values])
             def summed(i, carry):
                 top, total, *values = carry
                 loaded = []
@@ -1780,7 +1881,7 @@ def _merge_threads(plan, parts_g, marks_g, sink_g, out_g, lse_g, unit, part, fir
             _store(lse, _times(place, 4), [value], arith.cmpi(arith.CmpIPredicate.eq, column, _i32(0)))
         return ()
 
-    merge(parts_g, marks_g, *sink_g, out_g, lse_g, batch_row, head, block, part, first, count)
+    merge(parts_g, marks_g, *sink_g, *near_g, out_g, lse_g, batch_row, head, block, part, first, count)
 
 
 # --- Attention mass ---------------------------------------------------------------------------------------------------
