@@ -212,7 +212,6 @@ ROWS: tuple[Row, ...] = (
         variant="latent_lists",
         module="mla.lists_sm90",
         order="batch",
-        verified=False,
         lacks=_PLAIN,
     ),
     Row(
@@ -256,7 +255,6 @@ ROWS: tuple[Row, ...] = (
         arch="sm90",
         module="top_blocks.mosaic_gpu_sm90",
         optional=True,
-        verified=False,
     ),
     Row(op="top_blocks", backend="xla", module="top_blocks.reference"),
     Row(op="indexed_attention", backend="xla", module="indexed_attention.reference"),

@@ -1434,7 +1434,7 @@ class _Warps:
             if name[:2] not in ("k_", "v_") or streams[name[0]].by_token
         }
         for x, stream in streams.items():
-            if stream.by_token and stream.zero:
+            if stream.by_token and f"{x}_zero" in found:
                 both = zip(found.pop(f"{x}_zero"), found[f"{x}_scale"], strict=True)
                 found[f"{x}_middle"] = [
                     [self.middle(stream, *each) for each in zip(*pair, strict=True)] for pair in both
