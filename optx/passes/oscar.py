@@ -32,7 +32,7 @@ class Oscar(RotatedKV):
     value_clip: float = 0.92  # the same for values
     first: int = 64  # tokens of a sequence that stay exact; calibration leaves them out
     recent: int = 256  # newest tokens that stay exact
-    context: int | None = None  # over which positions of the text are spread; None: its windows', which must be as long as prompts
+    context: int | None = 4096  # tokens over which the windows of the text are spread out; None: all of them begin at 0
 
     @property
     def needs(self):
@@ -63,6 +63,8 @@ def oscar(site: Site, attn: Attention, opt: Oscar) -> Attention | Noted | Skippe
     layer sees with the layers before it compressed.
     """
     check(site, attn, "oscar")
+    if opt.context is not None and opt.context < 1:
+        raise PassError(f"oscar at {site.path}: context {opt.context}; allowed: tokens, at least 1, or null")
     if attn.cache.share is not None:
         return Skipped(f"reads the cache of layer {attn.cache.share}")
     rope = CalibratedHeads(attn.rope, attn.head_dim, attn.kv_heads if opt.balanced else None)

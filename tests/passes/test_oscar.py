@@ -50,8 +50,9 @@ def plain(tree):
     return exact(out)
 
 
-def test_covariances_are_those_of_the_equations():
-    """Grouped queries, two windows, tokens behind the first 3; float64 by hand."""
+@pytest.mark.parametrize("context", [None, 50, 1000])
+def test_covariances_are_those_of_the_equations(context):
+    """Grouped queries, two windows, tokens behind the first 3, the second window moved to the end of 1,000; float64 by hand."""
     model = families.concrete("llama")
     attn, rng = model.layers[0].mixer, np.random.default_rng(1)
     x = rng.normal(size=(2, 80, 32)).astype(np.float32)
@@ -60,8 +61,9 @@ def test_covariances_are_those_of_the_equations():
     site = Site(
         path="here", layers=2, seen=SeenBlock(parts={}, inputs=((jnp.asarray(x.reshape(160, 32)), ragged, None),))
     )
-    got_q, got_v, got_k = covariances(site, attn, first=3)
-    q, k, v = (np.asarray(part, np.float64) for part in attn.turned(jnp.asarray(x.reshape(160, 32)), ragged.positions))
+    got_q, got_v, got_k = covariances(site, attn, first=3, context=context)
+    at = positions + (920 if context == 1000 else 0) * (np.arange(160) >= 80)
+    q, k, v = (np.asarray(part, np.float64) for part in attn.turned(jnp.asarray(x.reshape(160, 32)), jnp.asarray(at)))
     keep = positions >= 3
     q, k, v = q[keep], k[keep], v[keep]
     want_v = np.zeros((8, 8))
