@@ -133,7 +133,9 @@ def covariances(
     """
     places = [np.asarray(ragged.positions) for _, ragged, _ in site.seen.inputs]
     moved = _spread(places, context)
-    inputs = [(x, jnp.asarray(at), at_ >= first) for (x, *_), at, at_ in zip(site.seen.inputs, moved, places, strict=True)]
+    inputs = [
+        (x, jnp.asarray(at), at_ >= first) for (x, *_), at, at_ in zip(site.seen.inputs, moved, places, strict=True)
+    ]
     tokens = sum(int(seen.sum()) for *_, seen in inputs)
     if tokens < (need := LEAST * attn.head_dim):
         raise PassError(
