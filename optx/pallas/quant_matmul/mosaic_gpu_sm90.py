@@ -408,24 +408,22 @@ def _body(*refs, plan: Plan):
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                if activations and made is not None:
-                    hand(k, slot)
-                k += rank * steps
+                at = k + rank * steps
                 copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
                 if activations and made is None:
-                    copy(given[0].at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(k * plan.step, plan.step)], x_smem)
-                if not weights:
-                    return
-                if plan.kind == "bf16":
+                    copy(given[0].at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(at * plan.step, plan.step)], x_smem)
+                if weights and plan.kind == "bf16":
                     outputs = pl.ds(column * (tiles.strips * BLOCK), tiles.strips * BLOCK)
-                    copy(codes.at[pl.ds(k * plan.step, plan.step), outputs], w_smem)
-                else:
-                    copy(codes.at[strips, pl.ds(k * plan.words, plan.words)], w_smem)
-                group = lax.div(k * plan.step, plan.group)
-                if plan.grouped:
+                    copy(codes.at[pl.ds(at * plan.step, plan.step), outputs], w_smem)
+                elif weights:
+                    copy(codes.at[strips, pl.ds(at * plan.words, plan.words)], w_smem)
+                group = lax.div(at * plan.step, plan.group)
+                if weights and plan.grouped:
                     copy(scale.at[strips, pl.ds(group, plan.scales)], s_smem)
-                if plan.zero:
+                if weights and plan.zero:
                     copy(zero.at[strips, pl.ds(group, plan.scales)], z_smem)
+                if activations and made is not None:
+                    hand(k, slot)
 
             if not plan.ahead and made is None:
                 lax.fori_loop(0, steps, load, None)
