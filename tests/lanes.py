@@ -20,7 +20,7 @@ class Lanes:
         self._size = size
         self._threads = np.arange(blocks * size, dtype=np.int32)
         self._active = np.ones(blocks * size, bool)
-        self._pending = []
+        self._pending, self._fetched = [], []
         self._written = {id(ref): np.zeros(ref.nbytes, bool) for ref in refs}
 
     def block(self):
@@ -58,6 +58,19 @@ class Lanes:
         found = np.zeros((len(self._threads), 4 * count), np.uint8)
         found[self._active] = self._bytes(ref)[self._places(ref, offset, 4 * count, self._active)]
         return list(found.view(np.int32).T)
+
+    load_early = load
+
+    def fetch(self, ref, offset, to, place, when=None):
+        active = self._active if when is None else self._active & when
+        self._fetched.append(
+            (to, self._places(to, place, 16, active), self._bytes(ref)[self._places(ref, offset, 16, active)])
+        )
+
+    def fetched(self):
+        for to, places, found in self._fetched:
+            self._bytes(to)[places] = found
+        self._fetched = []
 
     def store(self, ref, offset, word, size: int, when=None):
         active = self._active if when is None else self._active & when

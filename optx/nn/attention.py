@@ -11,7 +11,7 @@ from flax import nnx
 from optx import near
 from optx.cache import NEAR, RECORDED, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
-from optx.nn.core import Fused, Linear, RMSNorm, Rope, param
+from optx.nn.core import Fused, Linear, RMSNorm, Rope, made_sites, makes, param
 from optx.nn.evicting import record, scores_asked, scoring
 from optx.nn.selecting import DECODE, Selector, as_mask, asked_of, listed
 from optx.nn.selecting import tail as tail_of
@@ -342,6 +342,13 @@ class FusedAttention(Fused, Attention):
             setattr(self, name, getattr(attn, name))
         self.qkv = qkv
         self.choices = attn.choices
+
+    @property
+    def first(self) -> Linear | None:
+        return self.qkv if self.select is None and makes("norm_matmul", self.choices, self.qkv) else None
+
+    def op_sites(self) -> tuple[OpSite, ...]:
+        return (*super().op_sites(), *made_sites("norm_matmul", self.qkv))
 
     def heads_of(self, x):
         if self.gate is not None:

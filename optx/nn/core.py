@@ -45,6 +45,17 @@ class Adapter(nnx.Module):
         return x @ self.down.get_value() @ self.up.get_value() * jnp.asarray(self.scale, x.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Multiplied:
+    """Stands for the input of a Linear whose weight a kernel has multiplied it by, together with the op that made it."""
+
+    product: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # its first axes are those of the input
+        return self.product.shape
+
+
 class Linear(nnx.Module):
     """y = x @ weight + bias with weight [D, F], dense or quantized; where there is one, what an adapter adds."""
 
@@ -55,8 +66,9 @@ class Linear(nnx.Module):
         self.adapter: Adapter | None = None
         self.choices: tuple[OpChoice, ...] = ()
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(x, self.weight.get_value(), self.choices, self.activations)
+    def __call__(self, x: jax.Array | Multiplied) -> jax.Array:
+        done = isinstance(x, Multiplied)
+        y = x.product if done else contract(x, self.weight.get_value(), self.choices, self.activations)
         y = y if self.adapter is None else y + self.adapter(x)
         return y if self.bias is None else y + self.bias.get_value()
 
@@ -94,10 +106,30 @@ def _matmul_site(weight, activations: Format | None = None) -> tuple[OpSite, ...
     return (OpSite(op="quant_matmul", args=facts | {"activations": activations}),)
 
 
-def _gated_site(down: Linear, activation: str) -> tuple[OpSite, ...]:
+def _gated_sites(down: Linear, activation: str, joined: bool = False) -> tuple[OpSite, ...]:
     weight = tensor.canonical(down.weight.get_value())
     facts = {"f": weight.shape[0], "dtype": jnp.dtype(weight.dtype).name, "activation": activation}
-    return (OpSite(op="gated_act", args=facts),)
+    return (OpSite(op="gated_act", args=facts), *(made_sites("gated_matmul", down, **facts) if joined else ()))
+
+
+def _gated(part, gate: jax.Array, up: jax.Array | None) -> jax.Array:
+    """down(act(gate) * up); up None: it lies beside the gate."""
+    act = {"activation": part.activation}
+    if makes("gated_matmul", part.choices, part.down):
+        weight = part.down.weight.get_value()
+        return part.down(Multiplied(dispatch.call("gated_matmul", part.choices, gate, weight, **act)))
+    return part.down(dispatch.call("gated_act", part.choices, gate, up, **act))
+
+
+def made_sites(op: str, linear: Linear, **facts) -> tuple[OpSite, ...]:
+    """The product of a plain Linear by an op that makes its input as well."""
+    sites = _matmul_site(linear.weight.get_value(), linear.activations) if type(linear) is Linear else ()
+    return tuple(OpSite(op=op, args={**site.args, **facts}) for site in sites)
+
+
+def makes(op: str, choices: tuple[OpChoice, ...], linear: Linear) -> bool:
+    """Whether a kernel of such an op was chosen, and nothing but the weight reads the input."""
+    return dispatch.lowered(op, choices) and linear.adapter is None
 
 
 def arranged(like: nnx.Param, weight, relayout) -> nnx.Param:
@@ -113,6 +145,11 @@ class Inner(Linear):
 
 class Fused:
     """A part that holds several projections in one weight."""
+
+    @property
+    def first(self) -> Linear | None:
+        """The projection that alone reads the part's input, where a kernel makes that input (`norm_matmul`)."""
+        return None
 
     def unfused(self) -> nnx.Module:
         """The plain part with the same numbers."""
@@ -214,14 +251,14 @@ class GatedMLP(nnx.Module):
         self.choices: tuple[OpChoice, ...] = ()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(dispatch.call("gated_act", self.choices, *self.project(x), activation=self.activation))
+        return _gated(self, *self.project(x))
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """x [..., D] -> gate and up [..., F], or both side by side [..., 2F] where one matmul makes them, and None."""
         return self.gate(x), self.up(x)
 
     def op_sites(self) -> tuple[OpSite, ...]:
-        return _gated_site(self.down, self.activation)
+        return _gated_sites(self.down, self.activation)
 
 
 class FusedGatedMLP(Fused, GatedMLP):
@@ -235,6 +272,13 @@ class FusedGatedMLP(Fused, GatedMLP):
 
     def project(self, x):
         return self.gate_up(x), None
+
+    @property
+    def first(self) -> Linear | None:
+        return self.gate_up if makes("norm_matmul", self.choices, self.gate_up) else None
+
+    def op_sites(self) -> tuple[OpSite, ...]:
+        return (*_gated_sites(self.down, self.activation, joined=True), *made_sites("norm_matmul", self.gate_up))
 
     def unfused(self) -> GatedMLP:
         d, both = self.gate_up.weight.get_value().shape
@@ -257,10 +301,10 @@ class JoinedGatedMLP(nnx.Module):
         self.choices: tuple[OpChoice, ...] = ()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(dispatch.call("gated_act", self.choices, self.gate_up(x), None, activation=self.activation))
+        return _gated(self, self.gate_up(x), None)
 
     def op_sites(self) -> tuple[OpSite, ...]:
-        return _gated_site(self.down, self.activation)
+        return _gated_sites(self.down, self.activation, joined=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

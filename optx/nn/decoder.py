@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from optx.cache import Address, CachePlan, Caches, Ragged, View, view
-from optx.nn.core import Embed, Linear, RMSNorm
+from optx.nn.core import Embed, Fused, Linear, Multiplied, RMSNorm
 from optx.pallas import dispatch
 from optx.pallas.dispatch import OpChoice, OpSite
 from optx.pools import PICKED, store_tokens
@@ -62,22 +62,26 @@ class Block(nnx.Module):
         """
         pool = {}
         if self.mixer is not None:
-            x, normed = self._normed(self.norm, x, y)
+            x, normed = self._normed(self.norm, x, y, self.mixer, self.residual)
             y, pool = self.mixer(normed, ragged, cache)
             x, y = _joined(self.residual, x, normed, y if self.post_norm is None else self.post_norm(y))
         if self.mlp is not None:
-            x, normed = self._normed(self.mlp_norm, x, y)
+            x, normed = self._normed(self.mlp_norm, x, y, self.mlp, self.mlp_residual)
             y = self.mlp(normed)
             x, y = _joined(self.mlp_residual, x, normed, y if self.post_mlp_norm is None else self.post_mlp_norm(y))
         return x, y, pool
 
-    def _normed(self, norm, x, y):
-        """-> (x + y, norm(x + y))."""
+    def _normed(self, norm, x, y, part, residual):
+        """-> (x + y, norm(x + y) for `part`)."""
         if not _is_op(norm):
             x = _sum(x, y)
             return x, norm(x)
-        kwargs = {"eps": norm.eps, "offset": norm.offset}
-        return dispatch.call("add_norm", self.choices, x, y, norm.weight.get_value(), **kwargs)
+        args, kwargs = (x, y, norm.weight.get_value()), {"eps": norm.eps, "offset": norm.offset}
+        first = part.first if isinstance(part, Fused) and residual in (None, PLAIN) else None
+        if first is None:
+            return dispatch.call("add_norm", self.choices, *args, **kwargs)
+        x, product = dispatch.call("norm_matmul", part.choices, *args, first.weight.get_value(), **kwargs)
+        return x, Multiplied(product)
 
     def op_sites(self) -> tuple[OpSite, ...]:
         weights = [norm.weight.get_value() for norm in (self.norm, self.mlp_norm) if _is_op(norm)]

@@ -275,6 +275,14 @@ ROWS: tuple[Row, ...] = (
     Row(op="add_norm", backend="xla", module="add_norm.reference"),
     Row(op="gated_act", backend=_GPU, arch="sm90", module="gated_act.mosaic_gpu_sm90", optional=True),
     Row(op="gated_act", backend="xla", module="gated_act.reference"),
+    *(
+        row
+        for op in ("norm_matmul", "gated_matmul")  # two ops in one kernel
+        for row in (
+            Row(op=op, backend=_GPU, arch="sm90", module=f"{op}.mosaic_gpu_sm90", optional=True, verified=False),
+            Row(op=op, backend="xla", module=f"{op}.reference"),
+        )
+    ),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", module="quant_matmul.mosaic_gpu_sm90"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", variant="w8a8", module="quant_matmul.mosaic_gpu_sm90_w8a8"),
     Row(op="quant_matmul", backend=_GPU, arch="sm100", module="quant_matmul.mosaic_gpu_sm100", ran=False),
@@ -370,6 +378,11 @@ def row_of(choice: OpChoice) -> Row:
 def running(op: str, choices: tuple[OpChoice, ...]) -> Row:
     """The row recorded in `choices`, or the op's reference when the site was not lowered."""
     return next((row_of(choice) for choice in choices if choice.op == op), None) or rows(op)[-1]
+
+
+def lowered(op: str, choices: tuple[OpChoice, ...]) -> bool:
+    """Whether a kernel is recorded for the op, and not its reference."""
+    return any(choice.op == op and row_of(choice) is not rows(op)[-1] for choice in choices)
 
 
 def call(op: str, choices: tuple[OpChoice, ...], *args, **kwargs):

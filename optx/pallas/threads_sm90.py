@@ -120,6 +120,22 @@ class Threads:
         loaded = llvm.load(ir.VectorType.get((count,), i32), self._pointer(ref, offset), alignment=4 * count)
         return [Number(vector.extract(loaded, [], [i])) for i in range(count)]
 
+    def load_early(self, ref, offset, count: int):
+        """`load` from global memory, in the order of the program: of other loads the assembler puts off some, to spare registers,
+        until it has waited for the first."""
+        ptx = f"ld.relaxed.gpu.global.v{count}.b32 {{{', '.join(f'${i}' for i in range(count))}}}, [${count}];"
+        kinds = [ir.IntegerType.get_signless(32)] * count
+        found = utils.inline_ptx(ptx, self._pointer(ref, offset), result_types=kinds, has_side_effects=True)
+        return [Number(word) for word in found]
+
+    def fetch(self, ref, offset, to, place, when=None):
+        """16 bytes of global memory into shared memory, which the same thread may read when it has `fetched`."""
+        ptx, pointer = "cp.async.cg.shared.global [$0], [$1], 16;", self._pointer(ref, offset)
+        utils.inline_ptx(ptx, self._shared(to, place), pointer, predicate=when and when.value, has_side_effects=True)
+
+    def fetched(self):
+        utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
+
     def store(self, ref, offset, word, size: int, when=None):
         """The lowest `size` bytes of a word."""
         ptx = f"st.global.b{8 * size} [$0], $1;"
@@ -127,11 +143,16 @@ class Threads:
         value = arith.trunci(kind, value) if size < 4 else value
         utils.inline_ptx(ptx, self._pointer(ref, offset), value, predicate=when and when.value, has_side_effects=True)
 
+    def _shared(self, ref, offset):
+        return llvm.ptrtoint(ir.IntegerType.get_signless(32), self._pointer(ref, offset))
+
     def store_words(self, ref, offset, words, when=None):
-        """Two or four words side by side, at a multiple of their size."""
-        count = len(words)
-        ptx = f"st.global.v{count}.b32 [$0], {{{', '.join(f'${i + 1}' for i in range(count))}}};"
-        pointer, values = self._pointer(ref, offset), [word.value for word in words]
+        """Two or four words side by side, at a multiple of their size, in global or shared memory."""
+        count, shared = len(words), utils.is_smem_ref(ref)
+        pointer = self._shared(ref, offset) if shared else self._pointer(ref, offset)
+        space = "shared" if shared else "global"
+        ptx = f"st.{space}.v{count}.b32 [$0], {{{', '.join(f'${i + 1}' for i in range(count))}}};"
+        values = [word.value for word in words]
         utils.inline_ptx(ptx, pointer, *values, predicate=when and when.value, has_side_effects=True)
 
     def share(self, ref, index, x, when):

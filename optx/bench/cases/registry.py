@@ -27,6 +27,8 @@ MODULES = (
     "rotate_append",
     "add_norm",
     "gated_act",
+    "norm_matmul",
+    "gated_matmul",
 )
 
 

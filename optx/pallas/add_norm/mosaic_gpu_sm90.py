@@ -6,9 +6,9 @@ of it, a reduction and a product, of a few microseconds each, which is more than
 
 Every rounding is the reference's own: the sum to the activations' type, the norm at its end. Norms differ from it only where
 a sum of squares added up in another order, or the last bits of 1 / sqrt, tip a rounding. The sums of a token are added up
-in one order whatever other tokens there are.
+in one order whatever other tokens there are and however many threads work on it.
 
-`_program` is written in a thread's numbers and takes the machine that works on them.
+`program` is written in a thread's numbers and takes the machine that works on them.
 """
 
 import dataclasses
@@ -43,11 +43,17 @@ class Plan:
     eps: float
     offset: float
     added: bool  # there is a y
+    most: int = LARGEST  # threads of a block
 
     @property
     def threads(self) -> int:
         """Of a block: a chunk each, in whole warp groups."""
-        return min(LARGEST, -(-self.width // (CHUNK * GROUP)) * GROUP)
+        return min(self.most, -(-self.width // (CHUNK * GROUP)) * GROUP)
+
+    @property
+    def sums(self) -> int:
+        """Sums of squares that warps share: of 32 chunks each."""
+        return -(-self.width // (CHUNK * self.threads)) * self.threads // WARP
 
 
 def supports(args, target) -> str | None:
@@ -98,7 +104,7 @@ def _run(plan: Plan, parts, weight):
         def token(_, *args):
             *refs, sums, block = args
             machine = Threads(block.registers.item())
-            _program(machine, plan, refs[:count], refs[count], refs[count + 1 :], sums)
+            program(machine, plan, refs[:count], refs[count], refs[count + 1 :], sums)
             return ()
 
         token(*refs, lax.axis_index("block"))
@@ -107,7 +113,7 @@ def _run(plan: Plan, parts, weight):
     return dependent(
         body,
         out_type=(out,) * count,
-        scratch_types=[plgpu.SMEM((plan.threads // WARP,), jnp.float32)],
+        scratch_types=[plgpu.SMEM((plan.sums,), jnp.float32)],
         grid=(plan.tokens,),
         grid_names=("block",),
         num_threads=plan.threads // GROUP,
@@ -116,21 +122,21 @@ def _run(plan: Plan, parts, weight):
     )(*parts, weight)
 
 
-def _program(m, plan: Plan, parts, weight, outs, sums):
+def program(m, plan: Plan, parts, weight, outs, sums):
     """The work of all threads on machine m. Refs: parts [x] or [x, y], weight, outs [norm] or [sum, norm]; sums, float32
     of the block's warps, is shared."""
     chunks = _chunks(m, plan)
     base = m.wide(m.block()) * (2 * plan.width)
     places = [base + m.wide(chunk * (2 * CHUNK)) for chunk, _ in chunks]
-    read = [[m.load(ref, at, CHUNK // 2) for at in places] for ref in parts]
+    weights = [_weights(m, plan, weight, chunk) for chunk, _ in chunks]  # first: they come from far away
+    read = [[m.load_early(ref, at, CHUNK // 2) for at in places] for ref in parts]
     words = read[0] if len(read) == 1 else [_added(m, plan, *both) for both in zip(*read, strict=True)]
     words = [_or_zeros(m, has, found) for found, (_, has) in zip(words, chunks, strict=True)]
-    weights = [_weights(m, plan, weight, chunk) for chunk, _ in chunks]
     if plan.added:
         for at, found, (_, has) in zip(places, words, chunks, strict=True):
             m.store_words(outs[0], at, found, has)
     numbers = [[x for word in found for x in m.unpack(word, plan.dtype)] for found in words]
-    squares = _tree([x * x for found in numbers for x in found])
+    squares = [_tree([x * x for x in found]) for found in numbers]
     factor = m.rsqrt(_across_block(m, plan, squares, sums) * (1 / plan.width) + plan.eps)
     for at, found, scale, (_, has) in zip(places, numbers, weights, chunks, strict=True):
         normed = [x * factor * (w + plan.offset) for x, w in zip(found, scale, strict=True)]
@@ -165,8 +171,8 @@ def _packed(m, numbers, dtype: str):
 def _weights(m, plan: Plan, ref, chunk):
     if plan.weight == "float32":
         at = m.wide(chunk * (4 * CHUNK))
-        return [m.float(word) for half in (0, 16) for word in m.load(ref, at + half, 4)]
-    words = m.load(ref, m.wide(chunk * (2 * CHUNK)), CHUNK // 2)
+        return [m.float(word) for half in (0, 16) for word in m.load_early(ref, at + half, 4)]
+    words = m.load_early(ref, m.wide(chunk * (2 * CHUNK)), CHUNK // 2)
     return [x for word in words for x in m.unpack(word, plan.weight)]
 
 
@@ -178,9 +184,9 @@ def _tree(numbers):
     return numbers[0]
 
 
-def _across_block(m, plan: Plan, x, sums):
-    """The sum of x over all threads of the block, the same in all of them."""
-    x = across(m, x, operator.add)
-    m.share(sums, m.thread() >> 5, x, (m.thread() & (WARP - 1)) < 1)
+def _across_block(m, plan: Plan, numbers, sums):
+    """The sum of a thread's numbers, one a chunk, over all threads of the block, the same in all of them."""
+    for start, x in zip(range(0, plan.sums, plan.threads // WARP), numbers, strict=True):
+        m.share(sums, (m.thread() >> 5) + start, across(m, x, operator.add), (m.thread() & (WARP - 1)) < 1)
     m.barrier()
-    return _tree([y for start in range(0, plan.threads // WARP, 4) for y in m.shared(sums, start)])
+    return _tree([y for start in range(0, plan.sums, 4) for y in m.shared(sums, start)])

@@ -3,7 +3,7 @@
 Sigmoid, activation and product are each rounded to the activations' type, as the reference's are. What lies within a sigmoid
 or the tanh form of gelu is float32, of which XLA on a CPU rounds every part: x * sigmoid(2 u) is x * (1 + tanh(u)) / 2.
 
-`_program` is written in a thread's numbers and takes the machine that works on them.
+`program` is written in a thread's numbers and takes the machine that works on them.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def _run(plan: Plan, parts):
         @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), scalar()), return_type=())
         def chunk(_, *args):
             *parts, out, block = args
-            _program(Threads(block.registers.item()), plan, parts, out)
+            program(Threads(block.registers.item()), plan, parts, out)
             return ()
 
         chunk(*refs, lax.axis_index("block"))
@@ -94,11 +94,15 @@ def _run(plan: Plan, parts):
     )(*parts)
 
 
-def _program(m, plan: Plan, parts, out):
+def program(m, plan: Plan, parts, out):
     """The work of all threads on machine m. Refs: parts [gate, up] or both in one, out."""
     chunk = m.block() * THREADS + m.thread()
     has = None if plan.chunks % THREADS == 0 else chunk < plan.chunks
-    chunk = chunk if has is None else m.where(has, chunk, 0)
+    act(m, plan, parts, out, chunk if has is None else m.where(has, chunk, 0), has)
+
+
+def act(m, plan: Plan, parts, out, chunk, has):
+    """One chunk of the result. has: whether the thread has it; None: all have."""
     at = m.wide(chunk) * (2 * CHUNK)
     if plan.joined:
         columns = plan.width // CHUNK

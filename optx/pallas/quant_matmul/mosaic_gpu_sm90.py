@@ -21,6 +21,7 @@ from optx import tensor
 from optx.errors import LoweringError
 from optx.formats import Float4, Float8, Format, Int, fp4
 from optx.pallas.late import arith, dependent, fragmented, llvm, overlapping, plgpu, utils, vector
+from optx.pallas.quant_matmul import mosaic_gpu_sm90_made as makers
 from optx.pallas.quant_matmul.mosaic_gpu_sm90_fragments import BLOCK, WORDS, Fragments, relayout
 from optx.tensor import QTensor
 
@@ -67,6 +68,7 @@ class Plan:
     strips: int  # F / 64, rounded up
     zero: bool = False
     ahead: bool = False  # weights are asked for before the kernel before this one has ended
+    made: makers.Normed | makers.Gated | None = None  # what the kernel makes its row of x of; None: it gets x
 
     @property
     def grouped(self) -> bool:
@@ -76,6 +78,16 @@ class Plan:
     def scaled(self) -> bool:
         """Whether an output has a factor of its own."""
         return self.kind == "nv" or not (self.grouped or self.kind == "bf16")
+
+    @property
+    def given(self) -> int:
+        """Arrays before those of the weight."""
+        return 1 if self.made is None else self.made.given
+
+    @property
+    def streams(self) -> int:
+        """Rows that go out before the product."""
+        return 0 if self.made is None else self.made.streams
 
     @property
     def step(self) -> int:
@@ -151,13 +163,14 @@ def _fitted(w: Fragments, *, most: int, flying: int = SHARED, **sizes) -> Tiles 
     return None
 
 
-def shared(plan: Plan, w: Fragments, stages: int) -> int:
+def shared(plan: Plan, w: Fragments | jax.Array, stages: int) -> int:
     """Bytes of shared memory that the kernel takes."""
     tiles = plan.tiles
-    scale = plan.grouped * plan.scales * BLOCK * jnp.dtype(w.scale.dtype).itemsize
+    scale = plan.scales * BLOCK * jnp.dtype(w.scale.dtype).itemsize if plan.grouped else 0
     stage = tiles.rows * plan.step * 2 + tiles.strips * (plan.words * WORDS * 4 + scale + plan.zero * plan.scales * 128)
     out = 2 * min(tiles.rows, PART) * BLOCK * 2
-    return stages * stage + tiles.strips * (out + (tiles.parts - 1) * BLOCK * tiles.rows * 4) + 8192
+    row = 0 if plan.made is None else 2 * plan.made.room(tiles.split) + 4 * plan.made.sums
+    return stages * stage + tiles.strips * (out + (tiles.parts - 1) * BLOCK * tiles.rows * 4) + row + 8192
 
 
 # Codes to bfloat16. A register holds two numbers; those with 7 bits of mantissa count in steps of 1 from 128 = 0x4300 on,
@@ -356,10 +369,13 @@ def _place(item, rows: int, columns: int):
 
 
 def _body(*refs, plan: Plan):
-    tiles, refs = plan.tiles, list(refs)
-    x, codes, scale = refs[:3] if plan.kind != "bf16" else (*refs[:2], refs[1])
-    zero = refs[3] if plan.zero else None
-    outer = refs[3 + plan.zero] if plan.kind == "nv" else scale  # what outputs are multiplied by
+    tiles, refs, made = plan.tiles, list(refs), plan.made
+    *refs, row_smem, sums = refs if made else (*refs, None, None)
+    given, refs = refs[: plan.given], refs[plan.given :]
+    codes, scale = refs[:2] if plan.kind != "bf16" else (refs[0], refs[0])
+    zero = refs[2] if plan.zero else None
+    outer = refs[2 + plan.zero] if plan.kind == "nv" else scale  # what outputs are multiplied by
+    streams = refs[-12 - plan.streams : -12]
     out, x_smem, w_smem, s_smem, z_smem, a_smem, p_smem, out_smem, full, empty, done, free = refs[-12:]
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
     rank = lax.axis_index("part") if tiles.split > 1 else 0
@@ -368,7 +384,7 @@ def _body(*refs, plan: Plan):
     stride = tiles.grid // tiles.split
     mine = lax.div(items - block + (stride - 1), stride)
     consumer, producer = REGISTERS
-    trade = tiles.registers and tiles.consumers == 2
+    trade = tiles.registers and tiles.consumers == 2 and made is None
 
     def each_item(body):
         def turn(i, _):
@@ -392,31 +408,54 @@ def _body(*refs, plan: Plan):
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                k += rank * steps
+                at = k + rank * steps
                 copy = lambda src, dst: plgpu.copy_gmem_to_smem(src, dst.at[slot], full.at[slot])  # noqa: E731
-                if activations:
-                    copy(x.at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(k * plan.step, plan.step)], x_smem)
-                if not weights:
-                    return
-                if plan.kind == "bf16":
+                if activations and made is None:
+                    copy(given[0].at[pl.ds(row * tiles.rows, tiles.rows), pl.ds(at * plan.step, plan.step)], x_smem)
+                if weights and plan.kind == "bf16":
                     outputs = pl.ds(column * (tiles.strips * BLOCK), tiles.strips * BLOCK)
-                    copy(codes.at[pl.ds(k * plan.step, plan.step), outputs], w_smem)
-                else:
-                    copy(codes.at[strips, pl.ds(k * plan.words, plan.words)], w_smem)
-                group = lax.div(k * plan.step, plan.group)
-                if plan.grouped:
+                    copy(codes.at[pl.ds(at * plan.step, plan.step), outputs], w_smem)
+                elif weights:
+                    copy(codes.at[strips, pl.ds(at * plan.words, plan.words)], w_smem)
+                group = lax.div(at * plan.step, plan.group)
+                if weights and plan.grouped:
                     copy(scale.at[strips, pl.ds(group, plan.scales)], s_smem)
-                if plan.zero:
+                if weights and plan.zero:
                     copy(zero.at[strips, pl.ds(group, plan.scales)], z_smem)
+                if activations and made is not None:
+                    hand(k, slot)
 
-            if not plan.ahead:
+            if not plan.ahead and made is None:
                 lax.fori_loop(0, steps, load, None)
                 return
             ahead = jnp.where(first == 0, min(tiles.stages, steps), 0)
             lax.fori_loop(0, ahead, functools.partial(load, activations=False), None)
-            pl.when(first == 0)(plgpu.griddepcontrol_wait)
+            pl.when(first == 0)(begin)
             lax.fori_loop(0, ahead, functools.partial(load, weights=False), None)
             lax.fori_loop(ahead, steps, load, None)
+
+        def begin():
+            if plan.ahead:
+                plgpu.griddepcontrol_wait()
+            place = block * tiles.split + rank
+            if made is not None and tiles.registers:
+                makers.make(made, given, streams, row_smem, sums, place, split=tiles.split)
+            elif made is not None:
+                *found, row_smem[...] = (value[0] for value in made.plainly(*(ref[...] for ref in given)))
+
+                @pl.when(place == 0)
+                def _():
+                    for stream, value in zip(streams, found, strict=True):
+                        stream[0] = value
+
+        def hand(k, slot):
+            start = made.first(rank, steps * plan.step) + k * plan.step
+            if tiles.registers:
+                makers.hand(row_smem, x_smem.at[slot], start, count=plan.step)
+            else:
+                x_smem[slot, 0] = row_smem[pl.ds(start, plan.step)]
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(full.at[slot])
 
         each_item(produce)
 
@@ -554,18 +593,24 @@ def _widen_plainly(words, scale, zero, *, block: int, plan: Plan):
 
 @functools.partial(jax.jit, static_argnames=("rows", "plan"))
 def _call(x, *w, rows: int, plan: Plan):
-    """x [rows or more, D], the parts of the weight -> [rows, F]."""
-    tiles = plan.tiles
+    """x [rows or more, D] (or what a row of it is made of), the parts of the weight -> [rows that go out, [rows, F]]."""
+    tiles, made = plan.tiles, plan.made
     swizzle = plgpu.SwizzleTransform(128)
     tiled = (plgpu.TilingTransform((8, BLOCK)), swizzle)
     part = min(tiles.rows, PART)
     narrow = min(tiles.rows, 32)
     partial = (plgpu.TilingTransform((8, narrow)), plgpu.SwizzleTransform(4 * narrow))
     cluster = {"cluster": (tiles.split,), "cluster_names": ("part",)} if tiles.split > 1 else {}
+    made_types = ()
+    if made is not None:
+        made_types = (plgpu.SMEM((made.room(tiles.split),), x.dtype), plgpu.SMEM((made.sums,), jnp.float32))
     kernel = dependent(
         functools.partial(_body, plan=plan),
         waits=plan.ahead,
-        out_type=jax.ShapeDtypeStruct((rows, plan.strips * BLOCK), x.dtype),
+        out_type=(
+            *(jax.ShapeDtypeStruct((1, plan.depth), x.dtype) for _ in range(plan.streams)),
+            jax.ShapeDtypeStruct((rows, plan.strips * BLOCK), x.dtype),
+        ),
         grid=(tiles.grid // tiles.split,),
         grid_names=("block",),
         **cluster,
@@ -578,7 +623,7 @@ def _call(x, *w, rows: int, plan: Plan):
             else plgpu.SMEM((tiles.stages, tiles.strips, plan.words, WORDS), jnp.int32),
             plgpu.SMEM(
                 (tiles.stages if plan.grouped else 1, tiles.strips, plan.scales, BLOCK),
-                w[1].dtype if plan.grouped else x.dtype,
+                w[plan.given].dtype if plan.grouped else x.dtype,
             ),
             plgpu.SMEM((tiles.stages if plan.zero else 1, tiles.strips, plan.scales, BLOCK), jnp.bfloat16),
             plgpu.SMEM((tiles.consumers, 8 if tiles.registers else BLOCK, BLOCK), x.dtype, transforms=tiled),
@@ -593,11 +638,12 @@ def _call(x, *w, rows: int, plan: Plan):
             # one for all strips: jax 0.11.2 adds the offset of a barrier in an array twice when it is another block's
             plgpu.Barrier(num_arrivals=max(tiles.parts - 1, 1) * tiles.strips),
             plgpu.Barrier(num_arrivals=tiles.strips),
+            *made_types,
         ),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=tiles.registers
         ),
-        kernel_name="quant_matmul",
+        kernel_name="quant_matmul" if made is None else f"quant_matmul_{made.name}",
     )
     return kernel(x, *w)
 
@@ -626,7 +672,7 @@ def quant_matmul(
         return jnp.zeros((*x.shape[:-1], f), x.dtype)
     tiles = tiles or tiles_for(x.size // d, w)
     plan = dataclasses.replace(plan_for(w, tiles), ahead=ahead)
-    return _rows(x, *(part for part in (w.data, w.scale, w.zero, w.outer) if part is not None), plan=plan)
+    return _rows(x, *w.parts, plan=plan)
 
 
 def dense_matmul(x: jax.Array, w: jax.Array, *, tiles: Tiles | None = None):
@@ -638,9 +684,29 @@ def dense_matmul(x: jax.Array, w: jax.Array, *, tiles: Tiles | None = None):
             f"dense_matmul: x {x.dtype}{list(x.shape)}, w {w.dtype}{list(w.shape)}; allowed: bfloat16, 1 to 256 rows, "
             f"D and F in multiples of {BLOCK}"
         )
+    return _rows(x, w, plan=dataclasses.replace(_dense_plan(rows, w, tiles), ahead=overlapping()))
+
+
+def _dense_plan(rows: int, w: jax.Array, tiles: Tiles | None) -> Plan:
+    d, f = w.shape
     tiles = tiles or _dense(rows, d // BLOCK, f // BLOCK)
-    facts = {"group": d, "depth": d, "strips": f // BLOCK, "ahead": overlapping()}
-    return _rows(x, w, plan=Plan(tiles=tiles, kind="bf16", bits=16, **facts))
+    return Plan(tiles=tiles, kind="bf16", bits=16, group=d, depth=d, strips=f // BLOCK)
+
+
+def made_matmul(made: makers.Normed | makers.Gated, given, w, *, tiles: Tiles | None = None) -> list[jax.Array]:
+    """The row that is made of `given`, arrays of one row, times w [D, F] -> [rows that go out [1, D], product [1, F]].
+
+    For what `quant_matmul` and `dense_matmul` take, and D up to `makers.WIDEST`.
+    """
+    ahead = overlapping() and not isinstance(w, QTensor)
+    w = relayout(w) if isinstance(w, QTensor) else w
+    packed = isinstance(w, Fragments)
+    plan = plan_for(w, tiles or tiles_for(1, w)) if packed else _dense_plan(1, w, tiles)
+    plan = dataclasses.replace(plan, made=made, ahead=ahead)
+    empty, one = (shared(plan, w, stages) for stages in (0, 1))
+    stages = min(plan.tiles.stages, (SHARED - empty) // (one - empty) // plan.tiles.share * plan.tiles.share)
+    plan = dataclasses.replace(plan, tiles=dataclasses.replace(plan.tiles, stages=stages))
+    return _call(*given, *(w.parts if packed else (w,)), rows=1, plan=plan)
 
 
 def _dense(rows: int, steps: int, outputs: int) -> Tiles:
@@ -666,7 +732,7 @@ def _rows(x, *w, plan: Plan):
     x = x.reshape(rows, d)
     if rows > 8 or not plan.tiles.registers:  # the copy engine clips rows, but past 8 it takes them by eights
         x = jnp.pad(x, ((0, -rows % whole), (0, 0)))
-    return _call(x, *w, rows=rows, plan=plan).reshape(*lead, plan.strips * BLOCK)
+    return _call(x, *w, rows=rows, plan=plan)[0].reshape(*lead, plan.strips * BLOCK)
 
 
 def supports(args, target) -> str | None:

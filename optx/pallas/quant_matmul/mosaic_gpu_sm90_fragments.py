@@ -51,7 +51,11 @@ class Fragments(Arranged):
 
     @property
     def nbytes(self) -> int:
-        return sum(leaf_bytes(p) for p in (self.data, self.scale, self.zero, self.outer) if p is not None)
+        return sum(leaf_bytes(part) for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[jax.Array, ...]:
+        return tuple(part for part in (self.data, self.scale, self.zero, self.outer) if part is not None)
 
     @property
     def bits(self) -> int:

@@ -1,0 +1,1 @@
+"""`gated_act` and the product that reads its result."""

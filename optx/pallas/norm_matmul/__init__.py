@@ -1,0 +1,1 @@
+"""`add_norm` and the product that alone reads its norm."""
