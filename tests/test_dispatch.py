@@ -86,6 +86,15 @@ def test_a_row_that_is_not_verified_has_to_be_asked_for(monkeypatch):
     assert str(dispatch.select(site, TARGETS["h100"], require="mosaic_gpu")) == "mosaic_gpu/sm90"
 
 
+def test_a_row_for_large_weights_leaves_small_ones_unless_it_is_asked_for():
+    sites = {case.name: dispatch.OpSite(op="norm_matmul", args=case.site) for case in registry.cases(("norm_matmul",))}
+    large, small = sites["int4_g128_1x4096x24576"], sites["int4_g128_1x4096x6144"]
+    assert str(dispatch.select(large, TARGETS["h100"])) == "mosaic_gpu/sm90"
+    choice = dispatch.select(small, TARGETS["h100"])
+    assert str(choice) == "xla" and "no faster below 16,777,216" in dict(choice.declined)["mosaic_gpu/sm90"]
+    assert str(dispatch.select(small, TARGETS["h100"], require="mosaic_gpu")) == "mosaic_gpu/sm90"
+
+
 def test_batch_invariant_attention_has_rows_of_its_own():
     for site in part().op_sites():
         choice = dispatch.select(site, TARGETS["h100"], invariant=True)

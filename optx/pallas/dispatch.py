@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+from optx import tensor
 from optx.errors import LoweringError, did_you_mean
 from optx.pallas import tiles
 from optx.pallas.attention import checks
@@ -63,6 +64,9 @@ class Row:
     ran: bool = True  # False: compiled by the assembler and interpreted, never run on its hardware; the report says so
     first: bool = False  # takes exact copies of the first tokens in the call for packed ones (`reference.with_first`)
     lacks: tuple[str, ...] = ()  # facts of a site, keys of LACKS, that it declines
+    least: int = (
+        0  # bytes of the smallest weight that it is faster for (measured); smaller ones only where a recipe requires it
+    )
 
     @property
     def name(self) -> str:
@@ -277,9 +281,9 @@ ROWS: tuple[Row, ...] = (
     Row(op="gated_act", backend="xla", module="gated_act.reference"),
     *(
         row
-        for op in ("norm_matmul", "gated_matmul")  # two ops in one kernel
+        for op, least in (("norm_matmul", 16 << 20), ("gated_matmul", 40 << 20))  # two ops in one kernel
         for row in (
-            Row(op=op, backend=_GPU, arch="sm90", module=f"{op}.mosaic_gpu_sm90", optional=True, verified=False),
+            Row(op=op, backend=_GPU, arch="sm90", module=f"{op}.mosaic_gpu_sm90", optional=True, least=least),
             Row(op=op, backend="xla", module=f"{op}.reference"),
         )
     ),
@@ -347,8 +351,8 @@ def select(site: OpSite, target: Any, require: str | None = None, invariant: boo
             reason = f"{chosen.name} comes first"
         else:
             reason = row.supports(site.args, target)
-            if reason is None and not row.verified and asked != row.backend:
-                reason = f"not verified on the device yet; a recipe may say require: {row.backend}"
+            if reason is None and asked != row.backend:
+                reason = _unasked(row, site)
         if reason is None:
             chosen = row
         else:
@@ -369,6 +373,15 @@ def select(site: OpSite, target: Any, require: str | None = None, invariant: boo
         ),
         declined=tuple(declined),
     )
+
+
+def _unasked(row: Row, site: OpSite) -> str | None:
+    """Why a row that takes the site is left out unless a recipe requires its backend."""
+    if not row.verified:
+        return f"not verified on the device yet; a recipe may say require: {row.backend}"
+    if row.least and (size := tensor.nbytes(site.args["weight"])) < row.least:
+        return f"the weight is {size:,} bytes; no faster below {row.least:,} (a recipe may say require: {row.backend})"
+    return None
 
 
 def row_of(choice: OpChoice) -> Row:
