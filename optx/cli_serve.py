@@ -11,6 +11,7 @@ import optx
 from optx.cli_flags import Flag, Verb
 from optx.cli_verbs import speculation
 from optx.compaction import LEAST, Compaction, Compactor
+from optx.engine.memory import claim
 from optx.engine.options import default_chunks
 from optx.errors import ServeError, UsageError
 from optx.recipe import Recipe
@@ -37,6 +38,7 @@ def serve(
         raise UsageError(f"serve: --port={port}: allowed: 0 to 65535")
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.WARNING)
     listener = server.bind(host, port)  # before the work, not after
+    claim()
     source = optx.load(model, weights, dtype)
     compactor = _compactor(source, compact_at, keep_turns, context)
     progress = sys.stderr.isatty()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from optx import bench, cli
 from optx.bench import bare, client, figures, serve
 from optx.bench.figures import Outcome
 from optx.bench.load import Load, Server, asks
+from optx.engine import memory
 from optx.errors import LoweringError, RequestError, UsageError
 
 CONFIG = {
@@ -446,3 +448,12 @@ def test_a_server_that_refuses_or_is_not_there():
         client.run(Server(url=url, api_key="wrong"), SMALL, {})
     with pytest.raises(RequestError, match="cannot be reached: .*is the server up"):
         client.run(Server(url=url), SMALL, {})
+
+
+def test_a_server_takes_most_of_a_gpu_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    memory.claim()
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    memory.claim()
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"

@@ -23,6 +23,7 @@ from optx.bench import bare, figures
 from optx.bench.bare import Bare
 from optx.bench.load import Load, Server, flag_of, settings
 from optx.compilation_cache import enable_compilation_cache
+from optx.engine.memory import claim
 from optx.errors import OptxError, UsageError
 
 SETTINGS = (Server, Bare, Load)
@@ -57,6 +58,7 @@ def run(given: Mapping, *, progress: bool = False, say: Callable[[str], None] = 
         if given.get(field.name):
             raise UsageError(f"bench serve: --{field.name} says nothing with --{dataclasses.fields(mine)[0].name}")
     if engine.in_process is not None:
+        claim()
         return bare.run(engine, load, slo, progress=progress, say=say)
     try:
         from optx.bench import client
