@@ -9,7 +9,7 @@ from optx.ir import size_text
 
 FLOOR = 1e-6  # nats: below it the KL is rounding of float32 sums, and is drawn here
 NAMED = 12  # points up to which all have their names beside them; else those off the front have numbers, and a list
-SIZE, LIST = (8.4, 5.6), 2.2  # inches: of the figure, and what the list adds to its width
+SIZE, LIST, LETTER = (8.4, 5.6), 2.2, 0.058  # inches: of the figure, what the list adds to its width at least, a letter
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, told apart by all eyes
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#5a5a5a"
@@ -42,16 +42,18 @@ def draw(outcome: Outcome, path: Path) -> bool:
 
     best = front(outcome.results, outcome.x)
     listed = [] if len(points) <= NAMED else [r for r in points if r not in best]
-    width = SIZE[0] + (LIST if listed else 0)
+    names = _names(listed)
+    more = max(LIST, LETTER * max(map(len, names), default=0))
+    width = SIZE[0] + (more if listed else 0)
     with matplotlib.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(width, SIZE[1]), dpi=200, layout="constrained", facecolor="white")
         canvas = FigureCanvasAgg(figure)
-        axes, column = figure.subplots(1, 2, width_ratios=(SIZE[0], LIST)) if listed else (figure.subplots(), None)
+        axes, column = figure.subplots(1, 2, width_ratios=(SIZE[0], more)) if listed else (figure.subplots(), None)
         _points(axes, outcome, points, best)
         _frame(axes, outcome, points)
         labels = {id(r): r.variant for r in points} | {id(r): f"{i}" for i, r in enumerate(listed, 1)}
         if listed:
-            _list(column, listed)
+            _list(column, names)
         canvas.draw()  # lays the axes out, so that points have pixels
         figure.set_layout_engine("none")
         first = sorted(points, key=lambda r: r not in best)
@@ -136,11 +138,14 @@ def _value(x: float | None, axis: str) -> str:
     return f"{x:.3g} bits" if axis.endswith("bits") else f"{x:.3g} ms"
 
 
-def _list(column, listed: Sequence[Result]) -> None:
+def _names(listed: Sequence[Result]) -> list[str]:
+    several = len({r.model for r in listed}) > 1
+    return [f"{r.variant}, {r.model}" if several else r.variant for r in listed]
+
+
+def _list(column, names: Sequence[str]) -> None:
     """What the numbers of points off the front stand for."""
     column.axis("off")
-    several = len({r.model for r in listed}) > 1
-    names = (f"{r.variant}, {r.model}" if several else r.variant for r in listed)
     lines = [f"{i:>2}  {name}" for i, name in enumerate(names, 1)]
     size = min(LABEL, 72 * SIZE[1] * 0.85 / (1.3 * len(lines)))
     column.text(0, 1, "\n".join(lines), transform=column.transAxes, fontsize=size, va="top", linespacing=1.3)

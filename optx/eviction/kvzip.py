@@ -1,6 +1,7 @@
 """KVzip: the tokens that the model needs to say its context again."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ class KVzip(Once):
 
     recent: int = 16  # newest tokens of the prompt: where the answer begins
     part: int = 2048  # tokens of the prompt that are fed again at a time, each time behind the whole prompt
+    pool: int = 1  # neighbours, itself among them, of whose attention each token has the most; odd
     instruction: str = "\n\nRepeat the previous context: "  # stands before each part, where the engine has a tokenizer
 
     name: ClassVar[str] = "kvzip"
@@ -33,6 +35,8 @@ class KVzip(Once):
         super().__post_init__()
         if self.part < 1:
             raise FormatError(f"{self.name}: part {self.part}; allowed: at least 1")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise FormatError(f"{self.name}: pool {self.pool}; allowed: odd numbers")
 
     def end(self, prompt):
         """All but the last token, which the answer begins from."""
@@ -60,4 +64,6 @@ class KVzip(Once):
         return jnp.maximum(old, mass[..., None])
 
     def worth(self, recorded, slots, length):
-        return recorded[..., 0]
+        found, around = jnp.where(slots < length, recorded[..., 0], 0), self.pool // 2
+        padded = jnp.pad(found, ((0, 0), (around, around)))
+        return functools.reduce(jnp.maximum, (padded[:, i : i + found.shape[-1]] for i in range(self.pool)))
