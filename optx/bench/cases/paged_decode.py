@@ -1,7 +1,6 @@
 """Cases and benchmark shapes of `paged_decode`: up to 8 new tokens a row over paged keys and values."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.bench.cases import Case, Shape
+from optx.bench.cases.filled import random, random_codes
 from optx.formats import Affine, Codebook, Float8, Float8Static, Format, Int, PerChannel
 from optx.nn.attention import paged_spec
 from optx.pallas.attention import reference
@@ -303,39 +303,6 @@ CASES = (
 )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_codes(key, shape, format):
-    """A packed pool of random codes: sizes as those of encoded normal numbers."""
-    codes, scales, zeros = jax.random.split(key, 3)
-    *lead, length = shape
-    data = jax.random.bits(codes, (*lead, format.packed(length)), jnp.uint8)
-    size = 1 / 24
-    rows = (*lead[:-1], lead[-1] // format.block_rows, format.grouped(length))
-    if isinstance(format, Codebook):
-        size = 1
-    elif isinstance(format, Float8):  # no code that is not a number: 0x7f and 0xff
-        data = jax.lax.bitcast_convert_type(data & 0xF7, jnp.float8_e4m3fn)
-        size = 1 / 128
-    elif format.width == 8:
-        data, size = data if format.has_zero else jax.lax.bitcast_convert_type(data, jnp.int8), 1 / 48
-    else:
-        size = 4 / 2**format.width
-    scale = (size * jax.random.uniform(scales, rows, minval=0.5)).astype(getattr(format, "scale_dtype", "float16"))
-    zero = None
-    if isinstance(format, Affine):
-        zero = -(2.0 ** (format.width - 1)) * scale
-    elif format.has_zero:
-        middle = 2 ** (format.width - 1)
-        zero = jax.random.randint(zeros, rows, middle - middle // 4, middle + middle // 4 + 1).astype(jnp.uint8)
-    kwargs = {"format": format, "length": length, "axis": -1, "dtype": jnp.dtype("bfloat16")}
-    return QTensor(data=data, scale=scale, zero=zero, **kwargs)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _random(key, shape, dtype):
-    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
-
-
 def _fill(rng, lengths, *, heads, kv_heads, head_dim, page_size, queries, format, first=None, **kwargs):
     """A call made on the device: every row of the same length."""
     size, length = len(lengths), lengths[0]
@@ -347,7 +314,7 @@ def _fill(rng, lengths, *, heads, kv_heads, head_dim, page_size, queries, format
     seeds = [int(x) for x in rng.integers(2**31, size=3)]
     keys = [jax.random.key(seed) for seed in seeds[:2]]
     pools = [
-        _random(key, shape, jnp.bfloat16) if each is None else _random_codes(key, shape, each)
+        random(key, shape, jnp.bfloat16) if each is None else random_codes(key, shape, each)
         for key, each in zip(keys, both(format), strict=True)
     ]
     if first is not None:
@@ -355,7 +322,7 @@ def _fill(rng, lengths, *, heads, kv_heads, head_dim, page_size, queries, format
         (_, *near), where = _fill(rng, [first] * size, queries=1, format=None, **sizes)
         where = {name: where[name] for name in ("positions", "table", "lengths")}
         kwargs["first"] = dict(zip(("k_pool", "v_pool"), near, strict=True)) | where
-    args = (_random(jax.random.key(seeds[2]), (size, queries, heads, head_dim), jnp.bfloat16), *pools)
+    args = (random(jax.random.key(seeds[2]), (size, queries, heads, head_dim), jnp.bfloat16), *pools)
     return args, {
         "positions": jnp.asarray(positions),
         "table": jnp.asarray(table[None], jnp.int32),
