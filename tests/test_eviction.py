@@ -110,6 +110,16 @@ def test_snapkv_lets_no_other_query_vote(rng):
     assert np.flatnonzero(counted).tolist() == list(range(prompt - 4, prompt))
 
 
+def test_kvzip_keeps_neighbours_but_first_what_was_attended_to():
+    recorded = jnp.zeros((1, 12, 1)).at[0, 5, 0].set(1.0).at[0, 9, 0].set(0.5).at[0, 11, 0].set(2.0)
+    slots, length = jnp.arange(12), jnp.int32(10)  # slot 11 holds nothing
+    worth = np.asarray(KVzip(ratio=0.5, pool=3).worth(recorded, slots, length))[0]
+    assert np.argmax(worth) == 5 and np.flatnonzero(worth).tolist() == [4, 5, 6, 8, 9, 10]
+    assert worth[4] == worth[6] and 0.9 < worth[4] < 1 and worth[10] == worth[8] < 0.5
+    with pytest.raises(FormatError, match="pool 4; allowed: odd"):
+        KVzip(ratio=0.5, pool=4)
+
+
 @pytest.mark.parametrize("sizes", [(10,), (4, 6)])
 def test_kvzip_keeps_what_the_repetition_attends_to_most(sizes, rng):
     """The maximum over the queries that are fed again and the heads of a group; the prompt's own do not count."""

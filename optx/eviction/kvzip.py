@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from optx.errors import FormatError
 from optx.eviction.policy import Once
 
+NEXT = 0.99  # what neighbours are worth of a token's own: where room ends among them, it stays
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVzip(Once):
@@ -17,12 +19,13 @@ class KVzip(Once):
 
     worth(s) = max over the queries of the repetition and the query heads of a kv head of their attention to s. Nothing that comes
     after the prompt is asked, so that what is kept serves any question about it. Differs from the paper: the softmax is over the
-    whole prompt, as attention computes it anyway, not over a chunk of it. `over: model` is the paper's budget.
+    whole prompt, as attention computes it anyway, not over a chunk of it. `over: model` is the paper's budget. `pool` is not in the
+    paper: what a number follows, and its first digit, are asked for where it is answered more than where it is said again.
     """
 
     recent: int = 16  # newest tokens of the prompt: where the answer begins
     part: int = 2048  # tokens of the prompt that are fed again at a time, each time behind the whole prompt
-    pool: int = 1  # neighbours, itself among them, of whose attention each token has the most; odd
+    pool: int = 1  # tokens around one that is attended to, itself among them, that are worth next to as much; odd
     instruction: str = "\n\nRepeat the previous context: "  # stands before each part, where the engine has a tokenizer
 
     name: ClassVar[str] = "kvzip"
@@ -66,4 +69,5 @@ class KVzip(Once):
     def worth(self, recorded, slots, length):
         found, around = jnp.where(slots < length, recorded[..., 0], 0), self.pool // 2
         padded = jnp.pad(found, ((0, 0), (around, around)))
-        return functools.reduce(jnp.maximum, (padded[:, i : i + found.shape[-1]] for i in range(self.pool)))
+        most = functools.reduce(jnp.maximum, (padded[:, i : i + found.shape[-1]] for i in range(self.pool)))
+        return jnp.maximum(found, NEXT * most)

@@ -22,7 +22,9 @@ class EvictKV(PassOptions):
     # snapkv, kvzip: whose kv heads compete for a common budget; head: each has its own.
     over: Literal["head", "layer", "model"] | None = None
     slack: int | None = None  # tokens a row grows past its budget before it is compacted
-    pool: int | None = None  # snapkv: neighbours over which attention is averaged
+    pool: int | None = (
+        None  # snapkv: neighbours over which attention is averaged; kvzip: which are worth next to as much
+    )
     part: int | None = None  # kvzip: tokens of the prompt that are fed again at a time
     instruction: str | None = None  # kvzip: stands before each part
 
