@@ -19,8 +19,8 @@ class KVzip(Once):
 
     worth(s) = max over the queries of the repetition and the query heads of a kv head of their attention to s. Nothing that comes
     after the prompt is asked, so that what is kept serves any question about it. Differs from the paper: the softmax is over the
-    whole prompt, as attention computes it anyway, not over a chunk of it. `over: model` is the paper's budget. `pool` is not in the
-    paper: what a number follows, and its first digit, are asked for where it is answered more than where it is said again.
+    whole prompt, as attention computes it anyway, not over a chunk of it. `over: model` is the paper's budget. `pool` is not in
+    the paper: what stands before a number, and its first digit, matter more where it is answered than where it is said again.
     """
 
     recent: int = 16  # newest tokens of the prompt: where the answer begins
