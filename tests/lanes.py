@@ -87,6 +87,9 @@ class Lanes:
         self._written[id(ref)][at] = True
         self._bytes(ref)[at] = np.stack(words, axis=-1).view(np.uint8)[active]
 
+    def put(self, ref, offset, word, when=None):
+        self.store(ref, offset, word, 4, when)
+
     def share(self, ref, index, x, when):
         active = self._active & when
         at = (self.block()[active], index[active])
@@ -149,3 +152,41 @@ class Lanes:
             clipped = np.clip(x, -448, 448)
             codes.append(clipped.astype(ml_dtypes.float8_e4m3fn).view(np.uint8).astype(np.int32))
         return codes[0] | codes[1] << 8
+
+    def zero(self):
+        return np.zeros(len(self._threads), np.float32)
+
+    def insert(self, word, mask: int, bits: int):
+        return (word & mask) | bits
+
+    def _halves(self, word):
+        word = np.broadcast_to(np.asarray(word, np.int32), self._threads.shape)
+        return np.ascontiguousarray(word).view(ml_dtypes.bfloat16).reshape(-1, 2).astype(np.float32)
+
+    def _paired(self, numbers):
+        return np.ascontiguousarray(numbers.astype(ml_dtypes.bfloat16)).view(np.int32).reshape(-1)
+
+    def subtract_pair(self, a, b):
+        return self._paired(self._halves(a) - self._halves(b))
+
+    def multiply_pair(self, a, b):
+        return self._paired(self._halves(a) * self._halves(b))
+
+    def bytes(self, a: int, word, selector: int):
+        both = [a >> 8 * i & 255 for i in range(4)] + [word.view(np.uint32) >> 8 * i & 255 for i in range(4)]
+        chosen = [np.uint32(both[selector >> 4 * i & 7]) << np.uint32(8 * i) for i in range(4)]
+        return (chosen[0] | chosen[1] | chosen[2] | chosen[3]).astype(np.uint32).view(np.int32)
+
+    def matrices(self, ref, offset):
+        places = self._places(ref, offset, 16, self._active).reshape(-1, 4, 8, 16)
+        tiles = self._bytes(ref)[places].view(np.uint16).astype(np.uint32)  # warp, tile, row, column
+        pairs = (tiles[:, :, 0::2] | tiles[:, :, 1::2] << 16).astype(np.uint32)  # warp, tile, c, g
+        return list(pairs.transpose(1, 0, 3, 2).reshape(4, -1).view(np.int32))
+
+    def mma(self, total, a, b):
+        a = np.stack([self._halves(word) for word in a]).reshape(2, 2, -1, 8, 4, 2)  # j h warp g c e
+        a = a.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 16)  # warp, h g, j c e
+        b = np.stack([self._halves(word) for word in b]).reshape(2, -1, 8, 4, 2)  # j warp n c e
+        b = b.transpose(1, 0, 3, 4, 2).reshape(-1, 16, 8)
+        found = (a @ b).reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3)  # h e warp g c
+        return [x + y for x, y in zip(total, found.reshape(4, -1), strict=True)]

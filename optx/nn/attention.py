@@ -11,7 +11,7 @@ from flax import nnx
 from optx import near
 from optx.cache import NEAR, RECORDED, CacheSpec, Ragged, Stream, View
 from optx.errors import ConfigError
-from optx.nn.core import Fused, Linear, RMSNorm, Rope, made_sites, makes, param
+from optx.nn.core import Fused, Linear, RMSNorm, Rope, made_sites, param
 from optx.nn.evicting import record, scores_asked, scoring
 from optx.nn.selecting import DECODE, Selector, as_mask, asked_of, listed
 from optx.nn.selecting import tail as tail_of
@@ -180,6 +180,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, ragged: Ragged, view: View | None):
         """x [T, D] -> (y [T, D], the layer's pool or, without caches, the keys and values that later layers share)."""
+        heads, pool = self.unprojected(x, ragged, view)
+        return self.o(heads), pool
+
+    def unprojected(self, x: jax.Array, ragged: Ragged, view: View | None):
+        """`__call__` before its last projection: -> ([T, heads * head_dim], pool)."""
         q, k, v = self.heads_of(x)
         q, gate = (q, None) if self.gate is None else jnp.split(q, 2, axis=-1)
         cached = view is not None and view.writes is not None
@@ -222,7 +227,7 @@ class Attention(nnx.Module):
         pool = record(self.cache, pool, scores[0], ragged, view) if scores else pool
         out = out if self.v_scale is None else out * self._by_head(self.v_scale, out.dtype)
         out = out if gate is None else out * jax.nn.sigmoid(gate)
-        return self.o(out.reshape(x.shape[0], -1)), pool
+        return out.reshape(x.shape[0], -1), pool
 
     def _attend(self, q, pool, ragged: Ragged, view: View | None, prefix, *, scores: list | None = None, **kwargs):
         """Over the streams of the pool whose names begin with prefix -> (out, lse); what is scored is appended to `scores`."""
@@ -344,8 +349,8 @@ class FusedAttention(Fused, Attention):
         self.choices = attn.choices
 
     @property
-    def first(self) -> Linear | None:
-        return self.qkv if self.select is None and makes("norm_matmul", self.choices, self.qkv) else None
+    def entry(self) -> Linear | None:
+        return self.qkv if self.select is None else None
 
     def op_sites(self) -> tuple[OpSite, ...]:
         return (*super().op_sites(), *made_sites("norm_matmul", self.qkv))

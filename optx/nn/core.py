@@ -132,6 +132,12 @@ def makes(op: str, choices: tuple[OpChoice, ...], linear: Linear) -> bool:
     return dispatch.lowered(op, choices) and linear.adapter is None
 
 
+def is_product(linear: nnx.Module | None, *, biased: bool = False) -> bool:
+    """Nothing but a product with a weight; biased: to which a bias may be added."""
+    plain = type(linear) is Linear and linear.adapter is None and linear.activations is None
+    return plain and (biased or linear.bias is None)
+
+
 def arranged(like: nnx.Param, weight, relayout) -> nnx.Param:
     return nnx.Param(tensor.lift(relayout, weight), axes=like.get_metadata().get("axes"))
 
@@ -147,9 +153,14 @@ class Fused:
     """A part that holds several projections in one weight."""
 
     @property
-    def first(self) -> Linear | None:
-        """The projection that alone reads the part's input, where a kernel makes that input (`norm_matmul`)."""
+    def entry(self) -> Linear | None:
+        """The projection that alone reads the part's input, if one does."""
         return None
+
+    @property
+    def first(self) -> Linear | None:
+        """`entry` where a kernel makes its input (`norm_matmul`)."""
+        return self.entry if self.entry is not None and makes("norm_matmul", self.choices, self.entry) else None
 
     def unfused(self) -> nnx.Module:
         """The plain part with the same numbers."""
@@ -274,8 +285,8 @@ class FusedGatedMLP(Fused, GatedMLP):
         return self.gate_up(x), None
 
     @property
-    def first(self) -> Linear | None:
-        return self.gate_up if makes("norm_matmul", self.choices, self.gate_up) else None
+    def entry(self) -> Linear:
+        return self.gate_up
 
     def op_sites(self) -> tuple[OpSite, ...]:
         return (*_gated_sites(self.down, self.activation, joined=True), *made_sites("norm_matmul", self.gate_up))

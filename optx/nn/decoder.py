@@ -1,13 +1,16 @@
 """Decoder-only language models: a stack of blocks between an embedding and a head."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from optx import tensor
 from optx.cache import Address, CachePlan, Caches, Ragged, View, view
-from optx.nn.core import Embed, Fused, Linear, Multiplied, RMSNorm
+from optx.nn.attention import Attention
+from optx.nn.core import Embed, Fused, FusedGatedMLP, Linear, Multiplied, RMSNorm, is_product
 from optx.pallas import dispatch
 from optx.pallas.dispatch import OpChoice, OpSite
 from optx.pools import PICKED, store_tokens
@@ -83,6 +86,50 @@ class Block(nnx.Module):
         x, product = dispatch.call("norm_matmul", part.choices, *args, first.weight.get_value(), **kwargs)
         return x, Multiplied(product)
 
+    def chained(self, last: "Chained", following: "Block | None", ragged: Ragged, cache: View | None):
+        """`unjoined` of one token where `chains`, and with it the first product of the block that follows, if it `chains` too
+        -> (what goes into that, the mixer's pool)."""
+        x, y, product, sync = last
+        normed = Multiplied(product)
+        if product is None:
+            x, normed = self._normed(self.norm, x, y, self.mixer, self.residual)
+        heads, pool = self.mixer.unprojected(normed, ragged, cache)
+        then = following and following.mixer.entry
+        then = then and (following.norm.weight.get_value(), then.weight.get_value())
+        weights = (linear.weight.get_value() for linear in self._products)
+        args = (heads, x, self.mlp_norm.weight.get_value(), *weights, then, sync)
+        x, y, sync = dispatch.call("chained_matmul", self.choices, *args, **self._chain)
+        return Chained(x, *((y, None) if then is None else (None, y)), sync), pool
+
+    @property
+    def chains(self) -> bool:
+        """Whether a kernel was chosen for all products behind the attention, and nothing else reads or changes their results."""
+        return dispatch.lowered("chained_matmul", self.choices) and self._chainable
+
+    def leads_to(self, following: "Block") -> bool:
+        """Whether that kernel can take the first product of the block that follows as well."""
+        if not (
+            isinstance(following, Block) and following.chains and is_product(getattr(following.mixer, "entry", None))
+        ):
+            return False
+        norm, mine = following.norm, self.mlp_norm
+        alike = _is_op(norm) and (norm.eps, norm.offset) == (mine.eps, mine.offset)
+        return alike and norm.weight.get_value().dtype == mine.weight.get_value().dtype
+
+    @property
+    def _products(self) -> tuple[Linear, ...]:
+        return self.mixer.o, self.mlp.gate_up, self.mlp.down
+
+    @property
+    def _chain(self) -> dict:
+        return {"activation": self.mlp.activation, "eps": self.mlp_norm.eps, "offset": self.mlp_norm.offset}
+
+    @property
+    def _chainable(self) -> bool:
+        parts = type(self) is Block and isinstance(self.mixer, Attention) and type(self.mlp) is FusedGatedMLP
+        plain = {self.residual, self.mlp_residual} <= {None, PLAIN} and self.post_norm is self.post_mlp_norm is None
+        return parts and plain and _is_op(self.mlp_norm) and all(map(is_product, self._products))
+
     def op_sites(self) -> tuple[OpSite, ...]:
         weights = [norm.weight.get_value() for norm in (self.norm, self.mlp_norm) if _is_op(norm)]
         if not weights:
@@ -90,7 +137,21 @@ class Block(nnx.Module):
         dtypes = tuple(jnp.dtype(weight.dtype).name for weight in weights)
         # Norms have the dtype of the activations where they are built.
         facts = {"d": weights[0].shape[0], "dtype": dtypes[0], "weights": dtypes}
-        return (OpSite(op="add_norm", args=facts),)
+        sites = (OpSite(op="add_norm", args=facts),)
+        if not self._chainable:
+            return sites
+        products = tuple(tensor.canonical(linear.weight.get_value()) for linear in self._products)
+        facts = {"weights": products, "norm": dtypes[-1], "dtype": jnp.dtype(products[0].dtype).name, **self._chain}
+        return (*sites, OpSite(op="chained_matmul", args=facts))
+
+
+class Chained(NamedTuple):
+    """What goes from a block to the next where one kernel does all between two attentions."""
+
+    x: jax.Array  # [1, D]
+    y: jax.Array | None  # [1, D], not yet added; None: x is the stream
+    product: jax.Array | None = None  # of the next block's first weight with its norm of the stream
+    sync: jax.Array | None = None  # what kernels hand each other
 
 
 def _is_op(norm) -> bool:
@@ -142,6 +203,7 @@ class CausalLM(nnx.Module):
         """
         plan = self.cache_plan()
         x, y, picks = self.embed(tokens), None, {}
+        last = None  # of blocks whose products are chained
         if caches is not None:
             caches = _append_positions(plan, caches, address, ragged)
         pools: list = []
@@ -158,7 +220,13 @@ class CausalLM(nnx.Module):
             if (like := plan.specs[i] and plan.specs[i].select and plan.specs[i].select.like) is not None:
                 cache = cache or View(pool={}, slots=ragged.starts)
                 cache = dataclasses.replace(cache, pool=cache.pool | {PICKED: picks[like]})
-            x, y, pool = layer.unjoined(x, y, ragged, cache)
+            if len(tokens) == 1 and isinstance(layer, Block) and layer.chains:
+                following = self.layers[i + 1] if i + 1 < len(self.layers) else None
+                following = following if following is not None and layer.leads_to(following) else None
+                last, pool = layer.chained(last and last._replace(x=x, y=y) or Chained(x, y), following, ragged, cache)
+                x, y = last.x, last.y
+            else:
+                x, y, pool = layer.unjoined(x, y, ragged, cache)
             picks[i] = pool.pop(PICKED, None)
             pools.append({} if caches is not None and plan.owner(i) != i else pool)
         if caches is not None:

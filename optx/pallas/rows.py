@@ -252,6 +252,15 @@ ROWS: tuple[Row, ...] = (
             Row(op=op, backend="xla", module=f"{op}.reference"),
         )
     ),
+    Row(
+        op="chained_matmul",
+        backend=_GPU,
+        arch="sm90",
+        module="chained_matmul.mosaic_gpu_sm90",
+        order="batch",
+        optional=True,
+    ),
+    Row(op="chained_matmul", backend="xla", module="chained_matmul.reference"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", module="quant_matmul.mosaic_gpu_sm90"),
     Row(op="quant_matmul", backend=_GPU, arch="sm90", variant="w8a8", module="quant_matmul.mosaic_gpu_sm90_w8a8"),
     Row(op="quant_matmul", backend=_GPU, arch="sm100", module="quant_matmul.mosaic_gpu_sm100", ran=False),

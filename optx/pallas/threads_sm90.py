@@ -155,6 +155,11 @@ class Threads:
         values = [word.value for word in words]
         utils.inline_ptx(ptx, pointer, *values, predicate=when and when.value, has_side_effects=True)
 
+    def put(self, ref, offset, word, when=None):
+        """A word into shared memory."""
+        ptx, to = "st.shared.b32 [$0], $1;", self._shared(ref, offset)
+        utils.inline_ptx(ptx, to, word.value, predicate=when and when.value, has_side_effects=True)
+
     def share(self, ref, index, x, when):
         """x into number `index` of the block's float32 scratch."""
         with self.when(when):
@@ -206,6 +211,43 @@ class Threads:
     def int(self, x):
         """A whole number as an integer; NaN as 0."""
         return self._ptx("cvt.rzi.s32.f32 $0, $1;", x, result=ir.IntegerType.get_signless(32))
+
+    # Pairs of 16-bit numbers in a word, and products of a warp.
+
+    def insert(self, word, mask: int, bits: int):
+        """(word & mask) | bits. Left to itself the assembler makes two instructions of it."""
+        return self._ptx(f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, 0xEA;", word)
+
+    def subtract_pair(self, a, b):
+        """bfloat16 a - b of both halves; so is `multiply_pair`."""
+        return self._ptx("sub.rn.bf16x2 $0, $1, $2;", a, Number(a.like(b)))
+
+    def multiply_pair(self, a, b):
+        return self._ptx("mul.rn.bf16x2 $0, $1, $2;", a, Number(a.like(b)))
+
+    def bytes(self, a: int, word, selector: int):
+        """Four bytes, each named by a digit of the selector: 0 to 3 of a, 4 to 7 of the word."""
+        return Number(utils.prmt(word.like(a), word.value, word.like(selector)))
+
+    def matrices(self, ref, offset):
+        """Four tiles of 8 x 8 16-bit numbers in shared memory, lane 8 i + r holding where row r of tile i begins
+        -> four words: of each tile rows 2c, 2c + 1 of column g, for lane 4 g + c."""
+        i32 = ir.IntegerType.get_signless(32)
+        ptx = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];"
+        found = utils.inline_ptx(ptx, self._shared(ref, offset), result_types=[i32] * 4, has_side_effects=True)
+        return [Number(word) for word in found]
+
+    def mma(self, total, a, b):
+        """total + a b, of a bfloat16[16, 16], b bfloat16[16, 8] in fragments of `mma.m16n8k16`: float32[16, 8], four a lane."""
+        ptx = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+        ptx += "{$10, $11, $12, $13};"
+        args = [x.value for x in (*a, *b, *total)]
+        found = utils.inline_ptx(ptx, *args, result_types=[ir.F32Type.get()] * 4, convergent=True)
+        return [Number(x) for x in found]
+
+    def zero(self):
+        f32 = ir.F32Type.get()
+        return Number(arith.constant(f32, ir.FloatAttr.get(f32, 0.0)))
 
     def float(self, word):
         return Number(utils.bitcast(word.value, ir.F32Type.get()))

@@ -29,6 +29,7 @@ MODULES = (
     "gated_act",
     "norm_matmul",
     "gated_matmul",
+    "chained_matmul",
 )
 
 

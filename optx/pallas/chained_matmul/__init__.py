@@ -1,0 +1,1 @@
+"""Products of one token that read each other's results."""
