@@ -36,7 +36,7 @@ QWEN = {
 }
 # Codes of 4 bits: a key rounded to 16 bits before it gets its code tips some codes to the next one (`cases.rotate_append`).
 TIPPED = {"kv_int4": 5e-2, "kv_kivi4": 5e-2}
-RECIPES = (None, "int8_kv8", "int4_kv8", "fp8_kv8", "sliding", *TIPPED)
+RECIPES = (None, "fused", "int8_kv8", "int4_kv8", "fp8_kv8", "sliding", *TIPPED)
 CHUNKS = (128, 8, 1, 1, 40, 1)  # tokens a tick, in order
 TOLERANCE = 2e-2  # else, of bfloat16 activations through two layers, added up in another order
 
