@@ -168,7 +168,7 @@ def test_ops_add_up_for_every_kind_of_layer(name):
 
 def test_every_op_of_the_table_is_counted():
     """By the weights it multiplies, as attention, or as a recurrence; a new op needs a place in cost.py, or a line here."""
-    by_weights = {"matmul", "quant_matmul", "grouped_matmul", "norm_matmul", "gated_matmul"}
+    by_weights = {"matmul", "quant_matmul", "grouped_matmul", "norm_matmul", "gated_matmul", "chained_matmul"}
     attention = {
         "flash_attention",
         "ragged_paged_attention",
