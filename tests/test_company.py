@@ -48,12 +48,12 @@ def alone(name) -> list[list[int]]:
 
 VARIANTS = {
     "preempted": {"pages": 16},
-    "overlapped": {"overlap": True, "ticks": 3},
+    "overlapped": {"overlap": True, "ticks": 3, "single": True},
     "chunks": {"chunks": (3, 5), "ticks": 4},
     "long chunks": {"chunks": (3, 5), "long": 16, "mixed": True},
     "preempted and overlapped": {"pages": 16, "overlap": True},
     "batch_invariant": {"batch_invariant": True, "pages": 20},
-    "all at once": {"pages": 18, "overlap": True, "ticks": 3, "mixed": True, "chunks": (5, 12)},
+    "all at once": {"pages": 18, "overlap": True, "ticks": 3, "mixed": True, "chunks": (5, 12), "single": True},
 }
 
 HYBRID = ("preempted", "overlapped")  # its mixed ticks take long to compile
@@ -95,6 +95,28 @@ def test_a_group_gives_what_each_gives(name, changes):
         assert beside.output == alone(name)[4]
 
 
+@pytest.mark.parametrize("changes", [{}, {"ticks": 3, "overlap": True, "mixed": True}], ids=["plain", "overlapped"])
+def test_a_row_that_decodes_alone_is_a_batch_of_its_own(changes):
+    engine = Engine(program("llama"), dataclasses.replace(OPTIONS, single=True, **changes))
+    engine.warm_up()
+    step, compiles, batches = engine._stepper.__class__.__call__, engine.compiles, []
+
+    def recorded(self, tick, way):
+        batches.append(len(tick.counts) if len(tick.tokens) == len(tick.counts) else 0)
+        return step(self, tick, way)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._stepper.__class__, "__call__", recorded)
+        others = [engine.add_request(prompt, Sampling(max_tokens=5)) for prompt in PROMPTS[:2]]
+        last = engine.add_request(PROMPTS[2], Sampling(max_tokens=17))
+        engine.run()
+    decodes = [size for size in batches if size]
+    assert set(decodes) == {1, OPTIONS.rows} and decodes[-1] == 1
+    assert engine.compiles == compiles
+    for i, request in enumerate([*others, last]):
+        assert request.output == _alone(PROMPTS[i], request.sampling)
+
+
 def test_batch_invariant_shares_nothing():
     engine = Engine(program("llama"), dataclasses.replace(OPTIONS, batch_invariant=True, chunks=(4, 8), overlap=True))
     assert engine.options.chunks == (8,) and engine.prefix_refusal == "batch_invariant"
@@ -102,7 +124,7 @@ def test_batch_invariant_shares_nothing():
     engine.run()
     for request, seed in zip(group, (1, 2), strict=True):
         assert request.output == _alone(PROMPTS[2], dataclasses.replace(HOT, seed=seed, max_tokens=6))
-    for wrong in ({"mixed": True}, {"ticks": 4}, {"speculate": optx.Speculation(method="ngram")}):
+    for wrong in ({"mixed": True}, {"ticks": 4}, {"single": True}, {"speculate": optx.Speculation(method="ngram")}):
         with pytest.raises(RequestError, match=f"batch_invariant: {next(iter(wrong))} makes"):
             EngineOptions(batch_invariant=True, **wrong)
 

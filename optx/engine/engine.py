@@ -81,6 +81,7 @@ class Engine:
         host_only, alone = jax.default_backend() == "cpu", options.batch_invariant
         self._ticks = options.ticks or (1 if host_only or alone or not options.graphs else TICKS)
         self._mixed = self._may_mix(program) and not alone if options.mixed is None else options.mixed
+        self._single = options.rows > 1 and not alone and (not host_only if options.single is None else options.single)
         self._overlap = not host_only if options.overlap is None else options.overlap
         self._tables = self._page_tables(program)
         off = "switched off" if not options.prefix_cache else "batch_invariant" if alone else None
@@ -91,7 +92,8 @@ class Engine:
             table.make_room = functools.partial(self.prefix.make_room, group)
         self.scheduler = Scheduler(
             tables=self._tables, prefix=self.prefix, rows=options.rows, budget=options.chunks[-1], long=options.long,
-            ticks=self._ticks, mixed=self._mixed, alone=alone, encode=encode,
+            ticks=self._ticks, mixed=self._mixed, alone=alone, single=self._single,
+            encode=encode,
         )  # fmt: skip
         self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
         self._landed = self._waited = 0.0
@@ -282,7 +284,7 @@ class Engine:
         ways = sorted({how.way for how in samplings or (Sampling(),)}, key=WAYS.index)
         self._warm |= set(ways)
         blank, longest = self._builder.blank, (self.options.rows if self._mixed else 1) * (self.context - 1)
-        ticks = [(blank(way), way) for way in ways]
+        ticks = [(blank(way, single=one), way) for way in ways for one in (False, True)[: 1 + self._single]]
         if self.speculator is not None:
             ticks += [(blank(way, width=self.speculator.width), way) for way in ways]
         for chunk, less in zip(self.options.sizes, (1, *self.options.sizes), strict=False):

@@ -32,6 +32,9 @@ class EngineOptions:
     memory: float | None = None
     ticks: int | None = None  # decode ticks a dispatch while nothing waits; None: 16, on a CPU 1
     mixed: bool | None = None  # chunks of prompts and decodes in one tick; None: on accelerators
+    single: bool | None = (
+        None  # decodes of one row run a program for one, however many rows there are; None: on accelerators
+    )
     overlap: bool | None = None  # plan and dispatch the next tick while the device runs one; None: on accelerators
     # On NVIDIA GPUs ticks run as CUDA graphs. False: kernel by kernel, one tick a dispatch; on Hopper each comes up while the one
     # before it ends. Faster for steps of few large kernels, slower for many small ones: see the README.
@@ -67,6 +70,7 @@ class EngineOptions:
         if self.batch_invariant:
             against = {
                 "mixed": self.mixed, "speculate": self.speculate, "ticks": (self.ticks or 1) > 1, "long": self.long,
+                "single": self.single,
             }  # fmt: skip
             if wrong := [name for name, value in against.items() if value]:
                 raise RequestError(

@@ -31,9 +31,5 @@ class Plan:
     ticks: int  # of one token a row each; 1 with prompt tokens
     chunk: bool  # there are prompt tokens
     mixed: bool  # they lie among the other rows' tokens; else they are those of one row
+    alone: bool  # the batch is one row
     width: int = 1  # of decodes: tokens a row, its newest and drafts to verify
-
-    @property
-    def alone(self) -> bool:
-        """One row's prompt tokens are all there is."""
-        return self.chunk and not self.mixed

@@ -37,14 +37,16 @@ class Scheduler:
         mixed: bool,
         long: int | None = None,
         alone: bool = False,
+        single: bool = False,
         encode: Callable[[str], list[int]] | None = None,
     ):
         """budget: tokens a tick. ticks: decode ticks a dispatch while nothing waits. mixed: prompts and decodes in one tick;
         else a prompt's chunk alone, and after a budget of prompt tokens a decode tick. long: the budget while nothing decodes and
         prompts fill it. alone: a request has pages for its whole answer when it gets a row, and computes its prompt itself.
-        encode: text to token ids."""
+        single: a decode of one row is a batch of its own. encode: text to token ids."""
         self.tables = list(tables)
         self.budget, self.long, self.ticks, self.mixed, self.alone = budget, long, ticks, mixed, alone
+        self.single = single
         self.speculator: Speculator | None = None
         self.rows: list[Request | None] = [None] * rows
         self.waiting = WaitingQueue()
@@ -300,6 +302,7 @@ class Scheduler:
         return Plan(
             parts=tuple(parts), writes=writes, copies=copies, compactions=compactions, ticks=ticks, chunk=chunk,
             mixed=chunk and self.mixed, width=self.speculator.width if drafts else 1,
+            alone=not self.mixed if chunk else self.single and len(parts) == 1 and not drafts,
         )  # fmt: skip
 
     def _again(self, request: Request, count: int) -> Part:

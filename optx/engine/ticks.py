@@ -78,11 +78,13 @@ class TickBuilder:
             verify=plan.width > 1,
         )
 
-    def blank(self, way: Way, *, chunk: int | None = None, mixed: bool = False, width: int = 1) -> Tick:
+    def blank(
+        self, way: Way, *, chunk: int | None = None, mixed: bool = False, single: bool = False, width: int = 1
+    ) -> Tick:
         """A dispatch in which no row takes part, with the shapes of one that has `chunk` prompt tokens (rounded up as `build`
-        does), or of decodes of `width` tokens a row."""
+        does), or of decodes of `width` tokens a row, or (`single`) of one row."""
         ticks = 1 if chunk or width > 1 else self.ticks
-        batch = 1 if chunk and not mixed else len(self._owner)
+        batch = 1 if single or (chunk and not mixed) else len(self._owner)
         total, biases = chunk or batch * width, BIASES if way == "full" else 0
         none = np.zeros(batch, np.int32)
         pad = [table.pool.pages * table.page_size for table in self.tables]
