@@ -17,9 +17,11 @@ from optx.formats import Int
 from optx.pallas.attention import reference
 from optx.pallas.attention.reference import Mask
 from optx.pallas.ragged_paged_attention import mosaic_gpu_sm90 as kernel
+from optx.pallas.ragged_paged_attention import scored_sm90 as scored
 
 HOPPER = types.SimpleNamespace(platform="gpu", arch="sm90")
-SMALL = [case for case in cases.CASES if case.small]
+SMALL = [case for case in cases.CASES if case.small and not case.site["want_scores"]]
+SCORED = [case for case in cases.CASES if case.small and case.site["want_scores"]]
 LOWERED = [case for case in cases.CASES if case.name in ("page64", "window_int4", "blocks_int8", "newest")]
 SMS = 4  # few, so that one computes several units, and enough to cut one
 name = lambda case: case.name  # noqa: E731
@@ -43,6 +45,23 @@ def test_interpreted(case):
     if case.name == "small":
         for x, y in zip(case.pick(interpreted(args, kwargs), kwargs), found, strict=True):
             np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.parametrize("case", SCORED, ids=name)
+def test_scores(monkeypatch, case):
+    """Outputs of the kernel, scores of its lse; what nobody attends to, and rows without a query that counts, have zeros."""
+    args, kwargs = case.make(np.random.default_rng(0))
+    monkeypatch.setattr(
+        scored, "kernel", types.SimpleNamespace(ragged_paged_attention=lambda *a, **k: interpreted(a, k))
+    )
+    found = jax.jit(lambda *args: scored.ragged_paged_attention(*args, **kwargs))(*args)
+    wanted = reference.ragged_paged_attention(*cases.in_float32(args), **kwargs)
+    for x, y in zip(case.pick(found, kwargs), case.pick(wanted, kwargs), strict=True):
+        assert relative_error(x, y) < case.tolerance
+    counts = np.asarray(kwargs["ragged"].counts)
+    assert (np.asarray(wanted[2]).any(axis=(1, 2)) == (counts > 1 if "prompts" in kwargs else counts > 0)).all()
+    np.testing.assert_array_equal(np.asarray(found[2]) == 0, np.asarray(wanted[2]) == 0)
+    assert scored.ragged_paged_attention(*args, **kwargs | {"want_scores": False})[2] is None
 
 
 def test_whole_units_sum_each_sequence_in_its_own_order():
@@ -152,7 +171,9 @@ def test_long_contexts_go_in_waves():
 
 @pytest.mark.parametrize("case", cases.CASES, ids=name)
 def test_supports_its_cases(case):
-    assert kernel.supports(case.site, HOPPER) is None
+    row = scored if case.site["want_scores"] else kernel
+    assert row.supports(case.site, HOPPER) is None
+    assert (scored if row is kernel else kernel).supports(case.site, HOPPER) is not None
 
 
 SITE = cases.site(8, 2, 128)

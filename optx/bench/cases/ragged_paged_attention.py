@@ -108,7 +108,7 @@ def real_tokens(output, kwargs):
     """out and lse of the tokens that belong to rows: what padding gets is unspecified."""
     ragged = kwargs["ragged"]
     real = np.flatnonzero(np.asarray(ragged.rows) < ragged.batch)
-    return [x[real] for x in output[:2]]
+    return [*(x[real] for x in output[:2]), *output[2:] * kwargs.get("want_scores", False)]
 
 
 def in_float32(args):
@@ -118,7 +118,7 @@ def in_float32(args):
 
 
 def site(
-    heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None, format=None, logit_scale=False,  # noqa: B008 - frozen
+    heads, kv_heads, head_dim, dtype="bfloat16", mask=Mask(), softcap=None, format=None, logit_scale=False, want_scores=False,  # noqa: B008 - frozen
 ):  # fmt: skip
     window = None if mask.window is None else max(mask.window, 1)
     spec = paged_spec(kv_heads, head_dim, dtype=dtype, window=window).replace(sinks=mask.sinks)
@@ -131,6 +131,7 @@ def site(
         "mask": mask,
         "softcap": softcap,
         "logit_scale": logit_scale,
+        "want_scores": want_scores,
     }
 
 
@@ -151,12 +152,20 @@ def case(
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
 
     def make(rng):
-        kwargs = {key: value(rng) if callable(value) and key == "sink_logits" else value for key, value in more.items()}
+        kwargs = {
+            key: value(rng) if callable(value) and key in ("sink_logits", "prompts") else value
+            for key, value in more.items()
+        }
         return batch(rng, counts, context, **shape, page_size=page_size, dtype=dtype, **kwargs)
 
-    asked = {key: more[key] for key in ("mask", "softcap", "format", "logit_scale") if key in more}
+    asked = {key: more[key] for key in ("mask", "softcap", "format", "logit_scale", "want_scores") if key in more}
     facts = {"site": site(**shape, dtype=dtype, **asked), "small": small, "tolerance": tolerance}
     return Case(op=OP, name=name, make=make, pick=real_tokens, **facts)
+
+
+def _newest(asked, prompts):
+    """The last queries before a prompt's end count, the later ones twice."""
+    return jnp.where((asked >= prompts[:, None] - 9) & (asked < prompts[:, None]), 1.0 + (asked % 2), 0)
 
 
 MIXED = ([40, 1, 1, 130, 0, 17], [100, 70, 300, 513, 0, 0])
@@ -192,6 +201,21 @@ CASES = (
         case(f"small_{name}", [5, 1], [50, 70], **NARROW, format=value, small=True, tolerance=MADE.get(name, 5e-3))
         for name, value in FEW_BITS.items()
     ),
+    case("small_scores", [9, 1, 0, 150], [30, 70, 0, 5], kv_heads=1, padding=2, want_scores=True, small=True),
+    case(
+        "small_scores_weighed",
+        [9, 1, 140],
+        [50, 70, 3],
+        mask=Mask(window=120, sinks=2),
+        softcap=20.0,
+        small=True,
+        want_scores=True,
+        score_reduce="max",
+        score_weights=_newest,
+        prompts=lambda rng: jnp.asarray([59, 1000, 143], jnp.int32),
+    ),
+    case("scores", *MIXED, **LLAMA, page_size=64, padding=7, want_scores=True, sink_logits=_sinks),
+    case("scores_int8", *MIXED, **LLAMA, page_size=64, format="int8", want_scores=True, score_reduce="max"),
     case("group_of_1_short", [70, 1], [10, 130], heads=2),
     case("small_fp8_static", [5, 1], [50, 70], kv_heads=1, format=Float8Static(), small=True),
     case("small_int8", [5, 1], [50, 70], kv_heads=1, format="int8_asym", small=True),
@@ -244,7 +268,7 @@ CASES = (
 )
 
 
-def call(rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype="bfloat16", format=None):
+def call(rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype="bfloat16", format=None, **more):
     """As `batch`, large: pools are made on the device, pages of a row lie scattered, nothing is poisoned."""
     counts, length = np.array(counts), np.array(counts) + np.array(context)
     pages = -(-length // page_size)
@@ -274,6 +298,7 @@ def call(rng, counts, context, *, heads, kv_heads, head_dim, page_size, dtype="b
         "positions": jnp.asarray(positions),
         "table": jnp.asarray(table),
         "lengths": jnp.asarray(length[None], jnp.int32),
+        **more,
     }
 
 
@@ -285,8 +310,10 @@ def _pool(key, shape, dtype, format):
     return _packed(made, format)
 
 
-def shape(name, counts, context, page_size, *, heads=32, kv_heads=8, head_dim=128, format=None):
+def shape(name, counts, context, page_size, *, heads=32, kv_heads=8, head_dim=128, format=None, scores=None):
+    """scores: queries at the end that count in what is recorded; None: nothing is."""
     counts, context = np.array(counts), np.array(context)
+    asked = {} if scores is None else {"want_scores": True, "score_weights": functools.partial(_last, scores)}
     token = sum(head_dim * (16 if each is None else each.bits(head_dim)) / 8 for each in _formats(format))
     read = kv_heads * token * float(np.sum(counts + context))
     pairs = float(np.sum(counts * context + counts * (counts + 1) / 2))
@@ -295,12 +322,16 @@ def shape(name, counts, context, page_size, *, heads=32, kv_heads=8, head_dim=12
     return Shape(
         op=OP,
         name=f"{name}_page{page_size}",
-        make=lambda rng: call(rng, counts, context, **sizes, page_size=page_size, format=format),
-        site=site(heads, kv_heads, head_dim, format=format),
+        make=lambda rng: call(rng, counts, context, **sizes, page_size=page_size, format=format, **asked),
+        site=site(heads, kv_heads, head_dim, format=format, want_scores=scores is not None),
         bytes=read + tokens,
         flops=4 * heads * head_dim * pairs,
         both="decodes" in name and "chunk" in name,
     )
+
+
+def _last(count: int, asked, prompts):
+    return (asked > jnp.max(asked, axis=1, keepdims=True) - count).astype(jnp.float32)
 
 
 DECODES = ([1] * 64, [8191] * 64)
@@ -308,6 +339,8 @@ SHAPES = (
     *(shape("chunk2k_on_8k_and_64_decodes", [2048, *DECODES[0]], [8192, *DECODES[1]], size) for size in (64, 16)),
     shape("chunk2k_on_8k", [2048], [8192], 64),
     shape("chunk2k", [2048], [0], 64),
+    shape("scores_of_64_chunk2k_on_8k", [2048], [8192], 64, scores=64),
+    shape("scores_chunk2k_on_8k", [2048], [8192], 64, scores=2048),
     shape("64_decodes_8k", *DECODES, 64),
     shape("int8_chunk2k_on_8k_and_64_decodes", [2048, *DECODES[0]], [8192, *DECODES[1]], 64, format="int8"),
     shape("int8_chunk2k_on_8k", [2048], [8192], 64, format="int8"),
