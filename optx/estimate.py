@@ -180,14 +180,14 @@ def estimate(tree: nnx.Module, target: Target, *, batch: int = 1, context: int =
         largest_batch=_largest(lambda rows: kept(rows, context), room),
         largest_context=_largest(lambda length: kept(batch, length), room),
         kv_rungs=_rungs(target, kept(1, context), step["prefill"]),
-        predicted=_predicted(tree, step["decode"]),
+        predicted=_predicted(tree, step["decode"], batch if mesh.devices == 1 else 0),
     )
 
 
-def _predicted(tree, step: Step) -> Prediction | None:
+def _predicted(tree, step: Step, batch: int) -> Prediction | None:
     if step.seconds is None or step.target.decode is None:
         return None
-    return predict(tree, step.ops, step.target, sum(e.seconds(step.target.link) for e in step.exchanges))
+    return predict(tree, step.ops, step.target, sum(e.seconds(step.target.link) for e in step.exchanges), batch=batch)
 
 
 def _step(tree, target: Target, mesh: Mesh, *, batch, tokens, context) -> Step:

@@ -42,6 +42,9 @@ SMALL: Mapping[tuple[str, str], int] = {
     ("linear_attention", "xla"): 8,
     ("gated_delta", "xla"): 12,
 }
+# Of one token a block's products behind its attention run in one kernel, with the next block's first: it costs as much to start,
+# and to wait where one product reads all of another, as so many of them, and no kernels stand between them.
+CHAINED, CHAIN, WITHIN = 4, 2, 3  # products, what they cost, small kernels that are in it
 STEP = 10  # small kernels once a step: tokens looked up, the last norm, sampling
 
 
@@ -94,23 +97,40 @@ def site_seconds(op: OpCost, target: Target) -> float:
     return start + op.bytes / (target.bandwidth * share.memory) + computed
 
 
-def small_kernels(tree: nnx.Module) -> int:
+def chains(tree: nnx.Module, batch: int) -> int:
+    """Kernels of a decode step of a lowered tree that run several products."""
+    return sum(getattr(layer, "chains", False) for layer in getattr(tree, "layers", ())) if batch == 1 else 0
+
+
+def spared(tree: nnx.Module, batch: int) -> int:
+    """Products of a decode step that cost nothing to start."""
+    return (CHAINED - CHAIN) * chains(tree, batch)
+
+
+def small_kernels(tree: nnx.Module, batch: int) -> int:
     """Kernels of a decode step of a lowered tree that read next to nothing."""
-    return STEP + sum(SMALL.get((choice.op, choice.backend), 0) for _, choice in lower.choices(tree))
+    around = sum(SMALL.get((choice.op, choice.backend), 0) for _, choice in lower.choices(tree))
+    return STEP + around - WITHIN * chains(tree, batch)
 
 
-def predict(tree: nnx.Module, ops: Sequence[OpCost], target: Target, exchanged: float = 0) -> Prediction | None:
-    """ops: of one decode step of the tree on one device; exchanged: its seconds on the link. None where the target's bandwidth
-    is not known.
+def predict(
+    tree: nnx.Module, ops: Sequence[OpCost], target: Target, exchanged: float = 0, *, batch: int
+) -> Prediction | None:
+    """ops: of one decode step of `batch` sequences by the tree on one device; exchanged: its seconds on the link. None where the
+    target's bandwidth is not known.
 
     Raises: LoweringError when no kernel takes a call on the target.
     """
     if not target.bandwidth:
         return None
     groups: dict[tuple[str, str], list[OpCost]] = collections.defaultdict(list)
+    counts = collections.Counter(op.op for op in ops)
     for op in ops:
         groups[op.op, op.format].append(op)
     figures = target.decode
+    known = figures is not None
+    tree = tree if lower.choices(tree) or not known else lower.choose(tree, target)
+    less = {"matmul": spared(tree, batch) * figures.launch if known else 0}
     parts = [
         Part(
             op=op,
@@ -118,13 +138,12 @@ def predict(tree: nnx.Module, ops: Sequence[OpCost], target: Target, exchanged: 
             sites=len(same),
             bytes=sum(each.bytes for each in same),
             bound=sum(each.seconds(target) for each in same),
-            seconds=sum(site_seconds(each, target) for each in same),
+            seconds=sum(site_seconds(each, target) for each in same) - less.get(op, 0) * len(same) / counts[op],
             measured=figures is not None and (not KERNELS[op] or figures.of(op, format) is not None),
         )
         for (op, format), same in groups.items()
     ]
-    known = figures is not None
-    small = small_kernels(tree if lower.choices(tree) else lower.choose(tree, target)) if known else 0
+    small = small_kernels(tree, batch) if known else 0
     return Prediction(
         parts=tuple(sorted(parts, key=lambda part: -part.seconds)),
         small=small,

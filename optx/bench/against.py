@@ -22,7 +22,7 @@ from optx.bench import fit, profile, step, timing
 from optx.cost import step_ops
 from optx.errors import UsageError
 from optx.measured import BETWEEN, REST, Measured, OpTime, StepTimes
-from optx.predict import KERNELS, Prediction, predict, site_seconds, small_kernels
+from optx.predict import KERNELS, Prediction, predict, site_seconds, small_kernels, spared
 from optx.recipe import Recipe
 from optx.report import table
 from optx.target import Target
@@ -52,7 +52,7 @@ class Seen:
     def profiled(self, target: Target) -> profile.Profile | None:
         if self.kernels is None:
             return None
-        return profile.by_op(self.kernels, self.ops, lambda op: site_seconds(op, target))
+        return profile.by_op(self.kernels, self.ops, lambda op: site_seconds(op, target), spared(self.tree, self.batch))
 
 
 def look(
@@ -99,7 +99,7 @@ def fitted(run: "Run", target: Target) -> Target:
         fit.Observed(
             profile=found,
             rest=max(0.0, found.rest - _unnamed(each, found, target)),
-            small=small_kernels(each.tree),
+            small=small_kernels(each.tree, each.batch),
             seconds=each.seconds,
         )
         for each, found in profiles
@@ -120,7 +120,7 @@ def _unnamed(seen: Seen, found: profile.Profile, target: Target) -> float:
 
 def compare(seen: Seen, target: Target) -> StepTimes:
     """target: one whose bandwidth is known."""
-    predicted = predict(seen.tree, seen.ops, target)
+    predicted = predict(seen.tree, seen.ops, target, batch=seen.batch)
     found = seen.profiled(target)
     return StepTimes(
         model=seen.model,

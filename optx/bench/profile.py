@@ -20,6 +20,7 @@ NAMES: Sequence[tuple[str, tuple[str, ...] | None]] = (
     ("mla", ("attention",)),
     ("grouped_matmul", ("experts",)),
     ("quant_matmul", ("matmul", "head")),
+    ("chained_matmul", ("matmul", "head")),
     # products that XLA runs by itself: Triton, cuBLAS, CUTLASS
     ("gemm_fusion", ("matmul", "head")),
     ("nvjet", ("matmul", "head")),
@@ -38,7 +39,7 @@ class Sample:
     op: str
     format: str
     dtype: str
-    kernels: int
+    kernels: float  # that it costs to start
     bytes: float
     flops: float
     seconds: float
@@ -88,11 +89,14 @@ def runs_ops(name: str) -> tuple[str, ...] | None:
     return next((ops for start, ops in NAMES if name.startswith(start)), None)
 
 
-def by_op(found: Sequence[tuple[str, float]], ops: Sequence[OpCost], predicted: Callable[[OpCost], float]) -> Profile:
+def by_op(
+    found: Sequence[tuple[str, float]], ops: Sequence[OpCost], predicted: Callable[[OpCost], float], spared: float = 0
+) -> Profile:
     """Every kernel's time to the op that it ran.
 
     Kernels of a name run layer after layer. Where there are as many as the plan says, a layer's go to the layer's sites, the
-    longest to the one that is predicted to take longest; where not, their sum is shared as predicted.
+    longest to the one that is predicted to take longest; where not, their sum is shared as predicted. spared: products that
+    cost nothing to start, as others' kernels run them too.
     """
     times: dict[tuple[str, ...], list[float]] = collections.defaultdict(list)
     rest = 0.0
@@ -109,7 +113,7 @@ def by_op(found: Sequence[tuple[str, float]], ops: Sequence[OpCost], predicted: 
         pairs = _matched(measured, sites, predicted)
         for op, seconds in pairs or _shared(sum(measured), sites, predicted):
             sums[op.op, op.format] += seconds
-        samples += _samples(pairs) if pairs else _whole(sites, sums)
+        samples += _samples(pairs) if pairs else _whole(sites, sums, spared)
     return Profile(seconds=dict(sums), samples=tuple(samples), rest=rest)
 
 
@@ -154,8 +158,9 @@ def _samples(pairs: Sequence[tuple[OpCost, float]]) -> list[Sample]:
     ]
 
 
-def _whole(sites: Sequence[OpCost], sums: Mapping[tuple[str, str], float]) -> list[Sample]:
+def _whole(sites: Sequence[OpCost], sums: Mapping[tuple[str, str], float], spared: float) -> list[Sample]:
     """One sample an op and format: single kernels are not told apart."""
+    products = sum(op.op == "matmul" for op in sites)
     groups: dict[tuple[str, str, str], list[OpCost]] = collections.defaultdict(list)
     for op in sites:
         groups[op.op, op.format, op.dtype].append(op)
@@ -164,7 +169,7 @@ def _whole(sites: Sequence[OpCost], sums: Mapping[tuple[str, str], float]) -> li
             op=op,
             format=format,
             dtype=dtype,
-            kernels=KERNELS[op] * len(same),
+            kernels=KERNELS[op] * len(same) - (spared * len(same) / products if op == "matmul" else 0),
             bytes=sum(each.bytes for each in same),
             flops=sum(each.flops for each in same),
             seconds=sums[op, format],
