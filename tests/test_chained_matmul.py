@@ -223,6 +223,7 @@ FOLLOWED = {
     "norm": [False, True, False],  # what follows norms otherwise
     "adapter": [False, True, False],  # reads what follows as well
     "bias": [True, False],  # behind the attention of the last block, which is left out
+    "qkv bias": [True, True, False],
     "post_norm": [False, False],  # the middle block is left out
 }
 
@@ -238,6 +239,8 @@ def test_blocks_whose_products_are_chained(monkeypatch, change, taps):
         layers[1].mixer.qkv.adapter = nnx.data(Adapter(16, 32, 4, rngs=rngs))
     if change == "bias":
         layers[2].mixer.o.bias = nnx.data(nnx.Param(jnp.ones(16)))
+    if change == "qkv bias":
+        layers[1].mixer.qkv.bias = nnx.data(nnx.Param(jnp.arange(32.0)))
     if change == "post_norm":
         layers[1].post_norm = nnx.data(RMSNorm(16, rngs=rngs))
     run = lambda n: model.backbone(jnp.arange(n, dtype=jnp.int32), Ragged.dense(1, n), taps=taps)[::2]  # noqa: E731

@@ -92,8 +92,7 @@ class Engine:
             table.make_room = functools.partial(self.prefix.make_room, group)
         self.scheduler = Scheduler(
             tables=self._tables, prefix=self.prefix, rows=options.rows, budget=options.chunks[-1], long=options.long,
-            ticks=self._ticks, mixed=self._mixed, alone=alone, single=self._single,
-            encode=encode,
+            ticks=self._ticks, mixed=self._mixed, alone=alone, single=self._single, encode=encode,
         )  # fmt: skip
         self.speculator = self.scheduler.speculator = options.speculate and Speculator(options.speculate, share)
         self._landed = self._waited = 0.0

@@ -132,12 +132,6 @@ def makes(op: str, choices: tuple[OpChoice, ...], linear: Linear) -> bool:
     return dispatch.lowered(op, choices) and linear.adapter is None
 
 
-def is_product(linear: nnx.Module | None, *, biased: bool = False) -> bool:
-    """Nothing but a product with a weight; biased: to which a bias may be added."""
-    plain = type(linear) is Linear and linear.adapter is None and linear.activations is None
-    return plain and (biased or linear.bias is None)
-
-
 def arranged(like: nnx.Param, weight, relayout) -> nnx.Param:
     return nnx.Param(tensor.lift(relayout, weight), axes=like.get_metadata().get("axes"))
 
@@ -152,10 +146,7 @@ class Inner(Linear):
 class Fused:
     """A part that holds several projections in one weight."""
 
-    @property
-    def entry(self) -> Linear | None:
-        """The projection that alone reads the part's input, if one does."""
-        return None
+    entry: ClassVar[Linear | None] = None  # the projection that alone reads the part's input, if one does
 
     @property
     def first(self) -> Linear | None:

@@ -10,7 +10,7 @@ from flax import nnx
 from optx import tensor
 from optx.cache import Address, CachePlan, Caches, Ragged, View, view
 from optx.nn.attention import Attention
-from optx.nn.core import Embed, Fused, FusedGatedMLP, Linear, Multiplied, RMSNorm, is_product
+from optx.nn.core import Embed, Fused, FusedGatedMLP, Linear, Multiplied, RMSNorm
 from optx.pallas import dispatch
 from optx.pallas.dispatch import OpChoice, OpSite
 from optx.pools import PICKED, store_tokens
@@ -109,7 +109,9 @@ class Block(nnx.Module):
     def leads_to(self, following: "Block") -> bool:
         """Whether that kernel can take the first product of the block that follows as well."""
         if not (
-            isinstance(following, Block) and following.chains and is_product(getattr(following.mixer, "entry", None))
+            isinstance(following, Block)
+            and following.chains
+            and _is_product(getattr(following.mixer, "entry", None), biased=True)
         ):
             return False
         norm, mine = following.norm, self.mlp_norm
@@ -128,7 +130,7 @@ class Block(nnx.Module):
     def _chainable(self) -> bool:
         parts = type(self) is Block and isinstance(self.mixer, Attention) and type(self.mlp) is FusedGatedMLP
         plain = {self.residual, self.mlp_residual} <= {None, PLAIN} and self.post_norm is self.post_mlp_norm is None
-        return parts and plain and _is_op(self.mlp_norm) and all(map(is_product, self._products))
+        return parts and plain and _is_op(self.mlp_norm) and all(map(_is_product, self._products))
 
     def op_sites(self) -> tuple[OpSite, ...]:
         weights = [norm.weight.get_value() for norm in (self.norm, self.mlp_norm) if _is_op(norm)]
@@ -152,6 +154,12 @@ class Chained(NamedTuple):
     y: jax.Array | None  # [1, D], not yet added; None: x is the stream
     product: jax.Array | None = None  # of the next block's first weight with its norm of the stream
     sync: jax.Array | None = None  # what kernels hand each other
+
+
+def _is_product(linear: nnx.Module | None, *, biased: bool = False) -> bool:
+    """Nothing but a product with a weight; biased: to which a bias may be added."""
+    plain = type(linear) is Linear and linear.adapter is None and linear.activations is None
+    return plain and (biased or linear.bias is None)
 
 
 def _is_op(norm) -> bool:

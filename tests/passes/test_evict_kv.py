@@ -146,9 +146,17 @@ def test_keys_by_slot_are_read_by_the_reference():
     assert backend == "xla" and "rotated by their slot" in reasons["mosaic_gpu/sm90"]
 
 
-def test_a_required_kernel_without_scores_is_refused_with_the_reason():
+def test_a_kernel_that_records_prompts_runs_where_it_is_required():
     model = families.abstract("qwen3", dtype="bfloat16", head_dim=64)
     tree = optx.plan(model, Recipe(cache=[RULES["snapkv"]]), "h100").tree
+    for require, row in ((None, "xla"), ("mosaic_gpu", "mosaic_gpu/sm90/scored")):
+        chosen = lower.choose(tree, targets.get("h100"), require=require)
+        assert {str(c) for _, c in lower.choices(chosen) if c.op == "ragged_paged_attention"} == {row}
+
+
+def test_a_required_kernel_without_scores_is_refused_with_the_reason():
+    model = families.abstract("qwen3", dtype="bfloat16", head_dim=64)
+    tree = optx.plan(model, Recipe(cache=[EvictKV(policy="kvzip", ratio=0.25, over="model")]), "h100").tree
     with pytest.raises(LoweringError, match="returns no attention by slot, which the policy of eviction records"):
         lower.choose(tree, targets.get("h100"), require="mosaic_gpu")
 
