@@ -192,7 +192,7 @@ def test_declines_a_gpu_on_which_its_blocks_would_wait_forever(monkeypatch):
     assert "114 multiprocessors" in kernel.supports(SMALL[0].site, HOPPER)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "qwen" in case.name or case.small], ids=name)
+@pytest.mark.parametrize("case", SMALL, ids=name)
 def test_lowers(case):
     args, kwargs = (
         jax.eval_shape(lambda: case.make(np.random.default_rng(0))[0]),

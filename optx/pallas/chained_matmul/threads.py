@@ -149,12 +149,8 @@ def norm(m, plan: Norm, product: Product, before: Product, x, kept, y, weight, o
     factor = m.rsqrt(add_norm._across_block(m, plan, squares, sums) * (1 / plan.width) + plan.eps)
     for (chunk, has), found, scale in zip(chunks, numbers, weights, strict=True):
         normed = [n * factor * (w + plan.offset) for n, w in zip(found, scale, strict=True)]
-        put(m, row, *_packed_within(m, chunk, has, first, count, normed))
-
-
-def _packed_within(m, chunk, has, first, count, numbers):
-    chunk, has = _within(m, chunk, has, first, count)
-    return chunk, add_norm._packed(m, numbers, "bfloat16"), has
+        mine, inside = _within(m, chunk, has, first, count)
+        put(m, row, mine, add_norm._packed(m, normed, "bfloat16"), inside)
 
 
 # --- Sums -------------------------------------------------------------------------------------------------------------
