@@ -1,6 +1,6 @@
 """Runs every kernel of the running GPU, compiled for real, against its reference, over fresh random inputs.
 
-    python -m optx.bench.verify_gpu [--op paged_decode] [--seed 7] [--jobs 8] [--json FILE]
+    python -m optx.bench.verify_gpu [--op paged_decode] [--case 'int8*'] [--seed 7] [--jobs 8] [--json FILE]
 
 Prints one line a row: cases passed, worst error over its tolerance, whether two runs gave equal bits. Exit code 1 when a case
 fails. Cases compile in `jobs` processes, as most of the time goes into compiling.
@@ -10,6 +10,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import fnmatch
 import json
 import multiprocessing
 import os
@@ -100,14 +101,19 @@ def _outcome(compare: Callable[[], dict], **facts) -> Outcome:
         return Outcome(**facts, error=float("nan"), repeatable=False, raised=said)
 
 
-def verify(ops: tuple[str, ...] = (), seed: int = 0, jobs: int = 8) -> list[Outcome]:
-    """Outcomes of all cases of `ops` (all ops and small models when empty), on the running GPU."""
-    count = len(registry.cases(ops))
+def verify(ops: tuple[str, ...] = (), seed: int = 0, jobs: int = 8, names: tuple[str, ...] = ()) -> list[Outcome]:
+    """Outcomes of all cases of `ops` (all ops and small models when empty), on the running GPU; names: patterns (fnmatch) of
+    which a case's name matches one, and no models then."""
+    wanted = [
+        index
+        for index, case in enumerate(registry.cases(ops))
+        if not names or any(fnmatch.fnmatchcase(case.name, name) for name in names)
+    ]
     context = multiprocessing.get_context("spawn")
     outcomes: list[Outcome] = []
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-        waiting = [pool.submit(check, index, ops, seed) for index in range(count)]
-        if not ops:
+        waiting = [pool.submit(check, index, ops, seed) for index in wanted]
+        if not ops and not names:
             waiting += [pool.submit(check_model, recipe, seed) for recipe in verify_model.RECIPES]
         for done in tqdm(concurrent.futures.as_completed(waiting), total=len(waiting), unit="case", mininterval=5):
             outcomes += done.result()
@@ -142,12 +148,13 @@ def summary(outcomes: list[Outcome]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
+    parser.add_argument("--case", action="append", default=[], help="only cases of such a name (*, ?); may be repeated")
     parser.add_argument("--seed", type=int, default=None, help="of the inputs; default: the clock")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--json", type=Path, help="write every outcome there")
     args = parser.parse_args()
     seed = int(time.time()) if args.seed is None else args.seed
-    outcomes = verify(tuple(args.op), seed, args.jobs)
+    outcomes = verify(tuple(args.op), seed, args.jobs, tuple(args.case))
     print(f"{jax.devices()[0].device_kind}, seed {seed}")
     print(summary(outcomes))
     if args.json:

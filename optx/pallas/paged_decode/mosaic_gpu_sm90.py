@@ -56,6 +56,7 @@ ROWS = 64  # at most, of a warpgroup: more read the pages again
 SMS = 132  # of H100 SXM and H200; on a part with fewer some blocks wait their turn
 SHARED = 224 * 1024  # bytes of the 227 KB of a block that tiles may take
 SHARE = 4 * 4 * 128  # numbers that the warps of a warpgroup exchange at a time
+HEIGHTS = 4 * 2 * TILE  # and their rows' maxima and sums, behind which lie those over all warps
 REGISTERS = {1: (240, 40), 2: (232, 40), 3: (160, 32)}  # by warpgroups: of each, of the one that copies
 LOG2E = math.log2(math.e)
 SLACK = 8.0  # powers of 2 that a weight may exceed 1 by before rows take a new maximum
@@ -64,6 +65,7 @@ FIRST = 8  # most first tokens that the merge attends to
 FEW = 8  # lengths up to which kernels make the offsets of units themselves
 HEAD_DIMS, PAGES, GROUPS, QUERIES = (64, 128, 256), (16, 32, 64, 128), 16, 8
 SPANS = (32, 64, 128)
+GRAIN = 16  # tokens that a copy takes where a listing ends
 BOX = 256  # numbers of an axis that a copy takes at most
 BF16 = jnp.dtype("bfloat16")
 
@@ -146,6 +148,11 @@ class Plan:
     def staged(self) -> int:
         """Words of q in SMEM: all where the head dim is 256."""
         return self.row_warps * TILE * self.head_dim // 2 if self.head_dim > 128 else 128
+
+    @property
+    def direct(self) -> bool:
+        """Whether a warpgroup that has a unit to itself writes its results, and the merge leaves them."""
+        return self.tiles.registers and self.row_warps < 4 and not self.sinks and self.first is None
 
     @property
     def units(self) -> int:
@@ -413,7 +420,9 @@ def _check_plan(plan: Plan):
     if t.wgs not in REGISTERS or t.tokens not in (64, 128) or t.stages < 2 or t.sms < 1:
         _refuse("tiles", t, f"wgs of {tuple(REGISTERS)}, tokens of 64, 128, stages of 2 or more")
     small = plan.small_size(t.tokens)
-    size = t.stages * (2 * t.tokens * plan.wide * plan.itemsize + small + 16) + 4 * SHARE + 512 + 4 * plan.staged
+    size = t.stages * (2 * t.tokens * plan.wide * plan.itemsize + small + 16) + 4 * (
+        SHARE + HEIGHTS + 4 * TILE + plan.staged
+    )
     if plan.k.span is not None and t.tokens % plan.k.span:
         _refuse("tiles", t, f"tokens a multiple of the {plan.k.span} that share scales")
     if t.wgs * size > 226 * 1024:
@@ -449,6 +458,22 @@ def _offsets(plan: Plan, lengths):
     unit = jnp.arange(plan.units + 1, dtype=jnp.int32)[:, None]
     before = jnp.clip(unit - each * jnp.arange(count.size, dtype=jnp.int32), 0, each)
     return jnp.sum(before * count, axis=1, dtype=jnp.int32)
+
+
+def _shares(plan: Plan, offsets):
+    """Of all warpgroups: the first unit that each works on and the one past its last, int32[2 workers], of many lengths. A search
+    in the kernel is a load after a load: 6% of its time with 32 rows of 1,024 tokens."""
+    start, stop = _tiles_of(plan, jnp.arange(plan.workers, dtype=jnp.int32)[:, None], offsets[-1])
+    first = jnp.sum(offsets <= start, axis=1, dtype=jnp.int32) - 1
+    last = jnp.sum(offsets < stop, axis=1, dtype=jnp.int32)
+    return jnp.stack([jnp.minimum(first, plan.units - 1), jnp.where((stop > start)[:, 0], last, 0)], axis=1)
+
+
+def _tiles_of(plan: Plan, worker, total):
+    """[start, stop) of a warpgroup's part of the list of tiles."""
+    size, rest = lax.div(total, jnp.int32(plan.workers)), lax.rem(total, jnp.int32(plan.workers))
+    start = worker * size + jnp.minimum(worker, rest)
+    return start, start + size + (worker < rest).astype(jnp.int32)
 
 
 def _offset_of(plan: Plan, offsets):
@@ -488,18 +513,19 @@ def run(
     if plan.entries is not None:
         aux = [(jnp.max(q_positions, axis=1) + 1) // plan.entries.every]
     offsets = _offsets(plan, seen)
-    aux = [q_positions, table, seen, offsets, *aux]
+    shares = [_shares(plan, offsets)] if seen.size > FEW else []
+    aux = [q_positions, table, seen, offsets, *shares, *aux]
     aux = [x.reshape(-1) for x in aux]
     if plan.mask.window is not None:
         aux.append(positions)
     pools = [x.data if is_qtensor(x) else x for x in (k_pool, v_pool)]
     pools += _small(k_pool, v_pool, logit_scale).values()
-    parts, marks = _attend(plan, q, pools, aux)
     near = []
     if first is not None:
         at = [x.reshape(-1) for x in (first["positions"], first["table"], first["lengths"], q_positions)]
         near = [q, first["k_pool"], first["v_pool"], *at]
-    out, lse = _merge(plan, parts, marks, offsets, sink_logits, near)
+    parts, marks, *results = _attend(plan, q, pools, aux)
+    out, lse = _merge(plan, parts, marks, offsets, sink_logits, near, results)
     scores = None
     if want_scores:
         small = plan.batch * plan.slots * plan.kv_heads * 4 < 1 << 31
@@ -523,7 +549,8 @@ def _tiling(width: int, itemsize: int):
 
 
 def _attend(plan: Plan, q, pools, aux):
-    """-> values of each part float32[parts, kept, H], their (maximum, sum) float32[parts, 2, kept]; logits in powers of 2."""
+    """-> values of each part float32[parts, kept, H], their (maximum, sum) float32[parts, 2, kept], logits in powers of 2; where
+    it is `direct`, out and lse of units that are not cut."""
     t, wide = plan.tiles, plan.wide
     slots = t.wgs * t.stages
     per, piece = max(1, t.tokens // plan.page), min(t.tokens, plan.page)  # pages a step, slots of each
@@ -547,7 +574,7 @@ def _attend(plan: Plan, q, pools, aux):
             )
         ],
         "sum_s": plgpu.SMEM((t.wgs, SHARE), jnp.float32),
-        "top_s": plgpu.SMEM((t.wgs, 4 * 2 * TILE), jnp.float32),
+        "top_s": plgpu.SMEM((t.wgs, HEIGHTS + 2 * 2 * TILE), jnp.float32),
         "q_s": plgpu.SMEM((t.wgs, plan.staged), jnp.int32),
     }
     parts = plan.workers + plan.units
@@ -556,6 +583,7 @@ def _attend(plan: Plan, q, pools, aux):
         out_type=(
             jax.ShapeDtypeStruct((parts, plan.kept, plan.head_dim), jnp.float32),
             jax.ShapeDtypeStruct((parts, 2, plan.kept), jnp.float32),
+            *(_results(plan) if plan.direct else ()),
         ),
         grid=(t.sms,),
         grid_names=("sm",),
@@ -567,12 +595,20 @@ def _attend(plan: Plan, q, pools, aux):
     )(q, *pools, *aux)
 
 
+def _results(plan: Plan):
+    """out and lse."""
+    shape = (plan.batch, plan.queries, plan.heads)
+    out = jax.ShapeDtypeStruct((*shape, plan.head_dim), jnp.dtype(plan.dtype))
+    return out, jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
 def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, small_s, barriers, sum_s, top_s, q_s):
-    pools, (qpos_g, table_g, lengths_g, offsets_g, *position_g), (parts_g, marks_g) = (
+    pools, (qpos_g, table_g, lengths_g, offsets_g, *position_g), results_g = (
         refs[:pool_count],
         refs[pool_count : pool_count + aux_count],
         refs[pool_count + aux_count :],
     )
+    shares_g = [position_g.pop(0)] if plan.batch * plan.groups > FEW else []
     border_g = [position_g.pop(0) for _ in range(2 if plan.mask.apart else 0)]
     entries_g = [] if plan.entries is None else [position_g.pop(0)]  # of rows
     t = plan.tiles
@@ -585,10 +621,9 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
     def share(wg):
         """A warpgroup's part of the list of tiles: (its number, first tile, end, first unit, end of units)."""
         worker = sm * t.wgs + wg
-        total = offset_of(plan.units)
-        size, rest = lax.div(total, jnp.int32(plan.workers)), lax.rem(total, jnp.int32(plan.workers))
-        start = worker * size + jnp.minimum(worker, rest)
-        stop = start + size + (worker < rest).astype(jnp.int32)
+        start, stop = _tiles_of(plan, worker, offset_of(plan.units))
+        if shares_g:
+            return worker, start, stop, shares_g[0][2 * worker], shares_g[0][2 * worker + 1]
         first, last = jnp.int32(0), jnp.int32(0)  # units that begin at or before the first tile, before the end
         for bit in reversed(range(plan.units.bit_length())):
             for_first, for_last = (jnp.minimum(x + (1 << bit), plan.units) for x in (first, last))
@@ -627,8 +662,9 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
 
             def tile_loop(i, pages):
                 following = pages_of(i + 1 - offset, listed, length)  # under way while this tile waits for room
-                inside = lax.rem(first_token(i - offset, length), jnp.int32(plan.page))
-                step.copy(sources, (k_s, v_s, *small_s), pages, head, inside, slot_of(wg, i - start), i - start)
+                token = first_token(i - offset, length)
+                inside, left = lax.rem(token, jnp.int32(plan.page)), length - token
+                step.copy(sources, (k_s, v_s, *small_s), pages, head, inside, slot_of(wg, i - start), i - start, left)
                 return following
 
             lax.fori_loop(begin, end, tile_loop, pages_of(begin - offset, listed, length))
@@ -656,7 +692,8 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
 
             @pl.when(begin < end)
             def _():
-                step.finish(state, sum_s.at[wg], top_s.at[wg], parts_g, marks_g, worker + unit)
+                whole = (begin == offset) & (end == offset_of(unit + 1))
+                step.finish(state, sum_s.at[wg], top_s.at[wg], results_g, worker + unit, (row, head, block), whole)
 
         lax.fori_loop(first_unit, last_unit, unit_loop, None)
 
@@ -699,7 +736,7 @@ class _Plain:
     def begin(self):
         pass
 
-    def copy(self, sources, to, pages, head, inside, slot, step):
+    def copy(self, sources, to, pages, head, inside, slot, step, left):
         @pl.when(step >= self.plan.tiles.stages)
         def _():
             plgpu.barrier_wait(self.free.at[slot])
@@ -805,8 +842,8 @@ class _Plain:
         """Whether there is one a token."""
         return name == "logit_scale" or (self.plan.k if name[0] == "k" else self.plan.v).by_token
 
-    def finish(self, state, sum_s, top_s, parts_g, marks_g, part):
-        top, total, out = state
+    def finish(self, state, sum_s, top_s, results, part, where, whole):
+        (top, total, out), (parts_g, marks_g) = state, results
         parts_g[part] = out
         marks_g[part, 0] = top[:, 0]
         marks_g[part, 1] = total[:, 0]
@@ -1139,48 +1176,66 @@ class _Warps:
         use = _add(arith.divui(step, _i32(self.plan.tiles.stages)), turns)
         return arith.trunci(ir.IntegerType.get_signless(1), _and(use, 1))
 
-    def copy(self, sources, to, pages, head, inside, slot, step):
-        """One lane waits for room and starts the copies of a step."""
+    def copy(self, sources, to, pages, head, inside, slot, step, left=None):
+        """One lane waits for room and starts the copies of a step; left: tokens from its first to the end of the listing, past
+        which nothing is copied but what the last `GRAIN` tokens hold (None: all are)."""
         plan, tokens = self.plan, self.plan.tiles.tokens
         blocks = plgpu.RefType(self.transforms)
         count = 1 if plan.keys_only else 2
-        size = count * tokens * plan.wide * self.itemsize
+        token_bytes = count * plan.wide * self.itemsize
         sizes = zip(plan.small, plan.small_dtypes, strict=True)
-        size += sum(plan.numbers(name, tokens) * jnp.dtype(x).itemsize for name, x in sizes)
+        fixed = sum(plan.numbers(name, tokens) * jnp.dtype(x).itemsize for name, x in sizes)
+        cut = left is not None and bool(self.transforms) and plan.entries is None
 
         @plgpu.inline_mgpu(
             arg_types=(
                 [plgpu.RefType()] * len(sources),
                 [*[blocks] * count, *[plgpu.RefType()] * len(plan.small)],
                 plgpu.RefType(),
-                [scalar()] * (4 + self.per),
+                [scalar()] * (4 + self.per + cut),
             ),
             return_type=(),
         )
         def start(context, sources, to, barriers, scalars):
             head, inside, slot, step, *pages = (x.registers.item() for x in scalars)
             index = lambda x: arith.index_cast(ir.IndexType.get(), x)  # noqa: E731
+            real, size = [None] * self.per, _i32(tokens * token_bytes + fixed)
+            if cut:
+                left = pages.pop()
+                real = [self.copied(_add(left, -j * self.piece)) for j in range(self.per)]
+                size = _add(_times(functools.reduce(arith.addi, real), token_bytes), fixed)
             again = arith.cmpi(arith.CmpIPredicate.sge, step, _i32(plan.tiles.stages))
             with utils.when(again):
                 self.barrier(barriers, slot, free=True).wait_parity(self.parity(step, 1))
             full = self.barrier(barriers, slot, free=False)
             lane = arith.cmpi(arith.CmpIPredicate.eq, _and(utils.thread_idx(), 31), _i32(0))
             full.arrive_expect_tx(size, predicate=lane)
+            copy = functools.partial(context.async_copy, barrier=full, arrive=False)
+            tiling = launch_context.TileTransform((8, self.swizzle // self.itemsize))
+            kwargs = {"gmem_transform": (tiling,), "swizzle": self.swizzle} if self.transforms else {}
+
+            def pages_part(at, j, first, count, predicate):
+                """`count` tokens from `first` on of page j of the step."""
+                for source, target in zip(sources[: len(sources) - len(plan.small)], to, strict=False):
+                    rows = j * self.piece + first
+                    rows, groups = (rows // 8, count // 8) if self.transforms else (rows, count)
+                    target = utils.memref_slice(target, (index(slot), utils.DynamicSlice(rows, groups)))
+                    tokens = utils.DynamicSlice(index(_add(inside, first) if first else inside), count)
+                    copy(src_ref=source, dst_ref=target, gmem_slice=(*at, tokens), predicate=predicate, **kwargs)
+
             for j, page in enumerate(pages):
-                for n, (source, target) in enumerate(zip(sources, to, strict=True)):
-                    name = plan.small[n - count] if n >= count else None
+                at = (index(page), index(head))
+                if real[j] is None:
+                    pages_part(at, j, 0, self.piece, lane)
+                else:
+                    whole = arith.cmpi(arith.CmpIPredicate.eq, real[j], _i32(self.piece))
+                    pages_part(at, j, 0, self.piece, arith.andi(lane, whole))
+                    with utils.when(_less(real[j], _i32(self.piece))):
+                        for first in range(0, self.piece - GRAIN, GRAIN):
+                            pages_part(at, j, first, GRAIN, arith.andi(lane, _less(_i32(first), real[j])))
+                for n, (source, target) in enumerate(zip(sources[count:], to[count:], strict=True)):
+                    name = plan.small[n]
                     at = (index(page),) if name == "position" else (index(page), index(head))
-                    copy = functools.partial(
-                        context.async_copy, src_ref=source, barrier=full, arrive=False, predicate=lane
-                    )
-                    if name is None:
-                        groups = self.piece // 8 if self.transforms else self.piece
-                        target = utils.memref_slice(target, (index(slot), utils.DynamicSlice(j * groups, groups)))
-                        tiling = launch_context.TileTransform((8, self.swizzle // self.itemsize))
-                        tokens = utils.DynamicSlice(index(inside), self.piece)
-                        kwargs = {"gmem_transform": (tiling,), "swizzle": self.swizzle} if self.transforms else {}
-                        copy(dst_ref=target, gmem_slice=(*at, tokens), **kwargs)
-                        continue
                     numbers = plan.numbers(name, self.piece)
                     first = inside
                     if numbers != self.piece:
@@ -1189,10 +1244,16 @@ class _Warps:
                         stop = min(start + BOX, numbers)
                         part = utils.memref_slice(target, (index(slot), j, slice(start, stop)))
                         box = utils.DynamicSlice(index(_add(first, start) if start else first), stop - start)
-                        copy(dst_ref=part, gmem_slice=(*at, box))
+                        copy(src_ref=source, dst_ref=part, gmem_slice=(*at, box), predicate=lane)
             return ()
 
-        start(list(sources), list(to), self.barriers, [head, inside, slot, step, *pages])
+        scalars = [head, inside, slot, step, *pages]
+        start(list(sources), list(to), self.barriers, [*scalars, left] if cut else scalars)
+
+    def copied(self, left):
+        """Tokens of a page's part that are copied, where `left` are real: whole grains."""
+        some = arith.maxsi(_i32(0), arith.minsi(left, _i32(self.piece)))
+        return _and(_add(some, GRAIN - 1), -GRAIN)
 
     # The steps
 
@@ -1579,16 +1640,26 @@ class _Warps:
         real = [_less(at, length) for at in places[j]]
         return self.of_group("v", small, tokens, self.g, 8, real)
 
-    def finish(self, state, sum_s, top_s, parts_g, marks_g, part):
+    def finish(self, state, sum_s, top_s, results, part, where, whole):
+        """Stores what the warpgroup found of a unit: as a part of it or, where it has the `whole`, as its results."""
         plan = self.plan
+        numbers = [part, *where, whole.astype(jnp.int32)]
 
         @plgpu.inline_mgpu(
-            arg_types=(_threadwise_layout(self.state), *(plgpu.RefType(),) * 4, scalar()),
+            arg_types=(
+                _threadwise_layout(self.state),
+                plgpu.RefType(),
+                plgpu.RefType(),
+                [plgpu.RefType()] * len(results),
+                [scalar()] * len(numbers),
+            ),
             return_type=(),
         )
-        def make(_, state, sum_s, top_s, parts, marks, part):
+        def make(_, state, sum_s, top_s, results, numbers):
             self.thread()
-            part, state, f32 = part.registers.item(), _values(state), ir.F32Type.get()
+            parts, marks, *results = results
+            part, *where, whole = (x.registers.item() for x in numbers)
+            state, whole = _values(state), arith.cmpi(arith.CmpIPredicate.ne, whole, _i32(0))
             outs = [state[4 * i : 4 * i + 4] for i in range(self.outs)]
             top, total, zeros = self.of_rows(state[4 * self.outs :])
             total = [self.across(x, arith.addf) for x in total]
@@ -1609,48 +1680,69 @@ class _Warps:
                 when = arith.andi(leads, kept[r])
                 _store(marks, at, [top[r]], when)
                 _store(marks, _add(at, 4 * plan.kept), [total[r]], when)
+                if self.token_warps > 1:
+                    at = _add(_times(rows[r], 4), 4 * HEIGHTS)
+                    _store(top_s, at, [top[r]], when)
+                    _store(top_s, _add(at, 4 * 2 * TILE), [total[r]], when)
             base = _times(part, plan.kept * plan.head_dim * 4)
-            starts = [_add(base, _times(row, plan.head_dim * 4)) for row in rows]
-            share = self.numbers // 8
-
-            def store(i, values):
-                """Accumulator i of the output: numbers i % share of the shares of two threads' columns."""
-                for k, x in enumerate(values[: 2 * self.halves]):
-                    r, e = divmod(k, 2)
-                    column = _add(_times(_add(_times(self.c, 2), e), share), 0)
-                    if isinstance(i, int):
-                        at = _add(column, i // share * self.numbers + i % share)
-                    else:
-                        at = _add(column, _add(_times(arith.divui(i, _i32(share)), self.numbers), 0))
-                        at = _add(at, arith.remui(i, _i32(share)))
-                    _store(parts, _add(starts[r], _times(at, 4)), [x], kept[r])
-
             if self.token_warps == 1:
                 for i, out in enumerate(outs):
-                    store(i, out)
+                    for k, x in enumerate(out[: 2 * self.halves]):
+                        r, e = divmod(k, 2)
+                        at = _add(_times(rows[r], plan.head_dim), self.column(_i32(i), _add(_times(self.c, 2), e)))
+                        _store(parts, _add(base, _times(at, 4)), [x], kept[r])
                 return ()
-            # The warps' outputs are added four accumulators at a time, each warp adding up its share of them.
-            lane = _add(_times(self.g, 4), self.c)
-            each = self.token_warps
-            for start in range(0, self.outs, each):
-                utils.warpgroup_barrier()
-                for i in range(each):
-                    at = _add(_times(_add(_times(self.warp, each), i), 512), _times(lane, 16))
-                    _store(sum_s, at, outs[start + i])
-                utils.warpgroup_barrier()
-                summed = None
-                for other in range(self.token_warps):
-                    source = _add(arith.remui(self.warp, _i32(self.row_warps)), other * self.row_warps)
-                    at = _add(_times(_add(_times(source, each), self.token_warp), 512), _times(lane, 16))
-                    loaded = _load(sum_s, at, f32, 4)
-                    summed = (
-                        loaded if summed is None else [arith.addf(a, b) for a, b in zip(summed, loaded, strict=True)]
-                    )
-                store(_add(self.token_warp, start), summed)
-            utils.warpgroup_barrier()
+            for local, column, values, inside in self.summed(sum_s, outs, rows, kept):
+                at = _add(_times(local, plan.head_dim), column)
+                if not plan.direct:
+                    _store(parts, _add(base, _times(at, 4)), values, inside)
+                    continue
+                cut = arith.xori(whole, arith.constant(whole.type, 1))
+                _store(parts, _add(base, _times(at, 4)), values, arith.andi(inside, cut))
+                row, _, place = _place(plan, *where, local)
+                with utils.when(functools.reduce(arith.andi, (whole, inside, _less(row, _i32(plan.rows))))):
+                    at = _add(_times(local, 4), 4 * HEIGHTS)
+                    top, total = (_load(top_s, _add(at, x), ir.F32Type.get())[0] for x in (0, 4 * 2 * TILE))
+                    _write(plan, *results, place, column, values, top, total)
             return ()
 
-        make(state, sum_s, top_s, parts_g, marks_g, part)
+        make(state, sum_s, top_s, list(results), numbers)
+
+    def column(self, i, place):
+        """Of the output, accumulator i of a thread's columns (`place`: 2 c, or 2 c + 1)."""
+        share = self.numbers // 8
+        at = _add(_times(arith.divui(i, _i32(share)), self.numbers), arith.remui(i, _i32(share)))
+        return _add(at, _times(place, share))
+
+    def summed(self, sum_s, outs, rows, kept):
+        """Adds up the outputs of warps that share out tokens, as many accumulators at a time as shared memory holds of the rows
+        that are kept: yields (row, column, four numbers from there on, whether they are a row's)."""
+        wide = 1 << (self.plan.kept - 1).bit_length()
+        count = min(self.outs, SHARE // (self.token_warps * wide * 8))  # accumulators, a multiple of 4
+        size, pitch, quads = wide * 8 * count * 4, 8 * count * 4, count // 4
+        thread = _and(utils.thread_idx(), 127)
+        for start in range(0, self.outs, count):
+            if start:
+                utils.warpgroup_barrier()
+            for r in range(self.halves):
+                at = _add(_times(self.token_warp, size), _times(rows[r], pitch))
+                for e in range(2):
+                    mine = _add(at, _times(_add(_times(self.c, 2), e), 4 * count))
+                    for i in range(0, count, 4):
+                        values = [out[2 * r + e] for out in outs[start + i : start + i + 4]]
+                        _store(sum_s, _add(mine, 4 * i), values, kept[r])
+            utils.warpgroup_barrier()
+            for first in range(0, size // 16, 128):
+                vector = arith.minui(_add(thread, first), _i32(size // 16 - 1))
+                found = [
+                    _load(sum_s, _add(_times(vector, 16), warp * size), ir.F32Type.get(), 4)
+                    for warp in range(self.token_warps)
+                ]
+                values = [functools.reduce(arith.addf, x) for x in zip(*found, strict=True)]
+                local, rest = (op(vector, _i32(8 * quads)) for op in (arith.divui, arith.remui))
+                place, quad = arith.divui(rest, _i32(quads)), arith.remui(rest, _i32(quads))
+                inside = arith.andi(_less(local, _i32(self.plan.kept)), _less(_add(thread, first), _i32(size // 16)))
+                yield local, self.column(_add(_times(quad, 4), start), place), values, inside
 
     def exchange(self, top_s, top, total, rows, leads):
         """Maximum and sum of rows over the warps that share out the tokens, and what a warp's values are multiplied by."""
@@ -1682,11 +1774,12 @@ class _Warps:
 # --- The merge of parts -----------------------------------------------------------------------------------------------
 
 
-def _merge(plan: Plan, parts, marks, offsets, sink_logits, near=()):
+def _merge(plan: Plan, parts, marks, offsets, sink_logits, near=(), results=()):
     """Parts of each unit -> out [B, Q, N, H], lse float32[B, Q, N]. near: q, pools, positions, table, lengths, q_positions, where
-    first tokens take part."""
+    first tokens take part; results: those of whole units."""
     vectors = plan.kept * plan.head_dim // 4
     args = [parts, marks, offsets] + ([sink_logits.astype(jnp.float32)] if plan.sinks else []) + list(near)
+    refs = [jax.new_ref(x) for x in results]
 
     def body(parts_g, marks_g, offsets_g, *refs):
         sink_g, near_g, (out_g, lse_g) = refs[: plan.sinks], refs[plan.sinks : -2], refs[-2:]
@@ -1703,21 +1796,19 @@ def _merge(plan: Plan, parts, marks, offsets, sink_logits, near=()):
         first = worker(begin)
         count = jnp.where(end > begin, worker(end - 1) - first + 1, 0)
         merge = _merge_threads if plan.tiles.registers else _merge_plainly
-        merge(plan, parts_g, marks_g, sink_g, near_g, out_g, lse_g, unit, lax.axis_index("part"), first + unit, count)
+        work = functools.partial(merge, plan, parts_g, marks_g, sink_g, near_g, out_g, lse_g, unit)
+        pl.when(not plan.direct or count != 1)(lambda: work(lax.axis_index("part"), first + unit, count))
 
-    shape = (plan.batch, plan.queries, plan.heads)
-    return dependent(
+    found = dependent(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((*shape, plan.head_dim), jnp.dtype(plan.dtype)),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-        ),
+        out_type=() if refs else _results(plan),
         grid=(plan.units, -(-vectors // 128) if plan.tiles.registers else 1),
         grid_names=("unit", "part"),
         num_threads=1,
         thread_name="wg",
         kernel_name="paged_decode_merge",
-    )(*args)
+    )(*args, *refs)
+    return [jax.freeze(ref) for ref in refs] or found
 
 
 def _merge_plainly(plan, parts_g, marks_g, sink_g, near_g, out_g, lse_g, unit, _, first, count):
@@ -1821,19 +1912,17 @@ def _merge_threads(plan, parts_g, marks_g, sink_g, near_g, out_g, lse_g, unit, p
         thread = utils.thread_idx()
         flat = _times(_add(_times(part, 128), thread), 4)
         local, column = arith.divui(flat, _i32(plan.head_dim)), arith.remui(flat, _i32(plan.head_dim))
-        at = _add(_times(block, plan.kept), local)
+        at, query_head, place = _place(plan, row, head, block, local)
         real = arith.andi(_less(local, _i32(plan.kept)), _less(at, _i32(plan.rows)))
         tokens = []
         if near_g:  # whole warps take part in their sums
             near = rest[len(sink_g) : len(sink_g) + len(near_g)]
             tokens = _first_of_threads(plan, near, row, head, arith.minui(at, _i32(plan.rows - 1)), column)
-        query, member = arith.divui(at, _i32(plan.group)), arith.remui(at, _i32(plan.group))
-        head = _add(_times(head, plan.group), member)
         with utils.when(real):
             rounds = _right(_add(count, unroll - 1), unroll.bit_length() - 1)
             top, total = _f32(-math.inf), _f32(0.0)
             if plan.sinks:
-                top, total = arith.mulf(_load(rest[0], _times(head, 4), f32)[0], _f32(LOG2E)), _f32(1.0)
+                top, total = arith.mulf(_load(rest[0], _times(query_head, 4), f32)[0], _f32(LOG2E)), _f32(1.0)
             values = [_f32(0.0)] * 4
             if tokens:
                 before, top = top, functools.reduce(arith.maxnumf, [x for x, _ in tokens], top)
@@ -1867,21 +1956,32 @@ def _merge_threads(plan, parts_g, marks_g, sink_g, near_g, out_g, lse_g, unit, p
                 return [new, total, *values]
 
             top, total, *values = summed.results
-            some = arith.cmpf(arith.CmpFPredicate.OGT, total, _f32(0.0))
-            inverse = arith.divf(_f32(1.0), _choose(some, total, _f32(1.0)))
-            half = ir.F16Type.get() if plan.dtype == "float16" else ir.BF16Type.get()
-            values = [arith.truncf(half, arith.mulf(x, inverse)) for x in values]
-            place = _add(_times(_add(_times(row, plan.queries), query), plan.heads), head)
-            packed = utils.vector_concat([vector.broadcast(ir.VectorType.get((1,), half), x) for x in values])
-            at = _pointer(out, _times(_add(_times(place, plan.head_dim), column), 2))
-            llvm.store(packed, at, alignment=8)
-            log = utils.inline_ptx("lg2.approx.ftz.f32 $0, $1;", total, result_types=f32)
-            value = arith.mulf(arith.addf(top, log), _f32(1 / LOG2E))
-            value = _choose(some, value, _f32(-math.inf))
-            _store(lse, _times(place, 4), [value], arith.cmpi(arith.CmpIPredicate.eq, column, _i32(0)))
+            _write(plan, out, lse, place, column, values, top, total)
         return ()
 
     merge(parts_g, marks_g, *sink_g, *near_g, out_g, lse_g, batch_row, head, block, part, first, count)
+
+
+def _place(plan, row, head, block, local):
+    """Of a row of a unit: which it is of its kv head's (of `rows` at most), its query head, and which of all queries' heads."""
+    at = _add(_times(block, plan.kept), local)
+    query, member = arith.divui(at, _i32(plan.group)), arith.remui(at, _i32(plan.group))
+    head = _add(_times(head, plan.group), member)
+    return at, head, _add(_times(_add(_times(row, plan.queries), query), plan.heads), head)
+
+
+def _write(plan, out, lse, place, column, values, top, total):
+    """Four numbers of a head's output, from weighted values and the sum of weights; by the thread of the first, its lse."""
+    some = arith.cmpf(arith.CmpFPredicate.OGT, total, _f32(0.0))
+    inverse = arith.divf(_f32(1.0), _choose(some, total, _f32(1.0)))
+    half = ir.F16Type.get() if plan.dtype == "float16" else ir.BF16Type.get()
+    values = [arith.truncf(half, arith.mulf(x, inverse)) for x in values]
+    packed = utils.vector_concat([vector.broadcast(ir.VectorType.get((1,), half), x) for x in values])
+    at = _pointer(out, _times(_add(_times(place, plan.head_dim), column), 2))
+    llvm.store(packed, at, alignment=8)
+    log = utils.inline_ptx("lg2.approx.ftz.f32 $0, $1;", total, result_types=ir.F32Type.get())
+    value = _choose(some, arith.mulf(arith.addf(top, log), _f32(1 / LOG2E)), _f32(-math.inf))
+    _store(lse, _times(place, 4), [value], arith.cmpi(arith.CmpIPredicate.eq, column, _i32(0)))
 
 
 # --- Attention mass ---------------------------------------------------------------------------------------------------

@@ -791,17 +791,29 @@ class _Copy:
         plgpu.barrier_wait(self.s["q_free"])
 
     def run_dense(self):
-        def step(t, state):
-            cursor, found = state
-            slot = _rem(t, self.plan.tiles.stages)
-            self.start_unit(cursor)
-            after = self.advance(cursor, t)
-            ahead = self.pages(after)  # read while the copies of this step wait for room
-            self.copy_step(cursor, found, slot, slot)
-            return after, ahead
+        """Keys of a step, then values of the step before: in the order in which they are used, none waits behind what is not."""
+        stages = self.plan.tiles.stages
 
-        cursor = self.first()
-        lax.fori_loop(0, self.where.steps, step, (cursor, self.pages(cursor)))
+        def values(t, last):
+            plgpu.barrier_wait(self.s["v_free"].at[_rem(t, stages)])
+            self.copy_pages(1, last, self.s["v_s"], self.s["v_full"], _rem(t, stages))
+
+        def step(t, state):
+            cursor, found, last = state
+            slot = _rem(t, stages)
+            plgpu.barrier_wait(self.s["k_free"].at[slot])
+            now = cursor[4], self.inside(cursor), found
+            self.copy_pages(0, now, self.s["k_s"], self.s["k_full"], slot)
+            self.copy_numbers(now, self.s["k_full"].at[slot], slot)
+            pl.when(t > 0)(lambda: values(t - 1, last))
+            self.start_unit(cursor)  # waits for the end of the unit before, which waits for those values
+            after = self.advance(cursor, t)
+            return after, self.pages(after), now  # read while later copies wait for room
+
+        cursor, steps = self.first(), self.where.steps
+        start = cursor[4], self.inside(cursor), self.pages(cursor)
+        *_, last = lax.fori_loop(0, steps, step, (cursor, start[2], start))
+        pl.when(steps > 0)(lambda: values(steps - 1, last))
 
     def run_packed(self):
         """Codes of later steps are in flight while those of one are widened."""
@@ -809,8 +821,11 @@ class _Copy:
         steps = self.where.steps
 
         def fetch(t, cursor):
-            slot = _rem(t, t_.raw)
-            self.copy_step(cursor, self.pages(cursor), slot, _rem(t, self.kernel.ring))
+            slot, full = _rem(t, t_.raw), self.s["raw_full"]
+            now = cursor[4], self.inside(cursor), self.pages(cursor)
+            self.copy_pages(0, now, self.s["k_raw"], full, slot)
+            self.copy_numbers(now, full.at[slot], _rem(t, self.kernel.ring))
+            self.copy_pages(1, now, self.s["v_raw"], full, slot)
             return self.advance(cursor, t)
 
         def maybe(t, cursor):
@@ -903,45 +918,38 @@ class _Copy:
                         else:
                             lax.fori_loop(0, plan.per_wg, lambda i, _: one(i), None)
 
-    def copy_step(self, cursor, found, slot, small_slot):
-        """Starts the copies of a step: keys and what belongs to tokens, then values."""
-        plan, s, head = self.plan, self.s, cursor[4]
-        inside = slice(None)
-        if plan.page > plan.box:
-            first = _rem(self.kernel.block(cursor[1], cursor[6]) * plan.tiles.block_kv, plan.page)
+    def inside(self, cursor):
+        """The first of a step's tokens in their page, where that has several boxes."""
+        first = self.kernel.block(cursor[1], cursor[6]) * self.plan.tiles.block_kv
+        return _rem(first, self.plan.page) if self.plan.page > self.plan.box else jnp.int32(0)
 
-        def part(i, count=plan.box):
-            """Of a page the tokens of box i, or the `count` numbers that belong to them."""
-            if plan.page == plan.box:
-                return inside
-            at = _rem(first + i * plan.box, plan.page)
-            at = at if count == plan.box else _div(at, plan.box) * count
-            return pl.ds(pl.multiple_of(at, count), count)
+    def part(self, first, i, count=None):
+        """Of a page the tokens of box i, or the `count` numbers that belong to them."""
+        plan = self.plan
+        count = count or plan.box
+        if plan.page == plan.box:
+            return slice(None)
+        at = _rem(first + i * plan.box, plan.page)
+        at = at if count == plan.box else _div(at, plan.box) * count
+        return pl.ds(pl.multiple_of(at, count), count)
 
-        def copy(pool, target, full):
+    def copy_pages(self, which, now, to, full, slot):
+        """Starts the copies of keys (0) or values (1); now: kv head, `inside` and pages of the step."""
+        head, first, found = now
+        for i, page in enumerate(found):
+            source = self.pools[which].at[page * self.plan.kv_heads + head, self.part(first, i)]
+            box = pl.ds(i * self.plan.box, self.plan.box)
+            plgpu.copy_gmem_to_smem(source, to.at[slot, box], full.at[slot])
+
+    def copy_numbers(self, now, full, slot):
+        """The same of what belongs to tokens."""
+        plan, (head, first, found) = self.plan, now
+        for name, ref, to in zip(plan.names, self.per_token, self.s["token_s"], strict=True):
+            count = plan.numbers(name)
             for i, page in enumerate(found):
-                source = pool.at[page * plan.kv_heads + head, part(i)]
-                plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(i * plan.box, plan.box)], full)
-
-        def small(full):
-            for name, ref, to in zip(plan.names, self.per_token, s["token_s"], strict=True):
-                count = plan.numbers(name)
-                for i, page in enumerate(found):
-                    row = page if name == "at" else page * plan.kv_heads + head
-                    source = ref.at[row, part(i, count)]
-                    plgpu.copy_gmem_to_smem(source, to.at[small_slot, i, pl.ds(0, count)], full)
-
-        if plan.packed:
-            full = s["raw_full"].at[slot]
-            copy(self.pools[0], s["k_raw"], full)
-            small(full)
-            copy(self.pools[1], s["v_raw"], full)
-            return
-        plgpu.barrier_wait(s["k_free"].at[slot])
-        copy(self.pools[0], s["k_s"], s["k_full"].at[slot])
-        small(s["k_full"].at[slot])
-        plgpu.barrier_wait(s["v_free"].at[slot])
-        copy(self.pools[1], s["v_s"], s["v_full"].at[slot])
+                row = page if name == "at" else page * plan.kv_heads + head
+                source = ref.at[row, self.part(first, i, count)]
+                plgpu.copy_gmem_to_smem(source, to.at[slot, i, pl.ds(0, count)], full)
 
 
 def _widen(plan: Plan, codes, to, left):
