@@ -16,15 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from optx.cache import Address, CachePlan, Caches, Layout, Ragged
+from optx.engine import xla
 from optx.engine.compaction import Compaction, compact, share_out
 from optx.engine.drafting import Drafted, Models, propose
 from optx.engine.sampling import KNOBS, Chosen, Way, choose, mark
 from optx.engine.speculation import verify
 from optx.errors import LoweringError
-
-# On GPUs the steps of a dispatch run as one CUDA graph, the loop of several ticks included: left out, every tick of it waits
-# for the host (4.0 ms in place of 3.6 for 8 billion int4 weights at batch 1 on an H100).
-COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 # Integers between the starts of packed parts: XLA hands kernels pointers into the vector, and those of Pallas Mosaic GPU
 # take buffers at multiples of 256 bytes only.
@@ -177,10 +174,8 @@ class Stepper:
         return self._ticks[key], (self.program.leaves, self._caches, rows, packed, tick.sampling, masks)
 
     def _jitted(self, step: Callable) -> Callable:
-        options = {"xla_gpu_enable_command_buffer": COMMANDS if self._graphs else ""}
-        options = options if jax.default_backend() == "gpu" else None
         step = step if self._graphs else self.program.traced(step)
-        return jax.jit(step, donate_argnums=(1, 2), compiler_options=options)
+        return jax.jit(step, donate_argnums=(1, 2), compiler_options=xla.options(self._graphs))
 
     def _fresh_rows(self) -> "Rows":
         carried = self.program.carries if isinstance(self.program, Drafted) else None

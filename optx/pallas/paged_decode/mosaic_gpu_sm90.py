@@ -461,12 +461,13 @@ def _offsets(plan: Plan, lengths):
 
 
 def _shares(plan: Plan, offsets):
-    """Of all warpgroups: the first unit that each works on and the one past its last, int32[2 workers], of many lengths. A search
-    in the kernel is a load after a load: 6% of its time with 32 rows of 1,024 tokens."""
+    """Of all warpgroups [start, stop) in the list of tiles, the first unit that each works on and the one past its last, int32[
+    workers, 4]. Of many lengths a search in the kernel is a load after a load."""
     start, stop = _tiles_of(plan, jnp.arange(plan.workers, dtype=jnp.int32)[:, None], offsets[-1])
     first = jnp.sum(offsets <= start, axis=1, dtype=jnp.int32) - 1
     last = jnp.sum(offsets < stop, axis=1, dtype=jnp.int32)
-    return jnp.stack([jnp.minimum(first, plan.units - 1), jnp.where((stop > start)[:, 0], last, 0)], axis=1)
+    start, stop = start[:, 0], stop[:, 0]
+    return jnp.stack([start, stop, jnp.minimum(first, plan.units - 1), jnp.where(stop > start, last, 0)], axis=1)
 
 
 def _tiles_of(plan: Plan, worker, total):
@@ -621,9 +622,9 @@ def _attend_body(plan, pool_count, aux_count, per, piece, q_g, *refs, k_s, v_s, 
     def share(wg):
         """A warpgroup's part of the list of tiles: (its number, first tile, end, first unit, end of units)."""
         worker = sm * t.wgs + wg
-        start, stop = _tiles_of(plan, worker, offset_of(plan.units))
         if shares_g:
-            return worker, start, stop, shares_g[0][2 * worker], shares_g[0][2 * worker + 1]
+            return worker, *(shares_g[0][4 * worker + i] for i in range(4))
+        start, stop = _tiles_of(plan, worker, offset_of(plan.units))
         first, last = jnp.int32(0), jnp.int32(0)  # units that begin at or before the first tile, before the end
         for bit in reversed(range(plan.units.bit_length())):
             for_first, for_last = (jnp.minimum(x + (1 << bit), plan.units) for x in (first, last))

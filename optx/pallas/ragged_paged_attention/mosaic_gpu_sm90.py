@@ -630,7 +630,6 @@ def _attend(plan: Plan, q, pools, per_token, units, cuts, table, extra):
     copies = plan.boxes * (2 + len(per_token)) if plan.packed else plan.boxes * (1 + len(per_token))
     smem = plgpu.SMEM
     scratch = {
-        "q_s": smem((COMPUTE, ROWS, h), dtype, transforms=wide),
         "stage_s": smem((COMPUTE, ROWS, width), dtype),
         "k_s": smem((t.stages, t.block_kv, h), dtype, transforms=wide),
         "v_s": smem((t.stages, t.block_kv, h), dtype, transforms=wide),
@@ -652,6 +651,9 @@ def _attend(plan: Plan, q, pools, per_token, units, cuts, table, extra):
     if plan.packed:
         codes = smem((t.raw, t.block_kv, plan.stored), pools[0].dtype, transforms=_tiling(plan.stored, 8))
         scratch |= {"k_raw": codes, "v_raw": codes, "raw_full": plgpu.Barrier(num_arrivals=copies, num_barriers=t.raw)}
+    # Results leave from where a unit's queries lay: those of the next are on their way into `stage_s` by then.
+    rows = {"q_s": smem((COMPUTE, ROWS, h), dtype, transforms=wide), "out_s": smem((COMPUTE, ROWS, h), dtype)}
+    scratch |= rows if t.interpretable else {"rows_s": plgpu.RefUnion(*rows.values())}
     if t.interpretable:
         scratch["p_s"] = smem((COMPUTE, ROWS, t.block_kv), dtype, transforms=_tiling(t.block_kv, 16))
         scratch["half_s"] = smem((COMPUTE, ROWS, plan.piece), dtype, transforms=_tiling(plan.piece, 16))
@@ -703,8 +705,10 @@ class _Kernel:
     def __name__(self):
         return OP
 
-    def __call__(self, q, *refs, **scratch):
+    def __call__(self, q, *refs, rows_s=None, **scratch):
         plan = self.plan
+        if rows_s is not None:
+            scratch["q_s"], scratch["out_s"] = rows_s
         refs = list(refs)
         take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
         pools, per_token = take(2), take(self.per_token)
@@ -806,11 +810,13 @@ class _Copy:
             self.copy_pages(0, now, self.s["k_s"], self.s["k_full"], slot)
             self.copy_numbers(now, self.s["k_full"].at[slot], slot)
             pl.when(t > 0)(lambda: values(t - 1, last))
-            self.start_unit(cursor)  # waits for the end of the unit before, which waits for those values
+            self.start_unit(cursor)
             after = self.advance(cursor, t)
+            self.announce(after)
             return after, self.pages(after), now  # read while later copies wait for room
 
         cursor, steps = self.first(), self.where.steps
+        pl.when(steps > 0)(lambda: self.announce(cursor))
         start = cursor[4], self.inside(cursor), self.pages(cursor)
         *_, last = lax.fori_loop(0, steps, step, (cursor, start[2], start))
         pl.when(steps > 0)(lambda: values(steps - 1, last))
@@ -846,10 +852,12 @@ class _Copy:
                     _widen(self.plan, codes, to, left)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(self.s[f"{name}_full"].at[slot])
-            ahead = maybe(t + t_.raw, ahead)
-            return tuple(self.advance(cursor, t)), ahead
+            ahead, after = maybe(t + t_.raw, ahead), tuple(self.advance(cursor, t))
+            self.announce(after)
+            return after, ahead
 
         ahead = lax.fori_loop(0, t_.raw, maybe, tuple(self.first()))
+        pl.when(steps > 0)(lambda: self.announce(self.first()))
         lax.fori_loop(0, steps, step, (tuple(self.first()), ahead))
 
     def make(self, name, codes, to, left, slot):
@@ -887,36 +895,43 @@ class _Copy:
             found.append(jnp.where(slot < length, page, plan.pool_pages))
         return found
 
+    def announce(self, cursor):
+        """Copies the queries of a unit that begins here, or their first columns, while the unit before is worked on."""
+        pl.when(cursor[3] == 1)(lambda: self.queries(cursor, range(1)))
+
     def start_unit(self, cursor):
-        """Copies the queries of a unit that begins here."""
+        """The rest, which waits for the end of the unit before."""
+        parts = self.plan.head_dim // self.kernel.width
+        if parts > 1:
+            pl.when(cursor[3] == 1)(lambda: self.queries(cursor, range(1, parts)))
+
+    def queries(self, cursor, parts):
+        """Copies columns of a unit's queries, as many at a time as pass through shared memory."""
         plan, s = self.plan, self.s
+        head, group = cursor[4], plan.group
+        token, decode = self.where.facts(self.where.unit(cursor[0]), (TOKEN, DECODE))
+        for c in parts:
+            columns = pl.ds(c * self.kernel.width, self.kernel.width)
+            plgpu.barrier_wait(s["q_free"])
+            for wg in range(COMPUTE):
+                target, first = s["stage_s"].at[wg], token + wg * plan.per_wg
 
-        @pl.when(cursor[3] == 1)
-        def _():
-            head, group = cursor[4], plan.group
-            token, decode = self.where.facts(self.where.unit(cursor[0]), (TOKEN, DECODE))
-            for c in range(plan.head_dim // self.kernel.width):
-                columns = pl.ds(c * self.kernel.width, self.kernel.width)
-                plgpu.barrier_wait(s["q_free"])
-                for wg in range(COMPUTE):
-                    target, first = s["stage_s"].at[wg], token + wg * plan.per_wg
+                def one(i, first=first, target=target, wg=wg, columns=columns, full="q_full"):
+                    source = self.q.at[first + i, pl.ds(head * group, group), columns]
+                    at = pl.ds(pl.multiple_of(i * group, group), group)
+                    plgpu.copy_gmem_to_smem(source, target.at[at], s[full].at[wg])
 
-                    def one(i, first=first, target=target, wg=wg, columns=columns, full="q_full"):
-                        source = self.q.at[first + i, pl.ds(head * group, group), columns]
-                        at = pl.ds(pl.multiple_of(i * group, group), group)
-                        plgpu.copy_gmem_to_smem(source, target.at[at], s[full].at[wg])
+                @pl.when(decode == 1)
+                def _(one=one):
+                    one(jnp.int32(0), first=token, full="q_one")
 
-                    @pl.when(decode == 1)
-                    def _(one=one):
-                        one(jnp.int32(0), first=token, full="q_one")
-
-                    @pl.when(decode == 0)
-                    def _(one=one, first=first, target=target, wg=wg, columns=columns):
-                        if group == 1:
-                            source = self.q.at[pl.ds(first, ROWS), head, columns]
-                            plgpu.copy_gmem_to_smem(source, target, s["q_full"].at[wg])
-                        else:
-                            lax.fori_loop(0, plan.per_wg, lambda i, _: one(i), None)
+                @pl.when(decode == 0)
+                def _(one=one, first=first, target=target, wg=wg, columns=columns):
+                    if group == 1:
+                        source = self.q.at[pl.ds(first, ROWS), head, columns]
+                        plgpu.copy_gmem_to_smem(source, target, s["q_full"].at[wg])
+                    else:
+                        lax.fori_loop(0, plan.per_wg, lambda i, _: one(i), None)
 
     def inside(self, cursor):
         """The first of a step's tokens in their page, where that has several boxes."""
@@ -1089,7 +1104,7 @@ class _Compute:
         self.kernel, self.plan, self.where, self.wg, self.s = kernel, kernel.plan, where, wg, scratch
         self.sinks, self.row_borders, self.borders = sinks, row_borders, borders
         self.out, self.lse, self.parts, self.marks, self.chunk_parts, self.chunk_marks = outputs
-        self.q_me, self.stage = scratch["q_s"].at[wg], scratch["stage_s"].at[wg]
+        self.q_me, self.out_me, self.stage = (scratch[name].at[wg] for name in ("q_s", "out_s", "stage_s"))
 
     def run(self):
         s = self.s
@@ -1121,9 +1136,8 @@ class _Compute:
             pl.when(decode == 0)(lambda: plgpu.barrier_wait(self.s["q_full"].at[self.wg]))
             columns = pl.ds(c * self.kernel.width, self.kernel.width)
             self.q_me[:, columns] = plgpu.load(self.stage, layout=plgpu.Layout.WGMMA, optimized=False)
-            if c + 1 < parts:
-                plgpu.barrier_arrive(self.s["q_free"])
-        plgpu.commit_smem()
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(self.s["q_free"])
 
     def start(self):
         """Values, maximum, sum, and what zero points of values take away, of no token."""
@@ -1254,7 +1268,6 @@ class _Compute:
     def decode(self, unit, facts, begin, end, t):
         """One query token; each warpgroup takes half of a step's cached tokens."""
         plan, s, wg = self.plan, self.s, self.wg
-        plgpu.barrier_arrive(s["q_free"])
         block, piece = plan.tiles.block_kv, plan.piece
         shape, halved = (ROWS, piece), piece < block
         first_piece = wg * piece if halved else 0
@@ -1366,8 +1379,6 @@ class _Compute:
             self.chunk_marks.at[part, wg, 0][...] = top
             self.chunk_marks.at[part, wg, 1][...] = total
             self.chunk_parts.at[part, wg][...] = acc
-
-        plgpu.barrier_arrive(self.s["q_free"])
 
     def chunk_step(self, i, state, *, edge, length, newest, skip, asking, q_sum, offset):
         plan, s = self.plan, self.s
@@ -1501,7 +1512,7 @@ class _Compute:
 
     def finish(self, facts, number, acc, top, total):
         """Results of a whole unit."""
-        plan, wg, width = self.plan, self.wg, self.kernel.width
+        plan, wg = self.plan, self.wg
         head = facts[HEAD]
         if plan.sinks:
             logit = plgpu.load(self.sinks.at[head], layout=by_row(), optimized=False)
@@ -1516,19 +1527,18 @@ class _Compute:
         )
         acc = acc * _wide(1 / total, acc.shape, 0)
         token = facts[TOKEN] + wg * plan.per_wg
-        for c in range(0, plan.head_dim, width):
-            columns = pl.ds(c, width)
-            self.stage[...] = acc[:, c : c + width].astype(plan.dtype)
-            plgpu.commit_smem()
+        plgpu.commit_smem()  # nobody reads queries any more
+        self.out_me[...] = acc.astype(plan.dtype)
+        plgpu.commit_smem()
 
-            def store(i, _, columns=columns):
-                at = pl.ds(pl.multiple_of(i * plan.group, plan.group), plan.group)
-                target = self.out.at[token + i, pl.ds(head * plan.group, plan.group), columns]
-                plgpu.copy_smem_to_gmem(self.stage.at[at], target)
+        def store(i, _):
+            at = pl.ds(pl.multiple_of(i * plan.group, plan.group), plan.group)
+            target = self.out.at[token + i, pl.ds(head * plan.group, plan.group), :]
+            plgpu.copy_smem_to_gmem(self.out_me.at[at], target)
 
-            lax.fori_loop(0, number, store, None)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.commit_smem()
+        lax.fori_loop(0, number, store, None)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()
 
 
 # --- The merge -------------------------------------------------------------------------------------------------------
