@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import optx
 from optx.cache import CacheSpec, Stream
+from optx.engine import xla
 from optx.engine.engine import Engine, EngineOptions
 from optx.engine.pages import OutOfPages, PagePool, PageTable
 from optx.engine.request import Request, Sampling
@@ -152,6 +153,16 @@ def test_ticks_that_are_no_graphs(models, llama):
         engine = Engine(program, apart)
         assert list(engine.stream(PROMPTS[1], GREEDY)) == list(llama.stream(PROMPTS[1], GREEDY))
     assert engine._ticks == 1 and seen and not late.overlapping()
+
+
+def test_options_of_xla_that_it_does_not_know_are_left_out(monkeypatch):
+    assert all(xla.has(*option) for option in xla.UNCUT.items()) and not xla.has("xla_gpu_of_another_day", 1)
+    assert xla.options(graphs=True) is None, "they are a GPU's"
+    monkeypatch.setattr(xla.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(xla, "UNCUT", xla.UNCUT | {"xla_gpu_of_another_day": 1})
+    graphs = {"xla_gpu_enable_command_buffer": xla.COMMANDS}
+    assert xla.options(graphs=True) == graphs | {"xla_gpu_experimental_force_split_k": 1}
+    assert xla.options(graphs=False)["xla_gpu_enable_command_buffer"] == ""
 
 
 def test_a_small_cache_makes_requests_wait_and_changes_no_answer(models):
