@@ -1,8 +1,8 @@
 """paged_decode on Hopper: each warpgroup streams an equal share of all listed tokens through TMA and tensor cores.
 
 The tiles of all (row, kv head) units form one list that is cut into equal parts, one a warpgroup ("stream-K"), so ragged
-lengths and small batches keep every SM busy. A part that covers several units, or a piece of one, leaves a partial
-result (weighted values, maximum, sum) for each; a second kernel merges them in a fixed order. Query heads of a kv head and
+lengths and small batches keep every SM busy. Of a unit that is cut each part leaves a partial result (weighted values, maximum,
+sum); a second kernel merges them in a fixed order. Units that are whole leave as results. Query heads of a kv head and
 query tokens are the 16 rows of mma.m16n8k16, whose operands a warp makes in registers from what lies in the pages: codes
 become 16-bit numbers there. Scales and zero points of tokens act on logits and probabilities: of k = s c + m, c the code less the
 middle one, q.k = s q.c + m sum(q), and sum_j p_j m_j joins the output; those of groups of numbers, or of channels over some
@@ -1215,13 +1215,13 @@ class _Warps:
             tiling = launch_context.TileTransform((8, self.swizzle // self.itemsize))
             kwargs = {"gmem_transform": (tiling,), "swizzle": self.swizzle} if self.transforms else {}
 
-            def pages_part(at, j, first, count, predicate):
-                """`count` tokens from `first` on of page j of the step."""
-                for source, target in zip(sources[: len(sources) - len(plan.small)], to, strict=False):
+            def pages_part(at, j, first, number, predicate):
+                """`number` tokens from `first` on of page j of the step."""
+                for source, target in zip(sources[:count], to[:count], strict=True):
                     rows = j * self.piece + first
-                    rows, groups = (rows // 8, count // 8) if self.transforms else (rows, count)
+                    rows, groups = (rows // 8, number // 8) if self.transforms else (rows, number)
                     target = utils.memref_slice(target, (index(slot), utils.DynamicSlice(rows, groups)))
-                    tokens = utils.DynamicSlice(index(_add(inside, first) if first else inside), count)
+                    tokens = utils.DynamicSlice(index(_add(inside, first) if first else inside), number)
                     copy(src_ref=source, dst_ref=target, gmem_slice=(*at, tokens), predicate=predicate, **kwargs)
 
             for j, page in enumerate(pages):
