@@ -810,13 +810,13 @@ class _Copy:
             self.copy_pages(0, now, self.s["k_s"], self.s["k_full"], slot)
             self.copy_numbers(now, self.s["k_full"].at[slot], slot)
             pl.when(t > 0)(lambda: values(t - 1, last))
-            self.start_unit(cursor)
+            self.other_queries(cursor)
             after = self.advance(cursor, t)
-            self.announce(after)
+            self.first_queries(after)
             return after, self.pages(after), now  # read while later copies wait for room
 
         cursor, steps = self.first(), self.where.steps
-        pl.when(steps > 0)(lambda: self.announce(cursor))
+        pl.when(steps > 0)(lambda: self.first_queries(cursor))
         start = cursor[4], self.inside(cursor), self.pages(cursor)
         *_, last = lax.fori_loop(0, steps, step, (cursor, start[2], start))
         pl.when(steps > 0)(lambda: values(steps - 1, last))
@@ -839,7 +839,7 @@ class _Copy:
 
         def step(t, state):
             cursor, ahead = state
-            self.start_unit(cursor)
+            self.other_queries(cursor)
             slot, raw = _rem(t, t_.stages), _rem(t, t_.raw)
             plgpu.barrier_wait(self.s["raw_full"].at[raw])
             left = cursor[5] - self.kernel.block(cursor[1], cursor[6]) * t_.block_kv
@@ -853,11 +853,11 @@ class _Copy:
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(self.s[f"{name}_full"].at[slot])
             ahead, after = maybe(t + t_.raw, ahead), tuple(self.advance(cursor, t))
-            self.announce(after)
+            self.first_queries(after)
             return after, ahead
 
         ahead = lax.fori_loop(0, t_.raw, maybe, tuple(self.first()))
-        pl.when(steps > 0)(lambda: self.announce(self.first()))
+        pl.when(steps > 0)(lambda: self.first_queries(self.first()))
         lax.fori_loop(0, steps, step, (tuple(self.first()), ahead))
 
     def make(self, name, codes, to, left, slot):
@@ -895,12 +895,13 @@ class _Copy:
             found.append(jnp.where(slot < length, page, plan.pool_pages))
         return found
 
-    def announce(self, cursor):
-        """Copies the queries of a unit that begins here, or their first columns, while the unit before is worked on."""
+    def first_queries(self, cursor):
+        """Copies the queries of a unit that begins here while the unit before is worked on: all, or the columns that pass through
+        shared memory at once."""
         pl.when(cursor[3] == 1)(lambda: self.queries(cursor, range(1)))
 
-    def start_unit(self, cursor):
-        """The rest, which waits for the end of the unit before."""
+    def other_queries(self, cursor):
+        """Copies their other columns, where there are, which wait for the end of the unit before."""
         parts = self.plan.head_dim // self.kernel.width
         if parts > 1:
             pl.when(cursor[3] == 1)(lambda: self.queries(cursor, range(1, parts)))
@@ -1131,6 +1132,7 @@ class _Compute:
 
     def load_queries(self, decode):
         parts = self.plan.head_dim // self.kernel.width
+        plgpu.commit_smem()  # all warps have read those of the unit before
         for c in range(parts):
             pl.when(decode == 1)(lambda: plgpu.barrier_wait(self.s["q_one"].at[self.wg]))
             pl.when(decode == 0)(lambda: plgpu.barrier_wait(self.s["q_full"].at[self.wg]))
