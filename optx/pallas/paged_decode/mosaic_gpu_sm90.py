@@ -1681,7 +1681,7 @@ class _Warps:
                 when = arith.andi(leads, kept[r])
                 _store(marks, at, [top[r]], when)
                 _store(marks, _add(at, 4 * plan.kept), [total[r]], when)
-                if self.token_warps > 1:
+                if plan.direct:
                     at = _add(_times(rows[r], 4), 4 * HEIGHTS)
                     _store(top_s, at, [top[r]], when)
                     _store(top_s, _add(at, 4 * 2 * TILE), [total[r]], when)
