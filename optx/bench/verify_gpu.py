@@ -1,6 +1,6 @@
 """Runs every kernel of the running GPU, compiled for real, against its reference, over fresh random inputs.
 
-    python -m optx.bench.verify_gpu [--op paged_decode] [--case 'int8*'] [--seed 7] [--jobs 8] [--json FILE]
+    python -m optx.bench.verify_gpu [--op paged_decode] [--case 'int8*'] [--overlapped] [--seed 7] [--jobs 8] [--json FILE]
 
 Prints one line a row: cases passed, worst error over its tolerance, whether two runs gave equal bits. Exit code 1 when a case
 fails. Cases compile in `jobs` processes, as most of the time goes into compiling.
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from optx import target as targets
 from optx.bench import verify_model
 from optx.bench.cases import registry
+from optx.pallas import late
 from optx.report import table
 
 
@@ -52,7 +53,7 @@ class Outcome:
         return not self.raised and self.repeatable and self.error <= self.tolerance
 
 
-def check(index: int, ops: tuple[str, ...], seed: int) -> list[Outcome]:
+def check(index: int, ops: tuple[str, ...], seed: int, overlapped: bool) -> list[Outcome]:
     """Case `index` of `ops` on every row that takes it."""
     case, target = registry.cases(ops)[index], targets.detect()
     rows = registry.kernels(case, target)
@@ -60,12 +61,12 @@ def check(index: int, ops: tuple[str, ...], seed: int) -> list[Outcome]:
         return []
     args, kwargs = case.make(np.random.default_rng([seed, index]))
     want = registry.reference(case.op, args, kwargs)
-    return [_on_row(case, row, args, kwargs, want) for row in rows]
+    return [_on_row(case, row, args, kwargs, want, overlapped) for row in rows]
 
 
-def _on_row(case, row, args, kwargs, want) -> Outcome:
+def _on_row(case, row, args, kwargs, want, overlapped: bool) -> Outcome:
     def compare() -> dict:
-        run = registry.jitted(row.run, kwargs)
+        run = registry.jitted(late.overlapped(row.run) if overlapped else row.run, kwargs)
         dynamic, _ = registry.split(kwargs)
         first, second = (jax.block_until_ready(run(args, dynamic)) for _ in range(2))
         pairs = zip(registry.picked(case, first, kwargs), registry.picked(case, second, kwargs), strict=True)
@@ -101,9 +102,11 @@ def _outcome(compare: Callable[[], dict], **facts) -> Outcome:
         return Outcome(**facts, error=float("nan"), repeatable=False, raised=said)
 
 
-def verify(ops: tuple[str, ...] = (), seed: int = 0, jobs: int = 8, names: tuple[str, ...] = ()) -> list[Outcome]:
+def verify(
+    ops: tuple[str, ...] = (), seed: int = 0, jobs: int = 8, names: tuple[str, ...] = (), overlapped: bool = False
+) -> list[Outcome]:
     """Outcomes of all cases of `ops` (all ops and small models when empty), on the running GPU; names: patterns (fnmatch) of
-    which a case's name matches one, and no models then."""
+    which a case's name matches one, and no models then; overlapped: kernels as they are without graphs, and no models."""
     wanted = [
         index
         for index, case in enumerate(registry.cases(ops))
@@ -112,8 +115,8 @@ def verify(ops: tuple[str, ...] = (), seed: int = 0, jobs: int = 8, names: tuple
     context = multiprocessing.get_context("spawn")
     outcomes: list[Outcome] = []
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-        waiting = [pool.submit(check, index, ops, seed) for index in wanted]
-        if not ops and not names:
+        waiting = [pool.submit(check, index, ops, seed, overlapped) for index in wanted]
+        if not ops and not names and not overlapped:
             waiting += [pool.submit(check_model, recipe, seed) for recipe in verify_model.RECIPES]
         for done in tqdm(concurrent.futures.as_completed(waiting), total=len(waiting), unit="case", mininterval=5):
             outcomes += done.result()
@@ -149,12 +152,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", default=[], help="only this op; may be repeated")
     parser.add_argument("--case", action="append", default=[], help="only cases of such a name (*, ?); may be repeated")
+    parser.add_argument(
+        "--overlapped", action="store_true", help="as with graphs: false, where kernels come up while others end"
+    )
     parser.add_argument("--seed", type=int, default=None, help="of the inputs; default: the clock")
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--json", type=Path, help="write every outcome there")
     args = parser.parse_args()
     seed = int(time.time()) if args.seed is None else args.seed
-    outcomes = verify(tuple(args.op), seed, args.jobs, tuple(args.case))
+    outcomes = verify(tuple(args.op), seed, args.jobs, tuple(args.case), args.overlapped)
     print(f"{jax.devices()[0].device_kind}, seed {seed}")
     print(summary(outcomes))
     if args.json:
