@@ -255,6 +255,7 @@ def test_blocks_whose_products_are_chained(monkeypatch, change, taps):
         return *reference(*args, **kwargs)[:2], jnp.zeros(1, jnp.int32)
 
     monkeypatch.setattr(kernel, "chained_matmul", counted)
+    monkeypatch.setattr(kernel, "takes", lambda weights, **kwargs: True)
     for found, want in zip(jax.tree.leaves(run(1)), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
     assert calls == FOLLOWED[change]
@@ -278,3 +279,24 @@ def test_sites():
     assert not lower.invariant(chosen, TARGETS["h100"]).chains
     block.mixer.o.bias = nnx.data(nnx.Param(jnp.zeros(512)))
     assert [site.op for site in block.op_sites()] == ["add_norm"]
+
+
+@pytest.mark.parametrize(("behind", "entry"), [("int4_g128", None), (None, "int4_g128"), ("int4_g128", "int4_g128")])
+def test_the_next_product_joins_where_its_weight_is_alike(behind, entry):
+    """Weights of a recipe that packs some of them and not others."""
+
+    def of(linear, stored):
+        linear.weight = nnx.Param(product_site(*linear.weight.get_value().shape, stored)["weight"])
+        return linear
+
+    def block():
+        sized = {"heads": 8, "kv_heads": 4, "head_dim": 64, "rope": Rope(theta=1e4, dim=64), "dtype": "bfloat16"}
+        mixer = FusedAttention(Attention(512, **sized), of(Linear(512, 1024), entry))
+        mixer.o = of(mixer.o, behind)
+        mlp = FusedGatedMLP(of(Linear(512, 2048), behind), of(Linear(1024, 512), behind), activation="silu")
+        norms = {name: RMSNorm(512, dtype="bfloat16") for name in ("norm", "mlp_norm")}
+        return lower.choose(Block(mixer=mixer, mlp=mlp, **norms), TARGETS["h100"])
+
+    first, second = block(), block()
+    assert first.chains and second.chains
+    assert first.leads_to(second) == (behind == entry)

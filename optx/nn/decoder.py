@@ -115,8 +115,14 @@ class Block(nnx.Module):
         ):
             return False
         norm, mine = following.norm, self.mlp_norm
-        alike = _is_op(norm) and (norm.eps, norm.offset) == (mine.eps, mine.offset)
-        return alike and norm.weight.get_value().dtype == mine.weight.get_value().dtype
+        if not _is_op(norm) or (norm.eps, norm.offset) != (mine.eps, mine.offset):
+            return False
+        dtypes = [jnp.dtype(x.weight.get_value().dtype).name for x in (norm, mine)]
+        if dtypes[0] != dtypes[1]:
+            return False
+        weights = [linear.weight.get_value() for linear in (*self._products, following.mixer.entry)]
+        kernel = dispatch.running("chained_matmul", self.choices).code
+        return kernel.takes(weights, norm=dtypes[0], **self._chain)
 
     @property
     def _products(self) -> tuple[Linear, ...]:

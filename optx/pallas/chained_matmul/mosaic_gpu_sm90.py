@@ -404,6 +404,11 @@ def chained_matmul(
     return s.reshape(x.shape), y.reshape(*x.shape[:-1], -1), sync
 
 
+def takes(weights, *, norm: str, activation: str, eps: float, offset: float) -> bool:
+    """Whether one kernel multiplies by all of these weights, whose target `supports` has seen; norm: dtype of norms' weights."""
+    return isinstance(_plan(weights, activation, eps, offset, norm), Plan)
+
+
 def supports(args, target) -> str | None:
     """args: weights, those of o, gate and up, down and, if it follows, of the next product; norm: dtype of the norms' weights;
     eps, offset, activation, dtype of the activations, activations (a format they are rounded to)."""
