@@ -151,7 +151,8 @@ def abstract(module: nnx.Module) -> nnx.Module:
 
 
 def is_abstract(module: nnx.Module) -> bool:
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(module)))
+    leaves = (leaf for value in params(module).values() for leaf in jax.tree.leaves(value.get_raw_value()))
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 def init_weights(module: nnx.Module, seed: int = 0, scale: float = 1.0) -> nnx.Module:

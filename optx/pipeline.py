@@ -6,6 +6,7 @@ The pipeline is `run` on shapes (a plan), then `apply_block` on each block of we
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -66,13 +67,19 @@ class Record:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> reason
     weight_bytes: tuple[int, int] = (0, 0)  # before, after
     cache_bytes: tuple[float, float] = (0, 0)  # a token (plus a row for states), before, after
-    diff: str = ""
     seconds: float = 0.0
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # path -> |W' - W| / |W|
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # path -> what the pass has to say of the site
     quality: Quality | None = None  # of a lossy pass where the compile was given calibration text
     healing: Healing | None = None  # of a pass that trains
     needs_healing: bool = False
+    # Before and after it, on shapes.
+    trees: tuple[nnx.Module, nnx.Module] | None = dataclasses.field(default=None, repr=False)
+
+    @functools.cached_property
+    def diff(self) -> str:
+        """What it changed, line by line; made when it is first read."""
+        return "" if self.trees is None else ir.diff(*self.trees)
 
 
 class Instrument:
@@ -182,7 +189,7 @@ def run(
             skipped=tally.skipped,
             weight_bytes=(ir.weight_bytes(before), ir.weight_bytes(after)),
             cache_bytes=(before.cache_plan().unit_bytes, after.cache_plan().unit_bytes),
-            diff=ir.diff(before, after),
+            trees=(before, after),
             seconds=time.perf_counter() - start,
         )
         for instrument in instruments:
