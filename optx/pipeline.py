@@ -74,7 +74,7 @@ class Record:
     healing: Healing | None = None  # of a pass that trains
     needs_healing: bool = False
     # Before and after it, on shapes.
-    trees: tuple[nnx.Module, nnx.Module] | None = dataclasses.field(default=None, repr=False)
+    trees: tuple[nnx.Module, nnx.Module] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @functools.cached_property
     def diff(self) -> str:

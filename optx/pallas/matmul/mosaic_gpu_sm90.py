@@ -1,11 +1,12 @@
 """matmul on Hopper for the few rows of a decode step: the ring and the matrix units of `quant_matmul`, without the widening.
 
 XLA reads less than the memory gives up to 16 rows, and up to 32 where there are more numbers to contract than outputs: it cuts
-those in parts and adds them up in a kernel of their own. From there on it is as fast or faster, and with many outputs from 9
-rows on (one H100, us, here and by XLA: 16 rows by 4096 x 6144 19.4 and 20.2, 32 rows 21.1 and 19.7; 32 rows by 12288 x 4096 36.3
-and 38.5, 64 rows 37.3 and 36.4; 16 rows by 4096 x 24576 68.4 and 67.2, by 4096 x 151936 421 and 404). Up to 8 rows it wants them
-padded to 8: one kernel more a product (a step of Qwen3-8B at batch 1: 6.10 ms by XLA, 5.90 here). Where kernels come up while
-those before them end, weights are asked for before that here, up to 64 rows.
+those in parts and adds them up in a kernel of their own. From there on it is as fast or faster, with many outputs at 16 rows
+already; rows between 8, 16, 32 and 64 were not timed (one H100, us, here and by XLA: 16 rows by 4096 x 6144 19.4 and 20.2, by
+4096 x 24576 68.4 and 67.2, by 4096 x 151936 421 and 404; 32 rows by 4096 x 6144 21.1 and 19.7, by 12288 x 4096 36.3 and 38.5; 64
+rows by 12288 x 4096 37.3 and 36.4). Up to 8 rows it wants them padded to 8: one kernel more a product (a step of Qwen3-8B at
+batch 1: 6.10 ms by XLA, 5.90 here). Where kernels come up while those before them end, weights are asked for before that here,
+up to 64 rows.
 """
 
 import math
@@ -17,10 +18,11 @@ from optx.pallas.late import overlapping
 from optx.pallas.matmul import xla_gpu
 from optx.pallas.quant_matmul.mosaic_gpu_sm90 import BLOCK, dense_matmul
 
-MOST = 16  # rows
-DEEP = 32  # rows of a weight with more numbers to contract than outputs
-WIDE, MANY = 8, 4  # rows of one with many outputs: so many times as there are numbers to contract
-OVERLAPPED = 64  # rows where kernels come up early
+# Most rows that are multiplied here, the others by XLA.
+MOST = 16
+DEEP = 32  # where there are more numbers to contract than outputs
+WIDE, MANY = 8, 4  # where there are `MANY` times as many outputs as numbers to contract
+OVERLAPPED = 64  # where kernels come up while those before them end
 BYTES, OUTPUTS = 16 << 20, 4096  # of the smallest weight: smaller ones do not fill the chip
 
 
@@ -40,6 +42,7 @@ def supports(args, target) -> str | None:
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """bfloat16 x [..., D] @ w [D, F] -> [..., F]; few rows here, others by XLA."""
     d, f = w.shape
-    rows, most = math.prod(x.shape[:-1]), DEEP if d > f else WIDE if f >= MANY * d else MOST
+    rows = math.prod(x.shape[:-1])
+    most = DEEP if d > f else WIDE if f >= MANY * d else MOST
     most = OVERLAPPED if overlapping() else most
     return dense_matmul(x, w) if 0 < rows <= most else xla_gpu.matmul(x, w)
